@@ -63,6 +63,8 @@ def readme(root):
     kept = []
     for cell in nb.cells:
         if {d.split()[0] for d in directives(cell)} & {"hide", "default_exp", "export", "exporti"}: continue
+        if "echo: false" in directives(cell):      # only what it makes, as the documentation shows it
+            cell = nbformat.v4.new_markdown_cell("\n\n".join(text(o.data["text/markdown"]) for o in cell.outputs if "text/markdown" in o.get("data", {})))
         if cell.cell_type == "markdown": cell.source = outside_fences(cell.source, lambda line: TARGET.sub(from_top, line))
         if cell.cell_type == "code":
             cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M).strip("\n")

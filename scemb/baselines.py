@@ -9,7 +9,9 @@ __all__ = ['unigram_prior', 'neighbour_bins', 'bin_table', 'table_scorer', 'adve
 # %% ../nbs/08_baselines.ipynb #60695176
 import numpy as np
 
-from .tokenize import TokenSet, SPECIAL, order_adversary
+from .leak import order_adversary
+from .tokenize import SPECIAL
+from .tokens import TokenSet
 from .batching import masked_batch
 
 # %% ../nbs/08_baselines.ipynb #c65f1672
@@ -68,7 +70,7 @@ def table_scorer(table): # p(gene) of shape (V,) or p(gene | bin) of shape (bins
     return score
 
 def adversary_scorer(tokens, prior, max_len=2048): # trust fitted on training cells -> batch -> nll of hidden genes
-    "The order-only adversary of `tokenize`, its trust fitted on the training cells."
+    "The order-only adversary of `leak`, its trust fitted on the training cells."
     cells = np.arange(min(len(tokens), 500))
     fit = masked_batch(tokens, cells, max_len, seed=99, p_mask=1., p_random=0.)
     whole = lambda b: np.where(b["labels"][0] >= 0, b["labels"][0], b["input_ids"][0])

@@ -9,7 +9,8 @@ __all__ = ['epoch_order', 'unpadded_batches', 'mask_genes', 'masked_batch', 'tru
 import numpy as np
 from numba import njit
 
-from .tokenize import TokenSet, MASK, SPECIAL, _mix64
+from .tokenize import SPECIAL, _mix64
+from .tokens import TokenSet
 
 # %% ../nbs/07_batching.ipynb #ebb7dd03
 def epoch_order(

@@ -10,8 +10,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .model import ScembForMaskedLM
-from .tokenize import TokenSet, TokenizerSettings, Vocabulary, tokenizer_hash
+from transformers import AutoTokenizer
+
+from .gene_tokenizer import GeneTokenizer
+from .model import ScembConfig, ScembForMaskedLM
+from .tokenize import TokenizerSettings, Vocabulary, tokenizer_hash
+from .tokens import TokenSet
 
 # %% ../nbs/06a_checkpoint.ipynb #2e7d6bbf
 ASSETS = Path(__file__).parent/"assets" if "__file__" in globals() else Path("../scemb/assets")
@@ -29,9 +33,12 @@ def save_checkpoint(
     model.config.vocabulary_hash = vocabulary.hash
     model.save_pretrained(folder)
     vocabulary.save(folder)
-    (folder/"tokenizer.json").write_text(json.dumps(dict(hash=tokenizer_hash(settings, vocabulary), **asdict(settings)), indent=1))
+    GeneTokenizer(str(folder/"gene_vocabulary.json")).save_pretrained(folder)
+    (folder/"token_settings.json").write_text(json.dumps(dict(hash=tokenizer_hash(settings, vocabulary), **asdict(settings)), indent=1))
     (folder/"card.json").write_text(json.dumps(card or {}, indent=1))
     return folder
+
+AutoTokenizer.register(ScembConfig, slow_tokenizer_class=GeneTokenizer, exist_ok=True)
 
 def shipped_models()->list: # Names that `load_checkpoint` takes without a path
     "Checkpoints that come with the package."
@@ -44,13 +51,13 @@ def load_checkpoint(
     path = ASSETS/str(folder) if str(folder) in shipped_models() else Path(folder)
     if not path.is_dir(): raise FileNotFoundError(f"There is no model {folder!r}: no such folder, and the shipped models are {shipped_models() or 'none yet'}. "
                                                   "Train one with `scemb demo` or `scemb pretrain`, then pass its folder.")
-    for name in ("config.json", "model.safetensors", "gene_vocabulary.json", "tokenizer.json"):
+    for name in ("config.json", "model.safetensors", "gene_vocabulary.json", "token_settings.json"):
         if not (path/name).exists(): raise FileNotFoundError(f"{folder} is no scEMB checkpoint: {name} is missing.")
     vocabulary = Vocabulary.load(path)
     model = ScembForMaskedLM.from_pretrained(path).eval()
     if model.config.vocabulary_hash != vocabulary.hash:
         raise ValueError(f"{folder} is inconsistent: its weights belong to vocabulary {model.config.vocabulary_hash}, but it holds {vocabulary.hash}.")
-    settings = {k: v for k, v in json.loads((path/"tokenizer.json").read_text()).items() if k != "hash"}
+    settings = {k: v for k, v in json.loads((path/"token_settings.json").read_text()).items() if k != "hash"}
     card = json.loads((path/"card.json").read_text()) if (path/"card.json").exists() else {}
     return model, vocabulary, TokenizerSettings(**settings), card
 

@@ -101,6 +101,9 @@ def tokenize(
     obs: Annotated[Optional[list[str]], typer.Option(help="obs column to keep; may be repeated.")] = None,
     max_len: Annotated[int, typer.Option(help="Genes a cell at most.")] = 2048,
     layer: Layer = None,
+    scale: Annotated[str, typer.Option(help="none, or median: order genes by expression relative to their median over the files.")] = "none",
+    protect: Annotated[Optional[list[str]], typer.Option(help="Ensembl id that truncation must not cut; may be repeated.")] = None,
+    shard_cells: Annotated[int, typer.Option(help="Cells a shard, and what a stop can lose; the same command goes on.")] = 262_144,
     threads: Annotated[int, typer.Option(help="Threads; the result does not depend on them.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the order of ties.")] = 0, overwrite: Overwrite = False,
 ):
@@ -108,9 +111,12 @@ def tokenize(
 
     Example: `scemb tokenize a.h5ad b.h5ad --out tokens --obs cell_type --obs batch`
     """
-    from scemb.tokenize import TokenizerSettings, read_tokens, write_tokens
-    write_tokens(files, out, settings=TokenizerSettings(max_len=max_len, seed=seed), obs_columns=obs or (), layer=layer, n_threads=threads, overwrite=overwrite, progress=counter("cells"))
-    print(read_tokens(out))
+    from scemb.tokenize import TokenizerSettings
+    import json
+    from scemb.tokens import write_tokens
+    write_tokens(files, out, settings=TokenizerSettings(max_len=max_len, scale=scale, seed=seed), obs_columns=obs or (), protected=protect or (), layer=layer, n_threads=threads, shard_cells=shard_cells, overwrite=overwrite, progress=counter("cells"))
+    card = json.loads((out/"tokens.json").read_text()); total = {k: sum(s[k] for s in card["sources"]) for k in ("n_cells", "n_empty", "n_tokens", "n_truncated")}
+    print(f"{out}: {total['n_cells'] - total['n_empty']:,} cells, {total['n_tokens']:,} tokens; {total['n_empty']:,} cells without a gene of the vocabulary left out, {total['n_truncated']:,} cut at {max_len} genes")
 
 @app.command()
 @refusing
@@ -129,7 +135,7 @@ def pretrain(
     import tomllib
     from dataclasses import fields
     from scemb.pretrain import TrainSettings, new_model, pretrain as run
-    from scemb.tokenize import read_tokens
+    from scemb.tokens import read_tokens
     if config and not config.exists(): raise FileNotFoundError(f"There is no file {config}.")
     values = tomllib.loads(config.read_text()) if config else {}
     values |= {k: v for k, v in dict(steps=steps, seed=seed).items() if v is not None}

@@ -37,7 +37,8 @@ def _say(quiet):
 def demo_cells(settings:DemoSettings)->tuple: # -> AnnData, tokens, boolean mask of the held-out cells
     "Load the pancreas cells, tokenise them, mark library 3."
     from scemb import datasets
-    from scemb.tokenize import TokenizerSettings, tokenize
+    from scemb.tokenize import TokenizerSettings
+    from scemb.tokens import tokenize
     adata = datasets.load("baron_pancreas")
     if settings.n_cells: adata = adata[np.sort(np.random.default_rng(settings.seed).permutation(adata.n_obs)[:settings.n_cells])].copy()
     tokens = tokenize(adata, settings=TokenizerSettings(max_len=settings.max_len, seed=settings.seed), obs_columns=["cell_type", "batch"])
@@ -68,7 +69,7 @@ def run_demo(
     overwrite:bool=False, quiet:bool=False,
 ):                                        # The score table
     "Train, embed, score, draw; writes checkpoint/, embedded.h5ad, scores.csv, losses.csv, umap.csv and figures."
-    import pandas as pd, torch
+    import pandas as pd
     from scemb.benchmark import cluster_scores, loss_scores, transfer_scores
     from scemb.counts import check_output
     from scemb.figures import umap_coordinates

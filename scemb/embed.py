@@ -9,11 +9,10 @@ __all__ = ['POOLINGS', 'encode_cells', 'embed']
 import numpy as np
 import torch
 
-from .batching import truncated
 from .checkpoint import load_checkpoint
-from .counts import Counts, read_counts
+from .counts import read_counts
 from .model import ScembForMaskedLM
-from .tokenize import CLS, TokenizerSettings, Vocabulary, encode_chunk, tokenizer_hash
+from .tokenize import CLS, Encoder, TokenizerSettings, tokenizer_hash
 
 # %% ../nbs/10_embed.ipynb #7dfd017a
 POOLINGS = ("mean12", "last", "cls")
@@ -81,11 +80,12 @@ def embed(
     if limit > net.config.max_position_embeddings: raise ValueError(f"max_len={limit}, but the model knows {net.config.max_position_embeddings} ranks; lower max_len.")
     settings = TokenizerSettings(**{**vars(settings), "max_len": min(limit, room)})
     net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    token, shield = vocabulary.token_of_rows(counts.genes.rows), np.zeros(len(vocabulary), bool)
+    token = vocabulary.token_of_rows(counts.genes.rows)
     if (token >= 0).sum() == 0: raise ValueError("None of the genes is in the model's vocabulary; see `scemb doctor` for what the file holds.")
+    encoder = Encoder(token, vocabulary, settings)
     out, cut = np.empty((counts.n_cells, net.config.hidden_size), np.float32), 0
     for first, chunk in counts.chunks():
-        e = encode_chunk(chunk, token, settings, shield)
+        e = encoder(chunk)
         out[first:first + chunk.shape[0]] = encode_cells(net, e["genes"], e["bins"], e["offsets"], pooling, token_budget, precision)
         cut += int((e["detected"] > settings.max_len).sum())
         if progress: progress(first + chunk.shape[0], counts.n_cells)

@@ -67,6 +67,7 @@ def plain_names(
     plain = np.array([n if isinstance(n, str) else str(n) for n in names], dtype=object)
     twin = np.zeros(len(plain), bool)
     for i, name in enumerate(plain):
+        if len(name) == 15 and name.startswith("ENSG0"): continue       # an id without version: nothing to strip
         if name.startswith("ENSG") and (hit := ENSEMBL.match(name)):
             plain[i], twin[i] = f"ENSG0{hit[1]}", name.startswith("ENSGR") or "_PAR_Y" in name
         else: plain[i] = name.strip()
@@ -214,8 +215,8 @@ def find_names(
     "Look each name up on its own."
     known, step, candidates = name_table()
     at = known.index.get_indexer(plain)
-    symbols = set(step.index[step.isin([1, 2])])
     r_spelling = {i: n.replace(".", "-") for i, n in enumerate(plain) if at[i] < 0 and "." in n and n not in candidates}
+    symbols = set(step.index[step.isin([1, 2])]) if r_spelling else set()
     r_spelling = {i: n for i, n in r_spelling.items()
                   if n in symbols and not ((copy := re.match(r"(.+)\.\d+$", plain[i])) and copy[1] in symbols)}
     at[list(r_spelling)] = known.index.get_indexer(list(r_spelling.values()))

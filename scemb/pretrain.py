@@ -6,7 +6,7 @@
 __all__ = ['GENE_SCALE', 'TrainSettings', 'Batches', 'new_model', 'pretrain', 'versions', 'model_scorer']
 
 # %% ../nbs/09_pretrain.ipynb #fbe46b77
-import json, math, platform, shutil, sys, time
+import json, platform, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import torch
 
 from .baselines import gene_vectors, unigram_prior
 from .batching import masked_batch, unpadded_batches
-from .checkpoint import check_fit, load_checkpoint, save_checkpoint
+from .checkpoint import check_fit, save_checkpoint
 from .counts import check_output
 from .model import ScembConfig, ScembForMaskedLM
-from .tokenize import SPECIAL, TokenSet
+from .tokenize import SPECIAL
+from .tokens import TokenSet
 
 # %% ../nbs/09_pretrain.ipynb #71c5c4f4
 @dataclass

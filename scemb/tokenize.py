@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'PAD', 'MASK', 'CLS', 'UNK', 'Vocabulary', 'protein_vocabulary', 'rank_bins', 'cpm', 'TokenizerSettings',
-           'tokenizer_hash', 'encode_chunk', 'TokenSet', 'tokenize', 'write_tokens', 'read_tokens', 'order_adversary']
+           'tokenizer_hash', 'Encoder', 'cell_table', 'gene_medians']
 
 # %% ../nbs/05_tokenize.ipynb #3be54d07
-import hashlib, json, os, shutil, tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, asdict, field
+import hashlib, json
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pandas as pd
 from numba import njit
 
 from .genes import gene_table, protein_coding
-from .counts import Counts, read_counts, check_output
+from .counts import Counts, read_counts
 
 # %% ../nbs/05_tokenize.ipynb #dad371d4
 SPECIAL = ("<pad>", "<mask>", "<cls>", "<unk>")
@@ -27,14 +26,18 @@ PAD, MASK, CLS, UNK = range(4)
 @dataclass(frozen=True)
 class Vocabulary:
     "Special tokens 0-3, then one token a gene."
-    genes: tuple # Ensembl ids, in token order
+    genes: tuple             # Ensembl ids, in token order
+    medians: tuple|None=None # Typical expression of each gene, for gene-median scaling (`gene_medians`)
 
     def __post_init__(self):
         if len(self) > 65_535: raise ValueError(f"The vocabulary has {len(self):,} tokens; token ids are uint16, so 65,535 is the limit. Leave genes out.")
         if len(set(self.genes)) < len(self.genes): raise ValueError("The vocabulary names a gene twice; each Ensembl id may stand once.")
+        if self.medians is not None and (len(self.medians) != len(self.genes) or not np.greater(self.medians, 0).all()):
+            raise ValueError(f"There are {len(self.medians)} medians for {len(self.genes)} genes; one positive number a gene is needed.")
     def __len__(self): return len(SPECIAL) + len(self.genes)
+    def __repr__(self): return f"Vocabulary {self.hash}: {len(self):,} tokens{', with gene medians' if self.medians else ''}"
     @property
-    def hash(self): return hashlib.sha256("\n".join(SPECIAL + self.genes).encode()).hexdigest()[:16]
+    def hash(self): return _hash([SPECIAL, self.genes] + ([self.medians] if self.medians else []))
     @property
     def symbols(self):
         "Symbol of each token (the Ensembl id where a gene has none)."
@@ -44,14 +47,22 @@ class Vocabulary:
         t = pd.Series(np.arange(len(SPECIAL), len(self), dtype=np.int32), index=list(self.genes))
         by_row = t.reindex(gene_table().ensembl_id).fillna(-1).to_numpy(np.int32)
         return np.where(np.asarray(rows) >= 0, by_row[rows], -1).astype(np.int32)
-    def save(self, folder): (Path(folder)/"gene_vocabulary.json").write_text(json.dumps(dict(hash=self.hash, special=SPECIAL, genes=self.genes)))
+    def tokens_of(self, ensembl_ids, what="genes"): # Ensembl ids -> tokens; unknown ones are named
+        position = {g: i + len(SPECIAL) for i, g in enumerate(self.genes)}
+        unknown = sorted(set(ensembl_ids) - set(position))
+        if unknown: raise ValueError(f"{len(unknown)} {what} are not in the vocabulary: {unknown[:5]}. Give Ensembl ids of protein-coding genes.")
+        return np.array([position[g] for g in ensembl_ids], np.int64)
+    def save(self, folder):
+        (Path(folder)/"gene_vocabulary.json").write_text(json.dumps(dict(hash=self.hash, special=SPECIAL, genes=self.genes, medians=self.medians)))
     @classmethod
     def load(cls, folder):
         path = Path(folder)/"gene_vocabulary.json"
         if not path.exists(): raise FileNotFoundError(f"{folder} holds no gene_vocabulary.json; it is no scEMB checkpoint or token data set.")
-        d = json.loads(path.read_text()); v = cls(tuple(d["genes"]))
+        d = json.loads(path.read_text()); v = cls(tuple(d["genes"]), tuple(d["medians"]) if d["medians"] else None)
         if v.hash != d["hash"]: raise ValueError(f"{path} is damaged: its genes hash to {v.hash}, the file says {d['hash']}. Copy it again.")
         return v
+
+def _hash(thing): return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
 
 @lru_cache
 def protein_vocabulary()->Vocabulary: # Every protein-coding gene of the gene table
@@ -102,14 +113,17 @@ def _tie_keys(genes, n, key, out): # genes (n,) -> out (n,) in 0..65535, a bijec
         x = ((x ^ a4) * m4) & 0xFFFF; out[i] = x ^ (x >> 8)
 
 # %% ../nbs/05_tokenize.ipynb #40c8b877
+_TOP = np.int64(2**31 - 1)
+
 @njit(nogil=True, cache=True)
-def _radix(a, b, n): # sort a[:n] (int64: key in bits 16-31, value in 32-39), ascending; b is scratch; returns the sorted one
-    hist = np.zeros((3, 256), np.int64)
+def _radix(a, b, n, passes): # sort a[:n] by `passes` bytes from bit 16 up; b is scratch; returns the sorted one of the two
+    hist = np.zeros((passes, 256), np.int64)
     for i in range(n):
-        x = a[i]
-        hist[0, (x >> 16) & 255] += 1; hist[1, (x >> 24) & 255] += 1; hist[2, (x >> 32) & 255] += 1
-    for p in range(3):
+        x = a[i] >> 16
+        for p in range(passes): hist[p, (x >> 8*p) & 255] += 1
+    for p in range(passes):
         shift, at = 16 + 8*p, 0
+        if hist[p, (a[0] >> shift) & 255] == n: continue          # all in one bucket: nothing to move
         for d in range(256):
             c = hist[p, d]; hist[p, d] = at; at += c
         for i in range(n):
@@ -119,73 +133,121 @@ def _radix(a, b, n): # sort a[:n] (int64: key in bits 16-31, value in 32-39), as
     return a
 
 @njit(nogil=True, cache=True)
-def _order(gene, value, key, m, limit, protected, packed, scratch, hist):
-    "Order m genes by value (descending), then key; returns (how many are ordered, the sorted genes' positions)."
-    hist[:] = 0
-    for i in range(m): hist[min(value[i], 255)] += 1
-    lowest, above = 255, hist[255]
-    while lowest > 1 and above < limit:
-        lowest -= 1; above += hist[lowest]
-    big = 0
+def _sort_groups(gene, value, key, m, lowest, per_value, items, scratch): # all values below 255, their numbers known: 32 bits an item are enough
+    "Put genes into their groups of ties, highest value first, and sort each group by key; items are (key, gene)."
+    at, low, high, r = np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty(256, np.uint32), np.uint32(0)   # unsigned indices need no check for wrapping around
+    for v in range(254, lowest - 1, -1): at[v] = r; r = np.uint32(r + per_value[v])
     for i in range(m):
-        if value[i] >= 255: big += 1
-    large, n, k = np.empty(big, np.int64), 0, 0
-    for i in range(m):
-        v = value[i]
-        if v >= 255: large[k] = ((np.int64(2147483647) - v) << 32) | (key[i] << 16) | gene[i]; k += 1
-        elif v >= lowest or protected[gene[i]]: packed[n] = ((255 - v) << 32) | (key[i] << 16) | gene[i]; n += 1
-    large.sort()
-    small = _radix(packed, scratch, n)
-    return large, small, n
+        v = np.uint32(value[i])
+        if v >= np.uint32(lowest): items[at[v]] = np.uint32((key[i] << 16) | gene[i]); at[v] += np.uint32(1)
+    for v in range(254, lowest - 1, -1):
+        n = per_value[v]; end = np.int64(at[v]); a, b = items[end - n:end], scratch[:n]
+        if n < 40:
+            for i in range(1, n):
+                x, k = a[i], i
+                while k > 0 and a[k - 1] > x: a[k] = a[k - 1]; k -= 1
+                a[k] = x
+            continue
+        low[:] = 0; high[:] = 0
+        for i in range(n): low[(a[i] >> np.uint32(16)) & np.uint32(255)] += np.uint32(1); high[a[i] >> np.uint32(24)] += np.uint32(1)
+        p = q = np.uint32(0)
+        for d in range(256):
+            c = low[d]; low[d] = p; p = np.uint32(p + c)
+            c = high[d]; high[d] = q; q = np.uint32(q + c)
+        for i in range(n): e = (a[i] >> np.uint32(16)) & np.uint32(255); b[low[e]] = a[i]; low[e] += np.uint32(1)
+        for i in range(n): e = b[i] >> np.uint32(24); a[high[e]] = b[i]; high[e] += np.uint32(1)
 
 @njit(nogil=True, cache=True)
-def _encode(indptr, indices, data, token, seed, limit, n_bins, over_window, by_index, protected, genes, bins, offsets, detected, cut):
-    "Encode the cells of a CSR chunk into flat arrays; `cut` receives the counts that truncation lost."
-    size = 0
-    for c in range(indptr.size - 1): size = max(size, indptr[c + 1] - indptr[c])
-    gene, value, key = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
-    packed, scratch, hist = np.empty(size, np.int64), np.empty(size, np.int64), np.zeros(256, np.int64)
-    at = 0
-    for c in range(indptr.size - 1):
-        m, h, total = 0, np.uint64(0), 0
-        for j in range(indptr[c], indptr[c + 1]):
-            t = token[indices[j]]
-            if t >= 0 and data[j] > 0:
-                gene[m] = t; value[m] = data[j]; total += data[j]; m += 1
-                h += _mix64(np.uint64(t) + np.uint64(0x9E3779B97F4A7C15))     # a sum: blind to the order of genes
-        if by_index: key[:m] = gene[:m]
-        else: _tie_keys(gene, m, _mix64(h) ^ seed, key)
-        large, small, n_small = _order(gene, value, key, m, limit, protected, packed, scratch, hist)
-        n_large = large.size
-        keep = min(limit, m); n = keep if over_window else m
-        spare = 0                                                             # places kept free for protected genes
-        if m > limit:
-            for i in range(m): spare += protected[gene[i]]
-        free, before, same, upto, last = max(limit - spare, 0), 0, 0, 0, np.int64(-1)
-        for i in range(n_large + n_small):
-            x = large[i] if i < n_large else small[i - n_large]
-            v = np.int64(2147483647) - (x >> 32) if i < n_large else 255 - (x >> 32)
-            g = x & 0xFFFF
-            if v != last:                                                     # a new group of ties: p = before, q = upto
-                if i < n_large:
-                    before, upto = i, i + 1
-                    while upto < n_large and (large[upto] >> 32) == (x >> 32): upto += 1
-                else:
-                    before = 0
-                    for d in range(v + 1, 256): before += hist[d]
-                    upto = before + hist[v]
-                last = v
-                p, q = min(before, n), min(upto, n)
-                same = 1 + (n_bins*(2*n - p - q)) // (2*n)
-            if not protected[g]:
-                if m > limit:
-                    if free == 0: continue
-                    free -= 1
-            genes[at] = g; bins[at] = same; at += 1; total -= v
-        offsets[c + 1] = at; detected[c] = m; cut[c] = total
-    return at
+def _order(gene, value, key, m, lowest, protected, small, large, scratch):
+    "Order m genes of any value, or some of them protected: values from 255 up, then those that can still be kept below."
+    n, k = 0, 0
+    for i in range(m):
+        v = value[i]
+        if v >= 255: large[k] = ((_TOP - v) << 32) | (key[i] << 16) | gene[i]; k += 1
+        elif v >= lowest or protected[gene[i]]: small[n] = ((255 - v) << 32) | (key[i] << 16) | gene[i]; n += 1
+    if k > 100: first = _radix(large, scratch[1], k, 6)
+    else: large[:k].sort(); first = large
+    return first, k, _radix(small, scratch[0], n, 3) if n else small, n
 
 # %% ../nbs/05_tokenize.ipynb #0f7c7fd0
+@njit(nogil=True, cache=True)
+def _bin_of(v, i, large, n_large, lowest, hist, n, n_bins): # bin of the group of ties that the i-th gene in order, of value v, opens
+    before = i
+    if i < n_large:
+        upto = i + 1
+        while upto < n_large and (large[upto] >> 32) == (large[i] >> 32): upto += 1
+    else:
+        if v < lowest:                                                                # a protected gene from below the cut: the order has holes
+            before = 0
+            for d in range(v + 1, 256): before += hist[d]
+        upto = before + hist[v]
+    return 1 + (n_bins*(2*n - min(before, n) - min(upto, n)))//(2*n)
+
+@njit(nogil=True, cache=True)
+def _encode(indptr, indices, data, token, mixed, scale, seed, limit, n_bins, over_window, by_index, protected, genes, bins, offsets, detected, total, cut, rescued):
+    "Encode the cells of a CSR chunk into flat arrays; returns how many tokens there are."
+    size = 1
+    for c in range(indptr.size - 1): size = max(size, indptr[c + 1] - indptr[c] + 1)
+    gene, value, key = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
+    small, large, scratch, hist = np.empty(size, np.int64), np.empty(size, np.int64), np.empty((2, size), np.int64), np.zeros(256, np.int64)
+    items, spare_items = np.empty(size, np.uint32), np.empty(size, np.uint32)
+    count = np.zeros(65_536, np.int64)
+    as_float = np.empty(1, np.float32); as_int = as_float.view(np.int32)              # positive floats order like their bits
+    scaled, shielded, at = scale.size > 0, protected.any(), 0
+    for c in range(indptr.size - 1):
+        m, h, sum_of_counts, spare = 0, np.uint64(0), np.int64(0), 0
+        for j in range(indptr[c], indptr[c + 1]):
+            column = np.uint32(indices[j]); t, v = token[column], data[j]             # without branches: unknown genes are overwritten by the next
+            known = (t >= 0) & (v > 0)
+            gene[m], value[m] = t, v
+            sum_of_counts += v*known; m += known; h += mixed[column]*np.uint64(known)  # a sum: blind to the order of genes
+        for i in range(m if scaled or shielded else 0):
+            t = gene[i]; spare += protected[t]
+            if scaled: count[t] = value[i]; as_float[0] = value[i]*scale[t]; value[i] = as_int[0]
+        if by_index: key[:m] = gene[:m]
+        else: _tie_keys(gene, m, _mix64(h) ^ seed, key)
+        hist[:] = 0
+        for i in range(m): hist[np.uint32(min(value[i], 255))] += 1
+        lowest, above = 255, hist[255]                                                # the lowest value that can still be kept
+        while lowest > 1 and above < limit: lowest -= 1; above += hist[lowest]
+        n, last, same = min(limit, m) if over_window else m, np.int64(-1), 0
+        free = max(limit - spare, 0) if m > limit else m                              # places for unprotected genes
+        kept, saved = np.int64(0), 0
+        if hist[255] == 0 and spare == 0 and not scaled:                                      # the usual case, a group of ties at a time
+            _sort_groups(gene, value, key, m, lowest, hist, items, spare_items)
+            i = 0
+            for v in range(254, lowest - 1, -1):
+                if hist[v] == 0: continue
+                same, upto = 1 + (n_bins*(2*n - i - min(i + hist[v], n)))//(2*n), min(i + hist[v], limit)
+                for k in range(i, upto): genes[at + k] = items[k] & np.uint32(0xFFFF)
+                bins[at + i:at + upto] = same
+                kept += v*(upto - i); i = upto
+            at += i
+            offsets[c + 1], detected[c], total[c], cut[c], rescued[c] = at, m, sum_of_counts, sum_of_counts - kept, 0
+            continue
+        first, n_first, rest, n_rest = _order(gene, value, key, m, lowest, protected, small, large, scratch)
+        for i in range(n_first + n_rest):
+            x = first[i] if i < n_first else rest[i - n_first]
+            v = _TOP - (x >> 32) if i < n_first else 255 - (x >> 32)
+            g = x & 0xFFFF
+            if v != last: same, last = _bin_of(v, i, first, n_first, lowest, hist, n, n_bins), v
+            if not shielded or not protected[g]:
+                if free == 0:
+                    if shielded: continue
+                    break
+                free -= 1
+            elif i >= limit: saved += 1
+            genes[at], bins[at] = g, same; at += 1; kept += count[g] if scaled else v
+        offsets[c + 1], detected[c], total[c], cut[c], rescued[c] = at, m, sum_of_counts, sum_of_counts - kept, saved
+    return at
+@njit(cache=True)
+def _mixed(token): # what each input gene adds to the hash of a cell
+    out = np.zeros(token.size, np.uint64)
+    for i in range(token.size):
+        if token[i] >= 0: out[i] = _mix64(np.uint64(token[i]) + np.uint64(0x9E3779B97F4A7C15))
+    return out
+
+# %% ../nbs/05_tokenize.ipynb #4d0a1a34
 @dataclass(frozen=True)
 class TokenizerSettings:
     "How cells become tokens; the defaults are the paper's except where `decisions` says why not."
@@ -193,225 +255,93 @@ class TokenizerSettings:
     n_bins: int = 100           # Expression bins; 0 is for special and masked tokens (Hsieh et al., Methods)
     bins_over: str = "window"   # "window": quantiles over the kept genes; "detected": over all detected genes, as published
     ties: str = "hash"          # "hash": no information; "index": vocabulary order, which leaks
+    scale: str = "none"         # "median": divide by gene medians before ordering
     seed: int = 0               # Of the tie order
 
     def __post_init__(self):
         if not 1 <= self.n_bins <= 255: raise ValueError(f"n_bins={self.n_bins}; bins are uint8, so 1 to 255 are possible.")
         if self.max_len < 1: raise ValueError(f"max_len={self.max_len}; at least one gene a cell is needed.")
-        for name, allowed in (("bins_over", ("window", "detected")), ("ties", ("hash", "index"))):
+        for name, allowed in (("bins_over", ("window", "detected")), ("ties", ("hash", "index")), ("scale", ("none", "median"))):
             if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
 
 def tokenizer_hash(settings:TokenizerSettings, vocabulary:Vocabulary)->str:
     "One hash for everything that decides how a cell becomes tokens."
-    return hashlib.sha256(json.dumps([asdict(settings), vocabulary.hash], sort_keys=True).encode()).hexdigest()[:16]
+    return _hash([asdict(settings), vocabulary.hash])
 
-def encode_chunk(
-    chunk,                       # CSR chunk of counts, cells x input genes
-    token:np.ndarray,            # Token of each input gene, -1 = not in the vocabulary
-    settings:TokenizerSettings,  # How
-    protected:np.ndarray,        # Boolean by token: never cut by truncation
-)->dict:                         # genes uint16, bins uint8 (flat), offsets int64, detected int32, cut int64 (a value a cell)
-    "Tokenise the cells of one chunk."
-    chunk = _sum_shared_columns(chunk, token)
-    bound = int(np.minimum(np.diff(chunk.indptr), settings.max_len + int(protected.sum())).sum())
-    out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(chunk.shape[0] + 1, np.int64),
-               detected=np.empty(chunk.shape[0], np.int32), cut=np.empty(chunk.shape[0], np.int64))
-    seed = np.uint64(int.from_bytes(hashlib.sha256(str(settings.seed).encode()).digest()[:8], "little"))
-    n = _encode(chunk.indptr, chunk.indices, chunk.data, token, seed, settings.max_len, settings.n_bins, settings.bins_over == "window",
-                settings.ties == "index", protected, *out.values())
-    out["genes"], out["bins"] = out["genes"][:n].copy(), out["bins"][:n].copy()
-    return out
+# %% ../nbs/05_tokenize.ipynb #0b57e0b9
+class Encoder:
+    "Counts of a chunk of cells -> tokens. Made once for a data set, called for each chunk, in any thread."
+    def __init__(self,
+        token:np.ndarray,           # Token of each input gene, -1 = not in the vocabulary (`Vocabulary.token_of_rows`)
+        vocabulary:Vocabulary,
+        settings:TokenizerSettings=TokenizerSettings(),
+        protected=(),               # Ensembl ids that truncation must not cut
+    ):
+        self.token, self.settings, self.protected = np.asarray(token, np.int32), settings, np.zeros(len(vocabulary), np.bool_)
+        self.protected[vocabulary.tokens_of(protected, "protected genes")] = True
+        if settings.scale == "median" and vocabulary.medians is None:
+            raise ValueError("scale='median' needs gene medians in the vocabulary; make them with `gene_medians` (scemb tokenize --scale median).")
+        self.scale = np.concatenate([np.zeros(len(SPECIAL)), 1/np.asarray(vocabulary.medians)]) if settings.scale == "median" else np.zeros(0)
+        self.seed = np.uint64(int.from_bytes(hashlib.sha256(str(settings.seed).encode()).digest()[:8], "little"))
+        self.mixed = _mixed(self.token)
+        used = self.token[self.token >= 0]
+        self.shared = np.unique(used).size < used.size         # two input names of one gene
 
-def _sum_shared_columns(chunk, token): # two input names of one gene: their counts are added
-    "Add up columns that carry the same token, so that no gene stands twice in a cell."
-    used = token[token >= 0]
-    if np.unique(used).size == used.size: return chunk
-    import scipy.sparse as sp
-    first = np.arange(token.size)
-    for t in (t for t, n in zip(*np.unique(used, return_counts=True)) if n > 1):
-        same = np.flatnonzero(token == t); first[same] = same[0]
-    merged = sp.csr_matrix((chunk.data, first[chunk.indices], chunk.indptr), shape=chunk.shape, copy=True)
-    merged.sum_duplicates()
-    return merged
+    def __call__(self, chunk)->dict: # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut, rescued
+        "Tokenise the cells of one chunk; `cut` are the counts that truncation lost, `rescued` the protected genes it would have cut."
+        if self.shared: chunk = self._summed(chunk)
+        s, n = self.settings, chunk.shape[0]
+        bound = int(np.minimum(np.diff(chunk.indptr), s.max_len + int(self.protected.sum())).sum())
+        out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32),
+                   total=np.empty(n, np.int64), cut=np.empty(n, np.int64), rescued=np.empty(n, np.int32))
+        size = _encode(chunk.indptr, chunk.indices, chunk.data, self.token, self.mixed, self.scale, self.seed, s.max_len, s.n_bins, s.bins_over == "window", s.ties == "index", self.protected, *out.values())
+        return out | {k: out[k][:size].copy() for k in ("genes", "bins")}
 
-# %% ../nbs/05_tokenize.ipynb #9aa7fff5
-@dataclass
-class TokenSet:
-    "Tokenised cells. `parts` are (offsets, genes, bins) of consecutive cells, in memory or memory-mapped."
-    parts: list
-    obs: pd.DataFrame     # One row a cell
-    vocabulary: Vocabulary
-    settings: TokenizerSettings
-    card: dict = field(default_factory=dict)
+    def _summed(self, chunk): # counts of all names of a gene are added, so that no gene stands twice in a cell
+        import scipy.sparse as sp
+        first = pd.Series(np.arange(self.token.size)).groupby(np.where(self.token >= 0, self.token, -1 - np.arange(self.token.size))).transform("first").to_numpy()
+        merged = sp.csr_matrix((chunk.data.astype(np.int64), first[chunk.indices], chunk.indptr), shape=chunk.shape)
+        merged.sum_duplicates()
+        if merged.nnz and merged.data.max() > _TOP: raise ValueError(f"The counts of several names of one gene add up to {merged.data.max():,}, over 2^31 - 1; check the duplicated names.")
+        return merged
 
-    def __post_init__(self):
-        self.first = np.cumsum([0] + [len(o) - 1 for o, _, _ in self.parts])      # first cell of each part
-        self.lengths = np.concatenate([np.diff(o) for o, _, _ in self.parts]).astype(np.int32) if self.parts else np.zeros(0, np.int32)
-    def __len__(self): return int(self.first[-1])
-    def __repr__(self):
-        n = self.lengths; span = f"{n.min()}-{n.max()} genes (mean {n.mean():.0f})" if len(n) else "empty"
-        return f"TokenSet: {len(self):,} cells, {span}, vocabulary {self.vocabulary.hash}, obs {list(self.obs.columns)}"
-
-    def cell(self, i): # -> genes (L,), bins (L,)
-        "Genes and bins of one cell, in rank order."
-        p = int(np.searchsorted(self.first, i, side="right") - 1); o, g, b = self.parts[p]; i -= self.first[p]
-        return g[o[i]:o[i + 1]], b[o[i]:o[i + 1]]
-
-    def gather(self, cells): # -> genes (T,) uint16, bins (T,) uint8, offsets (cells + 1,) int64
-        "Flat genes and bins of the given cells, in the given order."
-        cells = np.asarray(cells)
-        pairs = [self.cell(i) for i in cells]
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[cells], dtype=np.int64)])
-        if not pairs: return np.zeros(0, np.uint16), np.zeros(0, np.uint8), offsets
-        return np.concatenate([g for g, _ in pairs]), np.concatenate([b for _, b in pairs]), offsets
-
-    def subset(self, cells): # integer positions or a boolean mask -> TokenSet
-        "The given cells as a token set in memory."
-        cells = np.arange(len(self))[cells]
-        genes, bins, offsets = self.gather(cells)
-        return TokenSet([(offsets, genes, bins)], self.obs.iloc[cells].reset_index(drop=True), self.vocabulary, self.settings, self.card)
-
-    def read_cell(self, i, top=12): # the first genes of a cell with their bins, for people
-        "A cell as a line of text: its highest genes with their bins."
-        g, b = self.cell(i)
-        return " ".join(f"{s}:{x}" for s, x in zip(self.vocabulary.symbols[g[:top]], b[:top])) + (f" ... ({len(g)} genes)" if len(g) > top else "")
-
-# %% ../nbs/05_tokenize.ipynb #87c10b73
-def tokenize(
-    source,                                  # AnnData, a path, or Counts
-    vocabulary:Vocabulary|None=None,         # Default: protein-coding genes
-    settings:TokenizerSettings=TokenizerSettings(),
-    obs_columns=(),                          # Columns of obs to keep
-    protected=(),                            # Ensembl ids that truncation must not cut
-    layer:str|None=None,                     # Where the counts are (see `counts`)
-    n_threads:int=1,                         # Chunks are encoded in parallel; the result is the same
-)->TokenSet:                                 # In memory, one row a cell, empty cells with length 0
-    "Tokenise a data set in memory."
-    counts = source if isinstance(source, Counts) else read_counts(source, layer)
-    vocabulary = vocabulary or protein_vocabulary()
-    encoded = list(_encoded_chunks(counts, vocabulary, settings, protected, n_threads))
-    obs = counts.adata.obs[list(obs_columns)].reset_index(drop=True)
-    return TokenSet([(e["offsets"], e["genes"], e["bins"]) for _, e in encoded], obs, vocabulary, settings, _card(counts, vocabulary, settings, [e for _, e in encoded]))
-
-def _encoded_chunks(counts, vocabulary, settings, protected=(), n_threads=1, start=0, chunk_size=4096):
-    "Yield (first cell, encoded chunk), reading ahead by one chunk a thread."
-    token = vocabulary.token_of_rows(counts.genes.rows)
-    shield = np.zeros(len(vocabulary), bool)
-    unknown = sorted(set(protected) - set(vocabulary.genes))
-    if unknown: raise ValueError(f"{len(unknown)} protected genes are not in the vocabulary: {unknown[:5]}. Give Ensembl ids of protein-coding genes.")
-    position = {g: i + len(SPECIAL) for i, g in enumerate(vocabulary.genes)} if protected else {}
-    shield[[position[g] for g in protected]] = True
-    with ThreadPoolExecutor(n_threads) as pool:
-        waiting = []
-        for first, chunk in counts.chunks(chunk_size, start):
-            waiting.append((first, pool.submit(encode_chunk, chunk, token, settings, shield)))
-            if len(waiting) > n_threads:
-                f, job = waiting.pop(0); yield f, job.result()
-        for f, job in waiting: yield f, job.result()
-
-def _card(counts, vocabulary, settings, encoded): # counts of what was kept and cut
-    n, lengths = counts.n_cells, np.concatenate([np.diff(e["offsets"]) for e in encoded])
-    cut, over = sum(int(e["cut"].sum()) for e in encoded), np.concatenate([e["detected"] for e in encoded]) > settings.max_len
-    return dict(tokenizer_hash=tokenizer_hash(settings, vocabulary), vocabulary_hash=vocabulary.hash, settings=asdict(settings), n_cells=int(n),
-                n_empty=int((lengths == 0).sum()), n_tokens=int(lengths.sum()), share_truncated=float(over.mean()), counts_cut=cut)
-
-# %% ../nbs/05_tokenize.ipynb #6934c115
-def write_tokens(
-    sources,                          # Paths or AnnData, one or several
-    out,                              # Folder to write
-    vocabulary:Vocabulary|None=None,  # Default: protein-coding genes
-    settings:TokenizerSettings=TokenizerSettings(),
-    obs_columns=(),                   # Columns of obs to keep; each source must have them
-    protected=(), layer:str|None=None, n_threads:int=1, overwrite:bool=False,
-    progress=None,                    # Called with (cells done, cells in all)
-)->Path:                              # The folder
-    "Tokenise data sets of any size into one token data set on disk."
-    import pyarrow as pa
-    out, vocabulary = check_output(out, overwrite), vocabulary or protein_vocabulary()
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) or not hasattr(sources, "__len__") or hasattr(sources, "obs") else list(sources)
-    opened = [read_counts(s, layer) for s in sources]
-    for c, s in zip(opened, sources):
-        missing = [k for k in obs_columns if k not in c.adata.obs]
-        if missing: raise ValueError(f"{s if isinstance(s, (str, os.PathLike)) else 'The AnnData'} has no obs column {missing}; it has {list(c.adata.obs.columns)}.")
-    schema = pa.schema([("genes", pa.list_(pa.uint16())), ("bins", pa.list_(pa.uint8())), ("length", pa.int32()), ("source", pa.int32()), ("row", pa.int64())]
-                       + [(k, pa.string()) for k in obs_columns])
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        cards, total, done = [], sum(c.n_cells for c in opened), 0
-        with pa.OSFile(str(temporary/"data-00000-of-00001.arrow"), "wb") as f, pa.ipc.new_stream(f, schema) as writer:
-            for s, counts in enumerate(opened):
-                seen = []
-                for first, e in _encoded_chunks(counts, vocabulary, settings, protected, n_threads):
-                    writer.write_batch(_record_batch(e, counts.adata.obs, first, s, obs_columns, schema))
-                    seen.append({k: e[k] for k in ("offsets", "detected", "cut")}); done += len(e["detected"])
-                    if progress: progress(done, total)
-                cards.append(_card(counts, vocabulary, settings, seen))
-        _write_cards(temporary, schema, vocabulary, settings, cards, sources)
-        if out.exists(): shutil.rmtree(out)
-        os.replace(temporary, out)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
-    return out
-
-def _record_batch(e, obs, first, source, obs_columns, schema): # one encoded chunk -> Arrow, empty cells left out
-    import pyarrow as pa
-    lengths = np.diff(e["offsets"]); keep = lengths > 0
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int32))
-    rows = first + np.flatnonzero(keep)
-    return pa.record_batch([pa.ListArray.from_arrays(offsets, pa.array(e["genes"])), pa.ListArray.from_arrays(offsets, pa.array(e["bins"])),
-        pa.array(lengths[keep].astype(np.int32)), pa.array(np.full(keep.sum(), source, np.int32)), pa.array(rows)]
-        + [pa.array(obs[k].iloc[rows].astype(str).to_numpy(dtype=object)) for k in obs_columns], schema=schema)
-
-def _write_cards(folder, schema, vocabulary, settings, cards, sources): # what load_from_disk wants, and our own card
-    from datasets import Features
-    files = sorted(p.name for p in folder.glob("*.arrow"))
-    (folder/"state.json").write_text(json.dumps(dict(_data_files=[dict(filename=f) for f in files], _fingerprint=tokenizer_hash(settings, vocabulary),
-        _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None)))
-    (folder/"dataset_info.json").write_text(json.dumps(dict(features=Features.from_arrow_schema(schema).to_dict(), description="scEMB tokens", citation="", homepage="", license="")))
-    named = [str(Path(s).name) if isinstance(s, (str, os.PathLike)) else "AnnData" for s in sources]
-    (folder/"tokens.json").write_text(json.dumps(dict(tokenizer_hash=tokenizer_hash(settings, vocabulary), vocabulary_hash=vocabulary.hash,
-        settings=asdict(settings), sources=[dict(source=n, **c) for n, c in zip(named, cards)]), indent=1))
-    vocabulary.save(folder)
+# %% ../nbs/05_tokenize.ipynb #472d22d9
+def cell_table(
+    genes:np.ndarray,       # Tokens of one cell, shape (L,)
+    bins:np.ndarray,        # Their bins
+    vocabulary:Vocabulary,
+)->pd.DataFrame:            # rank, ensembl_id, symbol, bin
+    "Decode a tokenised cell."
+    names = np.array(SPECIAL + vocabulary.genes, dtype=object)
+    return pd.DataFrame(dict(rank=np.arange(len(genes)), ensembl_id=names[genes], symbol=vocabulary.symbols[genes], bin=bins))
 
 # %% ../nbs/05_tokenize.ipynb #9e8b9054
-def read_tokens(
-    folder, # A token data set written by `write_tokens`
-)->TokenSet: # Memory-mapped
-    "Open a token data set without reading it."
-    import pyarrow as pa
-    folder = Path(folder)
-    if not (folder/"tokens.json").exists(): raise FileNotFoundError(f"{folder} is no token data set (it has no tokens.json). Make one with: scemb tokenize FILE --out {folder.name}")
-    card, vocabulary = json.loads((folder/"tokens.json").read_text()), Vocabulary.load(folder)
-    batches = [b for f in sorted(folder.glob("*.arrow")) for b in pa.ipc.open_stream(pa.memory_map(str(f))).read_all().to_batches()]
-    parts = []
-    for b in batches:
-        o = b.column("genes").offsets.to_numpy(); parts.append((o, b.column("genes").values.to_numpy(), b.column("bins").values.to_numpy()))
-    names = [n for n in batches[0].schema.names if n not in ("genes", "bins", "length")] if batches else []
-    obs = pa.Table.from_batches(batches).select(names).to_pandas() if batches else pd.DataFrame()
-    return TokenSet(parts, obs, vocabulary, TokenizerSettings(**card["settings"]), card)
+_PER_OCTAVE, _OCTAVES, _LOWEST = 32, 24, -7 # counts per 10,000 from 2^-7 to 2^17
 
-# %% ../nbs/05_tokenize.ipynb #00a3e85d
-def order_adversary(
-    genes:np.ndarray,   # Flat tokens in rank order, shape (T,)
-    offsets:np.ndarray, # First token of each cell, shape (cells + 1,)
-    masked:np.ndarray,  # Boolean, shape (T,): hidden from the adversary
-    prior:np.ndarray,   # Probability of each token, shape (vocabulary,), positive for genes
-    weight:float=None,  # How far to trust the interval, 0-1; None fits it on these cells
-)->tuple:               # (negative log-likelihood of each masked token, weight)
-    "Predict masked genes from the vocabulary numbers of their visible neighbours alone."
-    n, where = len(genes), np.flatnonzero(masked)
-    cell = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    left = np.maximum.accumulate(np.where(masked, -1, np.arange(n)))[where]
-    right = np.minimum.accumulate(np.where(masked, n, np.arange(n))[::-1])[::-1][where]
-    inside = lambda side: (side >= 0) & (side < n) & (cell[side.clip(0, n - 1)] == cell[where])
-    low = np.where(inside(left), genes[left.clip(0)], 0).astype(np.int64)
-    high = np.where(inside(right), genes[right.clip(max=n - 1)], len(prior)).astype(np.int64)
-    total = np.concatenate([[0], np.cumsum(prior)])
-    between, truth = total[high] - total[np.minimum(low + 1, high)], genes[where].astype(np.int64)
-    told = (low < truth) & (truth < high) & (between > 0)
-    sharp = np.where(told, prior[truth]/np.where(between > 0, between, 1), 0.)
-    usable = (low < high) & (between > 0)                        # neighbours that descend are no interval: use the prior
-    nll = lambda w: -np.log(np.where(usable, w*sharp + (1 - w)*prior[truth], prior[truth]))
-    if weight is None:
-        grid = np.concatenate([[0], np.geomspace(1e-3, .5, 20), 1 - np.geomspace(.4, 1e-4, 20)])
-        weight = float(grid[np.argmin([nll(w).mean() for w in grid])])
-    return nll(weight), weight
+@njit(cache=True)
+def _fill(indptr, indices, data, token, hist):
+    for c in range(indptr.size - 1):
+        total = 0
+        for j in range(indptr[c], indptr[c + 1]):
+            if token[indices[j]] >= 0: total += data[j]
+        for j in range(indptr[c], indptr[c + 1]):
+            t = token[indices[j]]
+            if t >= 0 and data[j] > 0: hist[t, min(max(int(_PER_OCTAVE*(np.log2(data[j]*1e4/total) - _LOWEST)), 0), hist.shape[1] - 1)] += 1
+
+def gene_medians(
+    sources,                # Counts, AnnData or paths, one or several
+    vocabulary:Vocabulary,
+)->Vocabulary:              # The same genes with medians; genes never seen get the median of the others
+    "Non-zero median of each gene over a corpus, in one pass."
+    hist = np.zeros((len(vocabulary), _PER_OCTAVE*_OCTAVES), np.int64)
+    for s in sources if isinstance(sources, (list, tuple)) else [sources]:
+        counts = s if isinstance(s, Counts) else read_counts(s)
+        token = vocabulary.token_of_rows(counts.genes.rows)
+        for _, chunk in counts.chunks(): _fill(chunk.indptr, chunk.indices, chunk.data, token, hist)
+    n, upto = hist.sum(1), hist.cumsum(1)
+    at = (upto*2 >= n[:, None]).argmax(1)
+    below = np.take_along_axis(upto, at[:, None], 1)[:, 0] - np.take_along_axis(hist, at[:, None], 1)[:, 0]
+    inside = (n/2 - below)/np.maximum(np.take_along_axis(hist, at[:, None], 1)[:, 0], 1)
+    medians = 2.**(_LOWEST + (at + inside)/_PER_OCTAVE)
+    medians[n == 0] = np.median(medians[n > 0]) if (n > 0).any() else 1.
+    return Vocabulary(vocabulary.genes, tuple(medians[len(SPECIAL):].round(6)))
