@@ -24,7 +24,7 @@ def first_non_count(
     if values.dtype.kind == "b": return None
     if values.dtype.kind not in "iuf": raise TypeError(f"Expression values have dtype {values.dtype}; counts must be numbers.")
     flat = values.ravel()
-    if flat.size and flat.dtype.kind in "iu" and flat.min() >= 0 and flat.max() <= np.iinfo(np.int32).max: return None
+    if flat.dtype == np.int32 and flat.size and flat.min() >= 0: return None
     bad = (flat < 0) | (flat > np.iinfo(np.int32).max)
     if flat.dtype.kind == "f": bad |= ~(flat == np.floor(flat))     # NaN is unequal to itself
     i = int(bad.argmax()) if bad.size else 0
@@ -54,13 +54,13 @@ class InflatedArray:
         self.held = (last, values[last])
         return np.concatenate([values[k] for k in range(first, last + 1)])[a - first*self.size:b - first*self.size]
 
-def _gzip_chunks(matrix, chunk_size, start, pool): # a backed, gzip-compressed CSR matrix, past h5py's filter
-    group = matrix.group
-    indptr, data, indices = group["indptr"][:], InflatedArray(group["data"]), InflatedArray(group["indices"])
-    for first in range(start, matrix.shape[0], chunk_size):
+def _hdf5_chunks(group, width, chunk_size, start, pool): # the group of a CSR matrix in an HDF5 file
+    read = {k: InflatedArray(group[k]).read if InflatedArray.suits(group[k]) else lambda a, b, _, d=group[k]: d[a:b] for k in ("data", "indices")}
+    indptr = group["indptr"][:]
+    for first in range(start, len(indptr) - 1, chunk_size):
         p = indptr[first:first + chunk_size + 1]
-        if p[-1] == p[0]: yield first, sp.csr_matrix((len(p) - 1, matrix.shape[1]), dtype=group["data"].dtype); continue
-        yield first, sp.csr_matrix((data.read(p[0], p[-1], pool), indices.read(p[0], p[-1], pool), p - p[0]), shape=(len(p) - 1, matrix.shape[1]))
+        if p[-1] == p[0]: yield first, sp.csr_matrix((len(p) - 1, width), dtype=group["data"].dtype); continue
+        yield first, sp.csr_matrix((read["data"](p[0], p[-1], pool), read["indices"](p[0], p[-1], pool), p - p[0]), shape=(len(p) - 1, width))
 
 # %% ../nbs/02a_counts.ipynb #f378e394
 def iter_chunks(
@@ -74,8 +74,8 @@ def iter_chunks(
     if sp.issparse(matrix) and matrix.format != "csr": matrix = matrix.tocsr()
     elif getattr(matrix, "format", None) == "csc": matrix = matrix.to_memory().tocsr()
     group = getattr(matrix, "group", None)
-    zipped = group is not None and getattr(matrix, "format", None) == "csr" and all(InflatedArray.suits(group[k]) for k in ("data", "indices"))
-    parts = _gzip_chunks(matrix, chunk_size, start, pool) if zipped else ((f, matrix[f:f + chunk_size]) for f in range(start, matrix.shape[0], chunk_size))
+    stored = type(group).__module__.startswith("h5py") and getattr(matrix, "format", None) == "csr"
+    parts = _hdf5_chunks(group, matrix.shape[1], chunk_size, start, pool) if stored else ((f, matrix[f:f + chunk_size]) for f in range(start, matrix.shape[0], chunk_size))
     for first, part in parts:
         chunk = sp.csr_matrix(part) if not sp.issparse(part) else part.tocsr(copy=True) if sp.issparse(matrix) else part.tocsr()
         if not chunk.has_canonical_format: chunk.sum_duplicates()
@@ -83,7 +83,7 @@ def iter_chunks(
         yield first, chunk
 
 # %% ../nbs/02a_counts.ipynb #07f31a23
-def _sample(matrix, n:int=2048): # a block of cells from the beginning, the middle and the end
+def _sample(matrix, n:int=600): # a block of cells from the beginning, the middle and the end
     "Rows of a matrix that stand for the whole in a first check."
     total, block = matrix.shape[0], max(1, n // 3)
     starts = sorted({0, max(0, total // 2 - block // 2), max(0, total - block)})
@@ -94,18 +94,22 @@ def offending_value(
     matrix,      # Cells x genes, any layout
     var_names,   # Names of its genes
 )->str|None:     # "-0.3 (cell 7, gene GAPDH)"; None when every value looked at is a count
-    "Describe the first value that is not a count, looking at up to 2,048 cells across the matrix."
+    "Describe the first value that is not a count, looking at up to 600 cells across the matrix."
     for start, chunk in _sample(matrix):
         i = first_non_count(chunk.data)
         if i is not None:
             cell = int(np.searchsorted(chunk.indptr, i, side="right") - 1)
             return f"{chunk.data[i]:g} (cell {start + cell}, gene {var_names[chunk.indices[i]]})"
 
+def _x(adata): # X, or None where there is none (a backed file without X raises KeyError)
+    try: return adata.X
+    except KeyError: return None
+
 def count_layers(
     adata, # AnnData
 )->list:   # Places that hold counts, as written in `layer=`: "X", names of layers, "raw"
     "List every matrix of an AnnData that holds raw counts."
-    places = [("X", adata.X, adata.var_names)] + [(k, adata.layers[k], adata.var_names) for k in adata.layers]
+    places = [("X", _x(adata), adata.var_names)] + [(k, adata.layers[k], adata.var_names) for k in adata.layers]
     if adata.raw is not None: places.append(("raw", adata.raw.X, adata.raw.var_names))
     return [k for k, m, names in places if m is not None and m.shape[0] and offending_value(m, names) is None]
 
@@ -121,7 +125,7 @@ def find_counts(
     if place == "raw":
         if adata.raw is None: raise ValueError("layer='raw' was asked for, but this AnnData has no .raw.")
         matrix, var = adata.raw.X, adata.raw.var
-    elif place == "X": matrix, var = adata.X, adata.var
+    elif place == "X": matrix, var = _x(adata), adata.var
     elif place in adata.layers: matrix, var = adata.layers[place], adata.var
     else: raise ValueError(f"There is no layer {place!r}; this AnnData has {['X', *adata.layers] + (['raw'] if adata.raw is not None else [])}.")
     bad = "nothing at all" if matrix is None else offending_value(matrix, list(var.index))
@@ -195,7 +199,8 @@ def read_counts(
     "Open raw counts and map their genes: every check that can be made before long work starts."
     adata = open_h5ad(source) if isinstance(source, (str, os.PathLike)) else source
     place, matrix, var = find_counts(adata, layer)
-    genes = map_genes(gene_names(var, gene_column), duplicates=duplicates)
+    names = gene_names(var, gene_column)
+    genes = map_genes(names, symbols=None if (names == var.index).all() else var.index, duplicates=duplicates)
     check_overlap(genes)
     return Counts(adata, place, matrix, genes)
 
@@ -203,9 +208,13 @@ def read_counts(
 def check_output(
     path,                 # Where a result will be written, a file or a folder
     overwrite:bool=False, # Accept that it exists
+    marker:str|None=None, # For a folder: a file that shows that it holds such a result; another folder is never overwritten
 )->Path:                  # The path, its parent folder made
     "Refuse an output that exists or cannot be written, before the work starts."
     path = Path(path)
+    if path.is_dir() and marker is None: raise IsADirectoryError(f"{path} is a folder; name a file to write.")
+    if path.exists() and marker and (not path.is_dir() or (any(path.iterdir()) and overwrite and not (path/marker).exists())):
+        raise FileExistsError(f"{path} exists and is no earlier result of this command (it has no {marker}); it is left alone. Choose another name.")
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; choose another name or pass overwrite (--overwrite).")
     parent = path.parent

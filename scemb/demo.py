@@ -74,7 +74,7 @@ def run_demo(
     from scemb.counts import check_output
     from scemb.figures import umap_coordinates
     from scemb.pretrain import TrainSettings, new_model, pretrain, versions
-    out, say = check_output(out, overwrite), _say(quiet)
+    out, say = check_output(out, overwrite, "run.json"), _say(quiet)
     if out.exists(): shutil.rmtree(out)
     out.mkdir(parents=True)
     adata, tokens, held = demo_cells(settings)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from .counts import count_layers, find_counts, gene_names, iter_chunks, offending_value, open_h5ad
+from .counts import count_layers, find_counts, first_non_count, gene_names, iter_chunks, open_h5ad
 from .genes import guess_identifiers, map_genes
 
 # %% ../nbs/02b_doctor.ipynb #5d4a2bcf
@@ -64,7 +64,7 @@ def examine_file(
         out.append(Finding("raw counts", "ok", f"in {place}"))
     except ValueError as e:
         holders = count_layers(adata)
-        out.append(Finding("raw counts", "fix", f"not in {layer or 'X'}: it has {offending_value(adata.X, list(adata.var_names))}", f"pass layer={holders[0]!r} (--layer {holders[0]})" if holders else str(e)))
+        out.append(Finding("raw counts", "fix", str(e).split(". ")[0], f"pass layer={holders[0]!r} (--layer {holders[0]})" if holders else "load the unnormalised matrix of the study"))
         if not holders: return out + _examine_genes(adata.var)
         place, matrix, var = find_counts(adata, holders[0])
     return out + _examine_genes(var) + _examine_cells(matrix) + _examine_obs(adata.obs)
@@ -77,19 +77,21 @@ def _examine_genes(var): # identifiers, overlap, duplicates
     lost = ", ".join(genes.lost.name.head(3)) if len(genes.lost) else ""
     out.append(Finding("genes known", "ok" if share > .5 else "note" if share >= .3 else "fix", f"{genes.n_mapped:,} of {len(names):,} ({share:.0%})" + (f"; unknown: {lost} ..." if lost else ""),
                        "" if share >= .3 else "at least 30 % must be human genes"))
-    first, n = np.unique(names.astype(str), return_counts=True); twice = first[n > 1]
-    if len(twice): out.append(Finding("duplicated genes", "fix", f"{len(twice)} names stand twice: {', '.join(twice[:5])}", "use Ensembl ids, or pass duplicates='sum' (--duplicates sum)"))
-    else: out.append(Finding("duplicated genes", "ok", "none"))
+    try: map_genes(names); out.append(Finding("duplicated genes", "ok", "none"))
+    except ValueError as e: out.append(Finding("duplicated genes", "fix", str(e).split(". ")[0], "use Ensembl ids, or pass duplicates='sum' (--duplicates sum)"))
     if len(genes.ambiguous): out.append(Finding("ambiguous names", "note", f"{len(genes.ambiguous)} aliases of several genes, e.g. {genes.ambiguous.name.iloc[0]} ({genes.ambiguous.candidates.iloc[0]})", "they are left out; Ensembl ids are never ambiguous"))
     return out
 
 def _examine_cells(matrix): # one streaming pass
     detected, depth = [], []
-    for _, chunk in iter_chunks(matrix): detected.append(np.diff(chunk.indptr)); depth.append(np.asarray(chunk.sum(1)).ravel())
+    for first, chunk in iter_chunks(matrix):
+        i = first_non_count(chunk.data)
+        if i is not None: return [Finding("raw counts", "fix", f"{chunk.data[i]:g} in cell {first + int(np.searchsorted(chunk.indptr, i, side='right')) - 1}", "counts are whole numbers >= 0; load the unnormalised matrix")]
+        detected.append(np.diff(chunk.indptr)); depth.append(np.asarray(chunk.sum(1)).ravel())
     detected, depth = np.concatenate(detected), np.concatenate(depth)
     empty, thin = int((detected == 0).sum()), int(((detected > 0) & (detected < 200)).sum())
     out = [Finding("depth", "ok", f"median {np.median(depth):,.0f} counts and {np.median(detected):,.0f} genes a cell; {np.mean(detected > 2048):.0%} of cells over 2,048 genes")]
-    out.append(Finding("empty cells", "note" if empty else "ok", f"{empty:,}", "they are kept, as NaN rows" if empty else ""))
+    out.append(Finding("empty cells", "fix" if empty == len(detected) else "note" if empty else "ok", f"{empty:,}", "the file holds no counts at all" if empty == len(detected) else "they are kept, as NaN rows" if empty else ""))
     if thin: out.append(Finding("thin cells", "note", f"{thin:,} with fewer than 200 genes", "the paper's corpus leaves them out; their vectors say little"))
     return out
 
@@ -111,5 +113,5 @@ def report(
     table = Table(title=title or None, title_justify="left", show_edge=False, box=None, pad_edge=False)
     for c in ("", "check", "found", "way out"): table.add_column(c, overflow="fold")
     sign = dict(ok="[green]ok[/]", note="[yellow]note[/]", fix="[red]fix[/]")
-    for f in findings: table.add_row(sign[f.verdict], f.check, *(x.replace("[", "\\[") for x in (f.found, f.way_out)))
+    for f in findings: table.add_row(sign[f.verdict], *(x.replace("[", "\\[") for x in (f.check, f.found, f.way_out)))
     return table

@@ -73,6 +73,9 @@ def embed(
 ):                             # The same AnnData, with obsm[key] and uns["scemb"]
     "Embed cells into `adata.obsm`; empty cells become NaN rows, with a warning and a count."
     import warnings
+    if precision not in ("fp32", "bf16"): raise ValueError(f"precision={precision!r}; choose fp32 or bf16.")
+    if pooling not in POOLINGS: raise ValueError(f"pooling={pooling!r}; choose one of {POOLINGS}.")
+    if max_len is not None and max_len < 1: raise ValueError(f"max_len={max_len}; at least one gene a cell is needed.")
     net, vocabulary, settings = load_checkpoint(model)[:3] if not isinstance(model, tuple) else model[:3]
     counts = read_counts(adata, layer, gene_column, duplicates)
     limit = max_len or settings.max_len
@@ -90,6 +93,7 @@ def embed(
         cut += int((e["detected"] > settings.max_len).sum())
         if progress: progress(first + chunk.shape[0], counts.n_cells)
     empty = int(np.isnan(out[:, 0]).sum())
+    if empty == counts.n_cells: raise ValueError(f"Not one of the {empty} cells has a count in a gene of the vocabulary; see `scemb doctor` for what the file holds.")
     if empty: warnings.warn(f"{empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; their rows in obsm['{key}'] are NaN.")
     adata.obsm[key] = out
     adata.uns["scemb"] = dict(model=str(model) if not isinstance(model, tuple) else "in memory", pooling=pooling, max_len=settings.max_len, precision=precision,

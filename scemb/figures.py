@@ -81,7 +81,8 @@ def score_bars(
         t = table[table.metric == metric].reset_index(drop=True)
         spread = np.nan_to_num(np.array([t.value - t.ci_low, t.ci_high - t.value])).clip(0)
         ax.barh(np.arange(len(t)), t.value, color=t.method.map(colour), xerr=spread, error_kw=dict(lw=1))
-        ax.set_yticks(np.arange(len(t)), t.method, fontsize=7); ax.invert_yaxis(); ax.set_title(metric, fontsize=8); ax.tick_params(axis="x", labelsize=7)
+        named = ax is axes[0, 0] or list(t.method) != list(table[table.metric == metrics[0]].method)
+        ax.set_yticks(np.arange(len(t)), t.method if named else [""]*len(t), fontsize=7); ax.invert_yaxis(); ax.set_title(metric, fontsize=8); ax.tick_params(axis="x", labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
         if metric.endswith("loss"): ax.set_xlim(left=max(0, t.value.min() - 1.5*(np.ptp(t.value) + .2)))
     return fig

@@ -7,7 +7,7 @@ __all__ = ['GENE_SCALE', 'TrainSettings', 'Batches', 'new_model', 'pretrain', 'v
 
 # %% ../nbs/09_pretrain.ipynb #fbe46b77
 import json, platform, shutil, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from .batching import masked_batch, unpadded_batches
 from .checkpoint import check_fit, save_checkpoint
 from .counts import check_output
 from .model import ScembConfig, ScembForMaskedLM
-from .tokenize import SPECIAL
+from .tokenize import SPECIAL, tokenizer_hash
 from .tokens import TokenSet
 
 # %% ../nbs/09_pretrain.ipynb #71c5c4f4
@@ -42,11 +42,16 @@ class TrainSettings:
     allow_paper_lr: bool = False    # Accept a learning rate of 1e-2 or more
 
     def __post_init__(self):
-        if self.learning_rate >= 1e-2 and not self.allow_paper_lr:
-            raise ValueError(f"learning_rate={self.learning_rate:g} diverges for a post-LayerNorm BERT; the paper's 1e-1 is read as a slip for 1e-3. Use about 1e-3, or pass allow_paper_lr=True.")
+        if isinstance(self.learning_rate, (int, float)) and self.learning_rate >= 1e-2 and not self.allow_paper_lr:
+            raise ValueError(f"learning_rate={self.learning_rate:g} diverges for a post-LayerNorm BERT; the paper's 1e-1 is read as a slip for 1e-3. Use about 1e-3, or set allow_paper_lr = true.")
         for name, allowed in (("start", ("corpus", "random")), ("precision", ("fp32", "bf16", "fp16"))):
             if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
-        if self.steps < 1: raise ValueError(f"steps={self.steps}; at least one is needed.")
+        for name in ("steps", "token_budget", "accumulation", "max_len", "save_every"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)!r}; a whole number of at least 1 is needed.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "mask_share"):
+            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0: raise ValueError(f"{name}={getattr(self, name)!r}; a number of at least 0 is needed.")
+        if not 0 < self.mask_share < 1: raise ValueError(f"mask_share={self.mask_share}; a share between 0 and 1 is needed.")
+        if not 0 <= self.warmup_steps < self.steps: raise ValueError(f"warmup_steps={self.warmup_steps} with steps={self.steps}: the rate would never reach its peak. Set warmup_steps to about a tenth of the steps.")
 
 # %% ../nbs/09_pretrain.ipynb #05dac0b7
 class Batches(torch.utils.data.Dataset):
@@ -79,6 +84,8 @@ def new_model(
     **config,                 # Other fields of ScembConfig
 )->ScembForMaskedLM:          # Fresh weights, seeded
     "Make an untrained model for a token set."
+    if min(layers, width, heads) < 1: raise ValueError(f"layers={layers}, width={width}, heads={heads}; each must be at least 1.")
+    if not len(tokens): raise ValueError("There are no cells to train on.")
     torch.manual_seed(settings.seed)
     model = ScembForMaskedLM(ScembConfig(vocab_size=len(tokens.vocabulary), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=config.pop("intermediate_size", 4*width), max_position_embeddings=min(settings.max_len, tokens.settings.max_len),
@@ -141,13 +148,21 @@ def pretrain(
     "Train on masked genes; writes the checkpoint, training.json and loss.csv."
     import pandas as pd
     from transformers import TrainingArguments
-    out = Path(out) if resume else check_output(out, overwrite)
+    from transformers.utils import logging
+    logging.disable_progress_bar()      # one bar is enough
+    out = Path(out) if resume else check_output(out, overwrite, "run.json")
     if model.config.vocabulary_hash: check_fit(tokens, _NameOnly(model.config.vocabulary_hash, model.config.vocab_size))
     if not len(tokens) or not tokens.lengths.max(): raise ValueError("There are no cells to train on.")
+    s = settings
+    if s.max_len < tokens.settings.max_len and tokens.settings.bins_over == "window" and tokens.lengths.max() > s.max_len:
+        raise ValueError(f"The tokens have windows of {tokens.settings.max_len} genes and bins within them; training asks for max_len={s.max_len}. "
+                         f"Tokenise with max_len {s.max_len} (scemb tokenize --max-len {s.max_len}), or train with max_len={tokens.settings.max_len}.")
+    _same_run(out, dict(settings={k: v for k, v in asdict(s).items() if k not in ("steps", "save_every")}, tokenizer=tokenizer_hash(tokens.settings, tokens.vocabulary), n_cells=len(tokens),
+                        **{k: getattr(model.config, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")}), resume)
     if not resume: shutil.rmtree(out/"steps", ignore_errors=True)
     last = _last_complete(out/"steps") if resume else None
     step = int(last.name.split("-")[1]) if last else 0
-    s = settings
+    if step >= s.steps: raise ValueError(f"The run in {out} has {step} of {s.steps} steps already: it is finished. Ask for more steps, or load it.")
     args = TrainingArguments(output_dir=str(out/"steps"), max_steps=s.steps, learning_rate=s.learning_rate, warmup_steps=s.warmup_steps, lr_scheduler_type="linear",
         weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, gradient_accumulation_steps=s.accumulation, per_device_train_batch_size=1, seed=s.seed, data_seed=s.seed,
         bf16=s.precision == "bf16", fp16=s.precision == "fp16", save_steps=s.save_every, save_total_limit=2, logging_steps=max(1, min(25, s.steps//20)), report_to=report_to,
@@ -165,7 +180,7 @@ def pretrain(
         log = [dict(step=r["step"], loss=r["loss"], learning_rate=r["learning_rate"]) for r in trainer.state.log_history if "loss" in r]
         pd.DataFrame(log).to_csv(out/"loss.csv", index=False)
         record = dict(settings=asdict(s), seconds=round(time.monotonic() - began, 1), versions=versions(), n_cells=len(tokens), n_weights=model.num_parameters(), **(card or {}))
-        save_checkpoint(model.eval(), out, tokens.vocabulary, tokens.settings, record)
+        save_checkpoint(model.eval(), out, tokens.vocabulary, replace(tokens.settings, max_len=min(s.max_len, tokens.settings.max_len)), record)
         (out/"training.json").write_text(json.dumps(record, indent=1))
     return model.eval()
 
@@ -174,6 +189,14 @@ class _NameOnly: # what `check_fit` needs to know of a vocabulary
     hash: str
     size: int
     def __len__(self): return self.size
+
+def _same_run(out, run, resume): # a resumed run must be the one that was begun, but for its length
+    path = out/"run.json"
+    if not resume: out.mkdir(parents=True, exist_ok=True); path.write_text(json.dumps(run, indent=1)); return
+    if not path.exists(): raise FileNotFoundError(f"There is no run to take up in {out}; start one without resume.")
+    begun = json.loads(path.read_text()); flat = lambda r: {k: v for k, v in r.items() if k != "settings"} | r["settings"]
+    other = [f"{k}: begun with {flat(begun).get(k)}, now {v}" for k, v in flat(run).items() if flat(begun).get(k) != v]
+    if other: raise ValueError(f"The run in {out} is another one ({'; '.join(other)}). Resume it with its own settings, or start anew in another folder.")
 
 def _last_complete(folder): # the newest checkpoint whose trainer state was written, which is done last
     "A half-written checkpoint is never taken up."

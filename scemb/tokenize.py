@@ -295,7 +295,7 @@ class Encoder:
         out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32),
                    total=np.empty(n, np.int64), cut=np.empty(n, np.int64), rescued=np.empty(n, np.int32))
         size = _encode(chunk.indptr, chunk.indices, chunk.data, self.token, self.mixed, self.scale, self.seed, s.max_len, s.n_bins, s.bins_over == "window", s.ties == "index", self.protected, *out.values())
-        return out | {k: out[k][:size].copy() for k in ("genes", "bins")}
+        return out | {k: out[k][:size] for k in ("genes", "bins")}
 
     def _summed(self, chunk): # counts of all names of a gene are added, so that no gene stands twice in a cell
         import scipy.sparse as sp

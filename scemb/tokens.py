@@ -165,15 +165,18 @@ def write_tokens(
     settings:TokenizerSettings=TokenizerSettings(),
     obs_columns=(),                   # Columns of obs to keep; each source must have them
     protected=(),                     # Ensembl ids that truncation must not cut; rescued ones are counted in a column
-    layer:str|None=None, n_threads:int=1, overwrite:bool=False,
+    layer:str|None=None, duplicates:str="error", # See `read_counts`
+    n_threads:int=1, overwrite:bool=False,
     shard_cells:int=262_144,          # Cells a shard: about 800 MB at 1,000 genes a cell, and what a stop loses at most
     compression:str|None=None,        # None, "lz4" or "zstd"; None is memory-mapped without a copy
     progress=None,                    # Called with (cells done, cells in all)
 )->Path:                              # The folder
     "Tokenise data sets of any size into one token data set on disk; the same call goes on where an interrupted one stopped."
-    out = check_output(out, overwrite)
+    out = check_output(out, overwrite, "tokens.json")
     sources = [sources] if isinstance(sources, (str, os.PathLike)) or hasattr(sources, "obs") else list(sources)
-    opened = [read_counts(s, layer) for s in sources]
+    inside = [s for s in sources if isinstance(s, (str, os.PathLike)) and out.resolve() in Path(s).resolve().parents]
+    if inside: raise ValueError(f"{inside[0]} lies inside the output {out}, which would be replaced; choose another output.")
+    opened, obs_columns = [read_counts(s, layer, duplicates=duplicates) for s in sources], tuple(dict.fromkeys(obs_columns))
     _check_obs(opened, sources, obs_columns)
     vocabulary = vocabulary or protein_vocabulary()
     if settings.scale == "median" and vocabulary.medians is None: vocabulary = gene_medians(opened, vocabulary)
@@ -193,6 +196,8 @@ def write_tokens(
     return out
 
 def _check_obs(opened, sources, obs_columns):
+    taken = sorted({"genes", "bins", "length", "source", "row", "rescued"} & set(obs_columns))
+    if taken: raise ValueError(f"The obs columns {taken} have names that a token set uses itself; rename them first.")
     for c, s in zip(opened, sources):
         missing = [k for k in obs_columns if k not in c.adata.obs]
         if missing: raise ValueError(f"{s if isinstance(s, (str, os.PathLike)) else 'The AnnData'} has no obs column {missing}; it has {list(c.adata.obs.columns)}.")
