@@ -15,7 +15,7 @@ PAGE_BYTES = 200 * 1024     # what a page may weigh in git, outputs included
 MODULE_LINES, CELL_LINES = 300, 40
 TAGGED = ("launch", "figures", "benchmarks")    # folders of papermill pages
 GENERATED = {"sidebar.yml", "nbdev.yml", ".last_checked"}
-SKIP_DIRS = {".git", ".venv", "runs", "local", "build", "dist", "_docs", "_proc", "__pycache__", ".ipynb_checkpoints", ".ruff_cache"}
+SKIP_DIRS = {".git", ".venv", "runs", "local", "build", "dist", "_docs", "_proc", "__pycache__", ".ipynb_checkpoints", ".ruff_cache", ".hypothesis"}
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".ini", ".txt", ".csv", ".tsv", ".css", ".in", ""}
 
 WALK = re.compile(r"(\d+)([a-z]?)_(\w+)\.ipynb")
