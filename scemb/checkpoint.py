@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from .gene_tokenizer import GeneTokenizer
@@ -26,12 +27,16 @@ def save_checkpoint(
     vocabulary:Vocabulary,      # Names of its tokens
     settings:TokenizerSettings, # How its cells were tokenised
     card:dict=None,             # What is known of it: data, training, scores
+    weights:dict=None,          # Weights gathered from several devices; None: the model's own
+    half:bool=False,            # Store weights as float16: half the size, for shipping
 )->Path:                        # The folder
     "Write weights, configuration, vocabulary, tokenizer settings and card."
     folder = Path(folder)
     if model.config.vocab_size != len(vocabulary): raise ValueError(f"The model has {model.config.vocab_size} tokens and the vocabulary {len(vocabulary)}; they must be equal.")
     model.config.vocabulary_hash = vocabulary.hash
-    model.save_pretrained(folder)
+    if half: weights = {k: v.half() for k, v in (weights or model.state_dict()).items()}
+    if weights: weights = {k: v for k, v in weights.items() if k not in model._tied_weights_keys}      # stored once
+    model.save_pretrained(folder, **({} if weights is None else dict(state_dict=weights)))
     vocabulary.save(folder)
     GeneTokenizer(str(folder/"gene_vocabulary.json")).save_pretrained(folder)
     (folder/"token_settings.json").write_text(json.dumps(dict(hash=tokenizer_hash(settings, vocabulary), **asdict(settings)), indent=1))
@@ -54,7 +59,7 @@ def load_checkpoint(
     for name in ("config.json", "model.safetensors", "gene_vocabulary.json", "token_settings.json"):
         if not (path/name).exists(): raise FileNotFoundError(f"{folder} is no scEMB checkpoint: {name} is missing.")
     vocabulary = Vocabulary.load(path)
-    model = ScembForMaskedLM.from_pretrained(path).eval()
+    model = ScembForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()
     if model.config.vocabulary_hash != vocabulary.hash:
         raise ValueError(f"{folder} is inconsistent: its weights belong to vocabulary {model.config.vocabulary_hash}, but it holds {vocabulary.hash}.")
     settings = {k: v for k, v in json.loads((path/"token_settings.json").read_text()).items() if k != "hash"}

@@ -42,11 +42,14 @@ class TokenSet:
 
     def gather(self, cells): # -> genes (T,) uint16, bins (T,) uint8, offsets (cells + 1,) int64
         "Flat genes and bins of the given cells, in the given order."
-        cells = np.asarray(cells)
-        pairs = [self.cell(i) for i in cells]
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[cells], dtype=np.int64)]) if len(pairs) else np.zeros(1, np.int64)
-        if not pairs: return np.zeros(0, np.uint16), np.zeros(0, np.uint8), offsets
-        return np.concatenate([g for g, _ in pairs]), np.concatenate([b for _, b in pairs]), offsets
+        cells = np.asarray(cells, dtype=np.int64)
+        part = np.searchsorted(self.first, cells, side="right") - 1
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[cells], dtype=np.int64)])
+        genes, bins, ends = np.empty(offsets[-1], np.uint16), np.empty(offsets[-1], np.uint8), offsets.tolist()
+        for p, i, a, b in zip(part.tolist(), (cells - self.first[part]).tolist(), ends, ends[1:]):
+            o, g, x = self.parts[p]; s = slice(o[i], o[i] + b - a)
+            genes[a:b], bins[a:b] = g[s], x[s]
+        return genes, bins, offsets
 
     def subset(self, cells): # integer positions or a boolean mask -> TokenSet
         "The given cells as a token set in memory."
