@@ -116,8 +116,8 @@ def leave_batch_out(
         guess = np.empty_like(true)
         for b in kinds: q = batch == b; guess[q] = np.searchsorted(types, classify(x[~q], labels[~q], x[q]))
         right[name] = np.where(ok, 0., np.nan); right[name][ok] = guess == true
-        acc = bootstrap_units(lambda i: (guess == true)[i].mean(), units, unit, seed=seed) if unit != "cell" else mean_interval((guess == true).astype(float))
-        f1 = bootstrap_units(lambda i: macro_f1(true[i], guess[i], len(types)), units, unit, method="percentile", n_resamples=199, seed=seed)
+        acc = bootstrap_units(lambda i: (guess == true)[i].mean(), units, unit, seed=seed) if unit != "cell" else mean_interval((guess == true).astype(float))  # noqa: B023
+        f1 = bootstrap_units(lambda i: macro_f1(true[i], guess[i], len(types)), units, unit, method="percentile", n_resamples=199, seed=seed)  # noqa: B023
         rows += [_row(method, f"{name} {what}", i.value, i.low, i.high, len(x), f"95 % over {i.n_units} {i.unit}s") for what, i in (("accuracy", acc), ("macro-F1", f1))]
     return rows, right
 

@@ -157,12 +157,12 @@ def bars(
     for name in BAR_SETS:
         t = table[table.dataset == name]
         if not len(t): continue
-        at = {(r.method, r.metric): r for r in t.itertuples()}; v = lambda m, k: at[m, k].value if (m, k) in at else np.nan
-        apart = lambda m, o, k: (m, k) in at and (o, k) in at and at[m, k].ci_low > at[o, k].ci_high
-        add = lambda bar, found, wanted, ok: rows.append(dict(bar=bar, dataset=name, found=found, wanted=wanted, reached=bool(ok)))
+        at = {(r.method, r.metric): r for r in t.itertuples()}; v = lambda m, k: at[m, k].value if (m, k) in at else np.nan  # noqa: B023
+        apart = lambda m, o, k: (m, k) in at and (o, k) in at and at[m, k].ci_low > at[o, k].ci_high  # noqa: B023
+        add = lambda bar, found, wanted, ok: rows.append(dict(bar=bar, dataset=name, found=found, wanted=wanted, reached=bool(ok)))  # noqa: B023
         bio, mixed, shots = "bio conservation", "batch correction", [k for k in ("5-shot macro-F1", "20-shot macro-F1") if ("scEMB", k) in at]
         both = [bio, "probe accuracy", *shots]
-        text = lambda m, o, ks: "; ".join(f"{k} {v(m, k):.3f} and {v(o, k):.3f}" for k in ks)
+        text = lambda m, o, ks: "; ".join(f"{k} {v(m, k):.3f} and {v(o, k):.3f}" for k in ks)  # noqa: B023
         add("above untrained", text("scEMB", "untrained scEMB", both), "higher in each", all(v("scEMB", k) > v("untrained scEMB", k) for k in both))
         add("above token bag", text("scEMB", "token bag", [bio, "probe accuracy"]), "higher in both", all(v("scEMB", k) > v("token bag", k) for k in (bio, "probe accuracy")))
         add("few-shot above token bag", text("scEMB", "token bag", shots), "intervals apart", shots and all(apart("scEMB", "token bag", k) for k in shots))

@@ -38,7 +38,7 @@ def layer_outputs(
 
 def budget_batches(
     lengths:np.ndarray,      # Tokens of each cell, shape (cells,)
-    token_budget:int=8192,   # Tokens a batch; a single longer cell is a batch of its own
+    token_budget:int=4096,   # Tokens a batch; a single longer cell is a batch of its own
 )->list:                     # Arrays of cell numbers, shortest cells first; empty cells are in none
     "Sort cells by length and cut them into batches of at most `token_budget` tokens."
     order = np.argsort(lengths, kind="stable"); order = order[lengths[order] > 0]
@@ -63,7 +63,7 @@ def encode_cells(
     bins:np.ndarray,        # Flat bins, shape (T,)
     offsets:np.ndarray,     # First token of each cell, shape (cells + 1,); empty cells allowed
     pooling:str="mean12",   # "mean12", "last" or "cls"
-    token_budget:int=8192,  # Tokens a forward pass
+    token_budget:int=4096,  # Tokens a forward pass
     precision:str="fp32",   # fp32 or bf16
 )->np.ndarray:              # Shape (cells, D), float32; NaN for empty cells
     "Encode flat cells, shortest first, as many at a time as the budget allows."
@@ -101,7 +101,7 @@ class CellEncoder:
     settings: TokenizerSettings # max_len already cut to what the model can take
     pooling: str = "mean12"
     precision: str = "fp32"
-    token_budget: int = 8192
+    token_budget: int = 4096
     name: str = "in memory"     # Of the model
 
     def __call__(self, encoded): # what `Encoder` returns -> (cells, D)
@@ -124,21 +124,21 @@ def cell_encoder(
     max_len:int|None=None,     # Genes a cell at most; None: as the model was trained
     device:str|None=None,      # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
     precision:str="fp32",      # fp32 or bf16
-    token_budget:int=8192,     # Tokens a forward pass
+    token_budget:int|None=None, # Tokens a forward pass; None: 4,096 on a CPU (more does not fit its cache), 65,536 on a GPU
     seed:int|None=None,        # Of the order of ties; None: the model's
 )->CellEncoder:
     "Open a model for embedding, and check what is asked of it."
     for name, value, allowed in (("precision", precision, ("fp32", "bf16")), ("pooling", pooling, POOLINGS)):
         if value not in allowed: raise ValueError(f"{name}={value!r}; choose one of {allowed}.")
     if max_len is not None and max_len < 1: raise ValueError(f"max_len={max_len}; at least one gene a cell is needed.")
-    if token_budget < 1: raise ValueError(f"token_budget={token_budget}; at least one token is needed.")
+    if token_budget is not None and token_budget < 1: raise ValueError(f"token_budget={token_budget}; at least one token is needed.")
     net, vocabulary, settings = model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
     ranks = net.config.max_position_embeddings
     if (max_len or settings.max_len) > ranks: raise ValueError(f"max_len={max_len or settings.max_len}, but the model knows {ranks} ranks; lower max_len.")
     settings = TokenizerSettings(**{**vars(settings), "max_len": min(max_len or settings.max_len, ranks - (pooling == "cls"))} | ({} if seed is None else dict(seed=seed)))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if str(device).startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device={device!r}, but this torch sees no GPU; use device='cpu', or install the CUDA build of torch.")
-    return CellEncoder(net.to(device).eval(), vocabulary, settings, pooling, precision, token_budget, "in memory" if isinstance(model, tuple) else str(model))
+    return CellEncoder(net.to(device).eval(), vocabulary, settings, pooling, precision, token_budget or (65_536 if str(device).startswith("cuda") else 4096), "in memory" if isinstance(model, tuple) else str(model))
 
 # %% ../nbs/10_embed.ipynb #0aec7349
 def embed(
@@ -152,7 +152,7 @@ def embed(
     key:str="X_scemb",         # Key in obsm
     device:str|None=None,      # "cpu", "cuda"; None: a GPU when there is one
     precision:str="fp32",      # fp32 or bf16
-    token_budget:int=8192,     # Tokens a forward pass: the lever for memory
+    token_budget:int|None=None, # Tokens a forward pass, the lever for memory; None: 4,096 on a CPU (its cache), 65,536 on a GPU
     progress=None,             # Called with (cells done, cells in all)
 ):                             # The same AnnData, with obsm[key] and uns["scemb"]
     "Embed cells into `adata.obsm`; empty cells become NaN rows, with a warning and a count."

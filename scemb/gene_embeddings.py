@@ -81,7 +81,7 @@ def _gene_obs(tokens, vocabulary):
     return dict(gene=ids[tokens].astype(str), symbol=np.asarray(vocabulary.symbols)[tokens].astype(str))
 
 def _group_table(total, n, names, tokens, coder, by):
-    import anndata as ad, pandas as pd
+    import pandas as pd
     seen = n > 0
     obs = pd.DataFrame(dict(_gene_obs(np.tile(tokens, len(names)), coder.vocabulary), group=np.repeat(names, len(tokens)), n_cells=n))[seen]
     obs.index = (obs.symbol + "|" + obs.group).to_numpy() if by else obs.symbol.to_numpy()

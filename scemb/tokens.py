@@ -42,14 +42,11 @@ class TokenSet:
 
     def gather(self, cells): # -> genes (T,) uint16, bins (T,) uint8, offsets (cells + 1,) int64
         "Flat genes and bins of the given cells, in the given order."
-        cells = np.asarray(cells, dtype=np.int64)
-        part = np.searchsorted(self.first, cells, side="right") - 1
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[cells], dtype=np.int64)])
-        genes, bins, ends = np.empty(offsets[-1], np.uint16), np.empty(offsets[-1], np.uint8), offsets.tolist()
-        for p, i, a, b in zip(part.tolist(), (cells - self.first[part]).tolist(), ends, ends[1:]):
-            o, g, x = self.parts[p]; s = slice(o[i], o[i] + b - a)
-            genes[a:b], bins[a:b] = g[s], x[s]
-        return genes, bins, offsets
+        cells = np.asarray(cells)
+        pairs = [self.cell(i) for i in cells]
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[cells], dtype=np.int64)]) if len(pairs) else np.zeros(1, np.int64)
+        if not pairs: return np.zeros(0, np.uint16), np.zeros(0, np.uint8), offsets
+        return np.concatenate([g for g, _ in pairs]), np.concatenate([b for _, b in pairs]), offsets
 
     def subset(self, cells): # integer positions or a boolean mask -> TokenSet
         "The given cells as a token set in memory."
@@ -162,7 +159,7 @@ class _Upto: # counts that end before `stop`
 
 # %% ../nbs/05a_tokens.ipynb #a14cb6e6
 def write_tokens(
-    sources,                          # Paths or AnnData, one or several
+    sources,                          # Paths or AnnData, one or several; a folder is a curated corpus (scemb curate)
     out,                              # Folder to write
     vocabulary:Vocabulary|None=None,  # Default: protein-coding genes
     settings:TokenizerSettings=TokenizerSettings(),
@@ -179,33 +176,49 @@ def write_tokens(
     sources = [sources] if isinstance(sources, (str, os.PathLike)) or hasattr(sources, "obs") else list(sources)
     inside = [s for s in sources if isinstance(s, (str, os.PathLike)) and out.resolve() in Path(s).resolve().parents]
     if inside: raise ValueError(f"{inside[0]} lies inside the output {out}, which would be replaced; choose another output.")
-    opened, obs_columns = [read_counts(s, layer, duplicates=duplicates) for s in sources], tuple(dict.fromkeys(obs_columns))
-    _check_obs(opened, sources, obs_columns)
+    (sources, corpora), obs_columns = _unfolded(sources), tuple(dict.fromkeys(obs_columns))
+    sizes = [_checked_size(s, layer, duplicates, obs_columns) for s in sources]
     vocabulary = vocabulary or protein_vocabulary()
-    if settings.scale == "median" and vocabulary.medians is None: vocabulary = gene_medians(opened, vocabulary)
+    if settings.scale == "median" and vocabulary.medians is None: vocabulary = gene_medians([read_counts(s, layer, duplicates=duplicates) for s in sources], vocabulary)
     job = _Job(sources, out, vocabulary, settings, tuple(obs_columns), tuple(protected), layer, shard_cells, compression)
     shards, schema = job.done(), _schema(job)
-    seen, total = [sum(s["n_cells"] for s in shards)], sum(c.n_cells for c in opened)
+    seen, total = [sum(s["n_cells"] for s in shards)], sum(sizes)
     def report(n):
         seen[0] += n
         if progress: progress(seen[0], total)
-    for i, counts in enumerate(opened):
+    for i, (source, size) in enumerate(zip(sources, sizes)):
+        if (first := max([s["stop"] for s in shards if s["source"] == i], default=0)) >= size: continue
+        counts = read_counts(source, layer, duplicates=duplicates)
         encoder = Encoder(vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected)
-        for start in range(max([s["stop"] for s in shards if s["source"] == i], default=0), counts.n_cells, shard_cells):
+        for start in range(first, size, shard_cells):
             shards.append(_write_shard(job, schema, len(shards), i, counts, encoder, start, report, n_threads)); job.enter(shards)
-    _write_cards(job, schema, shards)
+        if counts.adata is not source: counts.adata.file.close()
+    _write_cards(job, schema, shards, corpora)
     if out.exists(): shutil.rmtree(out)
     (job.folder/"progress.json").unlink(); os.replace(job.folder, out)
     return out
 
-def _check_obs(opened, sources, obs_columns):
-    taken = sorted({"genes", "bins", "length", "source", "row", "rescued"} & set(obs_columns))
-    if taken: raise ValueError(f"The obs columns {taken} have names that a token set uses itself; rename them first.")
-    for c, s in zip(opened, sources):
-        missing = [k for k in obs_columns if k not in c.adata.obs]
-        if missing: raise ValueError(f"{s if isinstance(s, (str, os.PathLike)) else 'The AnnData'} has no obs column {missing}; it has {list(c.adata.obs.columns)}.")
+def _unfolded(sources): # a curated corpus becomes its shards, and is named in the card
+    from scemb.corpus import read_corpus
+    files, corpora = [], []
+    for s in sources:
+        if not isinstance(s, (str, os.PathLike)) or not Path(s).is_dir(): files.append(s); continue
+        card = read_corpus(s); files += [Path(s)/x["file"] for x in card["shards"]]
+        corpora.append({k: card[k] for k in ("name", "content_hash", "n_cells")} | dict(xxh3_128=_checksum(Path(s)/"corpus.json")))
+    if not files: raise ValueError("There is nothing to tokenise: the corpus has no cells.")
+    return files, corpora
 
-def _write_cards(job, schema, shards): # what load_from_disk wants, and our own card
+def _checked_size(source, layer, duplicates, obs_columns): # number of cells; a corpus has many files, so none stays open
+    if taken := sorted({"genes", "bins", "length", "source", "row", "rescued"} & set(obs_columns)):
+        raise ValueError(f"The obs columns {taken} have names that a token set uses itself; rename them first.")
+    counts = read_counts(source, layer, duplicates=duplicates)
+    if missing := [k for k in obs_columns if k not in counts.adata.obs]:
+        raise ValueError(f"{source if isinstance(source, (str, os.PathLike)) else 'The AnnData'} has no obs column {missing}; it has {list(counts.adata.obs.columns)}.")
+    n = counts.n_cells
+    if counts.adata is not source: counts.adata.file.close()
+    return n
+
+def _write_cards(job, schema, shards, corpora): # what load_from_disk wants, and our own card
     from datasets import Features
     identity = tokenizer_hash(job.settings, job.vocabulary)
     _write_whole(job.folder/"state.json", json.dumps(dict(_data_files=[dict(filename=s["file"]) for s in shards], _fingerprint=identity,
@@ -217,7 +230,7 @@ def _write_cards(job, schema, shards): # what load_from_disk wants, and our own 
         named = dict(source=Path(s).name, bytes=os.stat(s).st_size, xxh3_128=_checksum(s)) if isinstance(s, (str, os.PathLike)) else dict(source="AnnData")
         per_source.append(named | card | dict(share_truncated=card["n_truncated"]/max(card["n_cells"], 1), share_counts_cut=card["counts_cut"]/max(card["counts"], 1)))
     _write_whole(job.folder/"tokens.json", json.dumps(dict(tokenizer_hash=identity, vocabulary_hash=job.vocabulary.hash, settings=asdict(job.settings),
-        protected=job.protected, sources=per_source, shards=shards), indent=1))
+        protected=job.protected, **(dict(corpora=corpora) if corpora else {}), sources=per_source, shards=shards), indent=1))
     job.vocabulary.save(job.folder)
 
 def _checksum(path): # XXH3, 128 bits: guards against damage, at ten times the speed of SHA-256
