@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'BAR_SETS', 'NEEDED', 'twin', 'embed_vectors', 'named_meth
 
 # %% ../nbs/17b_compare.ipynb #4044b919
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -55,9 +56,10 @@ def named_methods(
     triple = model if isinstance(model, tuple) else load_checkpoint(model)[:3] if model is not None else None
     settings = triple and TokenizerSettings(**{**vars(triple[2]), "max_len": min(max_len or triple[2].max_len, triple[0].config.max_position_embeddings)})
     cells = lambda a, seed=0: tokenize(read_counts(a, layer), triple[1] if triple else None, TokenizerSettings(**{**vars(settings or TokenizerSettings()), "seed": seed}))
+    start = cache(lambda seed: twin(triple[0], corpus, seed))
     svd = lambda a, seed: own_bag(cells(a), min(50, a.n_obs - 1)) if corpus is None else bag(cells(a), gene_vectors(corpus, triple[0].config.hidden_size if triple else 50, 0, corpus.settings.max_len), corpus.settings.max_len)
     run = {"scEMB": lambda a, seed: embed_vectors(a, triple, layer, max_len, seed),
-           "untrained scEMB": lambda a, seed: embed_vectors(a, (twin(triple[0], corpus, seed), *triple[1:]), layer, max_len, seed),
+           "untrained scEMB": lambda a, seed: embed_vectors(a, (start(seed if corpus is None else 0), *triple[1:]), layer, max_len, seed),
            "token bag": lambda a, seed: token_bag(cells(a), triple[0]), "SVD bag": svd, "random projection": lambda a, seed: random_projection(a, layer=layer, seed=seed),
            "PCA on HVGs": lambda a, seed: pca_embedding(a, layer=layer), "PCA on all genes": lambda a, seed: pca_embedding(a, n_top_genes=None, layer=layer),
            "Harmony": lambda a, seed: harmony_embedding(a, batch, layer=layer, seed=seed), "scVI": lambda a, seed: scvi_embedding(a, batch, layer=layer, seed=seed)}

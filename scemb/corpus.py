@@ -167,7 +167,7 @@ def write_unit(
     plan:Plan, unit:Unit, folder:Path,
     pool=None,         # Threads that compress
     progress=None,     # Called with the number of cells of each chunk
-    chunk_cells:int=2048,
+    chunk_cells:int=1024, # What is in memory at once; larger is no faster
 )->dict:               # The record of the shard, also written beside it
     "Make one shard and its record."
     source, filters = plan.sources[unit.source], plan.recipe.filters
