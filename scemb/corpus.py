@@ -274,6 +274,7 @@ def curate(
                          "Run the partitions again; what is done is not done again.")
     return merge(plan, out, records, seed)
 
+# %% ../nbs/04c_corpus.ipynb #5392ebc5
 def _why(plan): return ", ".join(f"{k} takes out {v:,}" for k, v in _added([c.removed for c in plan.candidates]).items() if v)
 
 def occupied(out, overwrite): # a folder that is no corpus is never touched
@@ -305,7 +306,7 @@ def make_units(plan, units, out, n_threads, progress, say): # -> unit number -> 
     if missing: raise OSError(f"{len(missing)} of {len(units)} shards could not be made: " + "; ".join(f"{u.shard} ({u.data_set}, {len(u.rows):,} cells from {u.start:,}): {e}" for u, e in missing[:5]) + ". Everything else is done: give the same command again for the rest.")
     return records
 
-# %% ../nbs/04c_corpus.ipynb #8e13d5b8
+# %% ../nbs/04c_corpus.ipynb #bb1b3979
 def read_corpus(
     folder, # A corpus written by `curate`
 )->dict:    # Its card

@@ -7,6 +7,7 @@ __all__ = ['READS', 'DENIED_ASSAYS', 'STATED', 'COLUMNS', 'BY', 'Filters', 'stan
            'gene_axis', 'gene_keys', 'measure', 'coding_counts', 'counted_steps']
 
 # %% ../nbs/04_curate.ipynb #ffafd5f6
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -141,6 +142,7 @@ def gene_keys(
     "The number of each gene in the hash of a cell."
     return np.where(use, _mix_all(np.array([int(i[4:]) for i in ids], np.uint64)) | np.uint64(1), np.uint64(0))
 
+# %% ../nbs/04_curate.ipynb #156d53b8
 @njit(nogil=True, cache=True)
 def _measure(indptr, indices, data, position, key, mito, n_genes, n_counts, n_mito, n_coding, n_hashed, hashes):
     for c in range(indptr.size - 1):
@@ -170,7 +172,7 @@ def measure(
         _measure(coding.indptr, coding.indices, coding.data, places, key, np.zeros(len(key), bool), *(np.empty_like(out[k]) for k in ("n_genes", "n_counts", "n_mito")), *(out[k] for k in ("n_coding", "n_hashed", "hash")))
     return out
 
-# %% ../nbs/04_curate.ipynb #57930364
+# %% ../nbs/04_curate.ipynb #4110bc8f
 @njit(nogil=True, cache=True)
 def _coding(indptr, indices, data, position, keep, new_indptr, new_indices, new_data):
     at, row = 0, 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENE_SCALE', 'SCORED_SHARE', 'TrainSettings', 'Batches', 'shown', 'held_out', 'new_model', 'model_scorer',
-           'baseline_scorers', 'score_summary', 'pretrain', 'deepspeed_config', 'versions']
+           'baseline_scorers', 'score_summary', 'return_memory', 'pretrain', 'deepspeed_config', 'versions']
 
 # %% ../nbs/09_pretrain.ipynb #fbe46b77
 import json, os, platform, shutil, sys, time
@@ -191,7 +191,15 @@ def _heldout_log(heldout, tokens, cells, s, out, step, args): # -> function(step
         return row["loss"]
     return score
 
-# %% ../nbs/09_pretrain.ipynb #e059ee82
+# %% ../nbs/09_pretrain.ipynb #d4d31ca3
+def return_memory()->None:
+    "Give freed memory back to the system, where the C library keeps it (glibc); elsewhere nothing happens."
+    import ctypes
+    if sys.platform != "linux": return
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError: pass
+
+# %% ../nbs/09_pretrain.ipynb #fc757d01
 def _trainer_class():
     try: from transformers import Trainer; import accelerate  # noqa: F401
     except ImportError as e: raise ImportError("Training needs accelerate: pip install 'scemb[train]'") from e
@@ -227,6 +235,7 @@ def _progress(settings, start, batches, world, quiet, score):
             if logs and "loss" in logs: self.losses.append(dict(step=state.global_step, loss=logs["loss"], learning_rate=logs.get("learning_rate")))
         def on_step_end(self, args, state, control, model=None, **_):
             if settings.eval_every and state.global_step % settings.eval_every == 0 and state.global_step < settings.steps: self.scored = score(state.global_step, model)
+            if args.device.type == "cpu" and state.global_step % 20 == 0: return_memory()
             if quiet or args.process_index: return
             seconds = time.monotonic() - self.began
             notes = [f"loss {r['loss']:.3f}" for r in self.losses[-1:]] + [f"held out {x:.3f}" for x in [self.scored] if x is not None]
@@ -238,7 +247,7 @@ def _progress(settings, start, batches, world, quiet, score):
             if self.bar: self.bar.stop()
     return Report()
 
-# %% ../nbs/09_pretrain.ipynb #d4d31ca3
+# %% ../nbs/09_pretrain.ipynb #c26d4fc7
 def pretrain(
     tokens:TokenSet,            # Training cells
     out,                        # Folder for the checkpoint

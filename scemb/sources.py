@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBS_OF_CENSUS', 'KINDS', 'TenX', 'open_counts', 'Candidates', 'group_candidates', 'to_candidates', 'FileSource',
-           'checksum', 'genes_card', 'with_retries', 'SomaSource', 'csr_of', 'write_store', 'is_soma', 'files_below',
+           'checksum', 'genes_card', 'with_retries', 'csr_of', 'SomaSource', 'write_store', 'is_soma', 'files_below',
            'open_source']
 
 # %% ../nbs/04a_sources.ipynb #8a32f3f6
@@ -18,7 +18,7 @@ from numba import njit
 
 from .counts import Counts, find_counts, gene_names, offending_value, open_h5ad
 from .curate import COLUMNS, described_steps, funnel, standard_obs
-from .datasets import locate, manifest
+from .datasets import available, locate, manifest
 from .genes import check_overlap, gene_table, map_genes
 
 # %% ../nbs/04a_sources.ipynb #b2c19f42
@@ -28,7 +28,7 @@ class TenX:
     def __init__(self, group): self.group, self.shape = group, tuple(int(n) for n in group["shape"][:][::-1])
 
 def _open_10x_h5(path):
-    import h5py
+    import anndata as ad, h5py
     try: f = h5py.File(path, "r")
     except OSError as e: raise ValueError(f"{path} is damaged or no HDF5 file and cannot be read as a 10x .h5. Copy it again. ({str(e)[:120]})") from e
     if "matrix" not in f or "features" not in f["matrix"]:
@@ -45,6 +45,7 @@ def _open_zarr(path):
     except Exception as e: raise ValueError(f"{path} is no zarr store written by anndata. ({type(e).__name__}: {str(e)[:120]})") from e
     return (ad.io.sparse_dataset(g["X"]) if isinstance(g["X"], zarr.Group) else g["X"]), obs, var
 
+# %% ../nbs/04a_sources.ipynb #e1659083
 def open_counts(
     path,                   # .h5ad, .zarr, 10x .h5, or a folder with matrix.mtx
     layer:str|None=None,    # For .h5ad: where the counts are
@@ -72,7 +73,7 @@ def open_counts(
 
 def _is_mtx(path): return any((path/n).exists() for n in ("matrix.mtx", "matrix.mtx.gz"))
 
-# %% ../nbs/04a_sources.ipynb #df65fb9c
+# %% ../nbs/04a_sources.ipynb #3b1f30e0
 @dataclass(frozen=True, eq=False)
 class Candidates:
     "The cells of one data set that are worth reading."
@@ -95,7 +96,7 @@ def group_candidates(number, obs, rows, filters, exclude, into): # adds one bloc
 def to_candidates(number, into):
     return [Candidates(number, name, n, removed, np.concatenate(rows).astype(np.int64)) for name, (n, removed, rows) in sorted(into.items())]
 
-# %% ../nbs/04a_sources.ipynb #3b1f30e0
+# %% ../nbs/04a_sources.ipynb #92e25ba8
 class FileSource:
     "A file of cells as a source."
     def __init__(self,
@@ -140,7 +141,7 @@ def checksum(path): # XXH3, 128 bits, of a file or of all files of a folder: gua
 
 def genes_card(genes): return dict(genes=len(genes.names), genes_mapped=genes.n_mapped)
 
-# %% ../nbs/04a_sources.ipynb #df77f75a
+# %% ../nbs/04a_sources.ipynb #460d1792
 def with_retries(
     read,               # Function without arguments
     reopen=None,        # Called before each further try
@@ -159,7 +160,43 @@ def with_retries(
             if say: say(f"reading failed ({type(e).__name__}), trying again in {wait*2**attempt:g} s")
             time.sleep(wait*2**attempt)
 
-# %% ../nbs/04a_sources.ipynb #888fb9e5
+# %% ../nbs/04a_sources.ipynb #c803a434
+@njit(nogil=True, cache=True)
+def _count(cell, base, at, indptr): # at: row of each cell number from base on, -1 = not wanted
+    for i in range(cell.size):
+        r = at[cell[i] - base]
+        if r >= 0: indptr[r + 1] += 1
+
+@njit(nogil=True, cache=True)
+def _place(cell, gene, value, base, at, free, last, indices, data): # -> (genes came in order, no stored zero, place of a value that is no count or -1)
+    ordered, full, bad = True, True, -1
+    for i in range(cell.size):
+        r, v, g = at[cell[i] - base], value[i], np.int32(gene[i])
+        if r < 0: continue
+        if not (v >= 0 and v <= 2147483647.) or v != np.floor(v): bad = i
+        if v == 0: full = False
+        if g < last[r]: ordered = False
+        k = free[r]; indices[k] = g; data[k] = np.int32(v); free[r] = k + 1; last[r] = g
+    return ordered, full, bad
+
+def csr_of(pieces, rows, n_genes): # triplets (cell, gene, value) in any order, in several arrays -> CSR int32 of the wanted rows, and a triplet that is no count or None
+    "A counting sort by cell: the store gives its tiles in order, so the genes of a cell mostly come sorted."
+    import scipy.sparse as sp
+    base = int(rows[0]); at = np.full(int(rows[-1]) - base + 1, -1, np.int32); at[rows - base] = np.arange(len(rows))
+    indptr = np.zeros(len(rows) + 1, np.int64)
+    for cell, _, _ in pieces: _count(cell, base, at, indptr)
+    indptr = indptr.cumsum(); free, last = indptr[:-1].copy(), np.full(len(rows), -1, np.int32)
+    indices, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.int32)
+    ordered = full = True
+    for cell, gene, value in pieces:
+        o, f, bad = _place(cell, gene, value, base, at, free, last, indices, data); ordered &= o; full &= f
+        if bad >= 0: return None, (cell[bad], gene[bad], value[bad])
+    out = sp.csr_matrix((data, indices, indptr), shape=(len(rows), n_genes))
+    if not ordered: out.sort_indices()
+    if not full: out.eliminate_zeros()
+    return out, None
+
+# %% ../nbs/04a_sources.ipynb #e09b97d7
 OBS_OF_CENSUS = dict(tissue="tissue_general") # standard column -> Census column, where they differ
 
 class SomaSource:
@@ -170,7 +207,7 @@ class SomaSource:
         organism:str="homo_sapiens", stated=(), columns=(), attempts:int=6, wait:float=1., say=None,
         buffer_bytes:int=1 << 26, # Of each column that is read at once
     ):
-        try: import cellxgene_census, tiledbsoma  # noqa: F401
+        try: import cellxgene_census, tiledbsoma
         except ImportError as e: raise ImportError("Reading the Census needs tiledbsoma and cellxgene-census: pip install 'scemb[census]'") from e
         self.uri, self.version, self.organism = uri and str(uri), version, organism
         self.stated, self.columns, self.buffer_bytes = dict(stated), dict(columns), buffer_bytes
@@ -245,42 +282,7 @@ class SomaSource:
         cell, gene, value = bad
         raise ValueError(f"The store is not raw counts: {value:g} (cell {cell}, gene {self.genes.names[gene]}). Counts are whole numbers >= 0.")
 
-@njit(nogil=True, cache=True)
-def _count(cell, base, at, indptr): # at: row of each cell number from base on, -1 = not wanted
-    for i in range(cell.size):
-        r = at[cell[i] - base]
-        if r >= 0: indptr[r + 1] += 1
-
-@njit(nogil=True, cache=True)
-def _place(cell, gene, value, base, at, free, last, indices, data): # -> (genes came in order, no stored zero, place of a value that is no count or -1)
-    ordered, full, bad = True, True, -1
-    for i in range(cell.size):
-        r, v, g = at[cell[i] - base], value[i], np.int32(gene[i])
-        if r < 0: continue
-        if not (v >= 0 and v <= 2147483647.) or v != np.floor(v): bad = i
-        if v == 0: full = False
-        if g < last[r]: ordered = False
-        k = free[r]; indices[k] = g; data[k] = np.int32(v); free[r] = k + 1; last[r] = g
-    return ordered, full, bad
-
-def csr_of(pieces, rows, n_genes): # triplets (cell, gene, value) in any order, in several arrays -> CSR int32 of the wanted rows, and a triplet that is no count or None
-    "A counting sort by cell: the store gives its tiles in order, so the genes of a cell mostly come sorted."
-    import scipy.sparse as sp
-    base = int(rows[0]); at = np.full(int(rows[-1]) - base + 1, -1, np.int32); at[rows - base] = np.arange(len(rows))
-    indptr = np.zeros(len(rows) + 1, np.int64)
-    for cell, _, _ in pieces: _count(cell, base, at, indptr)
-    indptr = indptr.cumsum(); free, last = indptr[:-1].copy(), np.full(len(rows), -1, np.int32)
-    indices, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.int32)
-    ordered = full = True
-    for cell, gene, value in pieces:
-        o, f, bad = _place(cell, gene, value, base, at, free, last, indices, data); ordered &= o; full &= f
-        if bad >= 0: return None, (cell[bad], gene[bad], value[bad])
-    out = sp.csr_matrix((data, indices, indptr), shape=(len(rows), n_genes))
-    if not ordered: out.sort_indices()
-    if not full: out.eliminate_zeros()
-    return out, None
-
-# %% ../nbs/04a_sources.ipynb #c803a434
+# %% ../nbs/04a_sources.ipynb #4cc41903
 def write_store(
     folder,               # Folder to make
     sets,                 # dict dataset_id -> AnnData of counts, obs with the Census columns disease, assay, suspension_type, is_primary_data, donor_id, ...
@@ -311,7 +313,7 @@ def write_store(
     with tiledbsoma.Collection.open(str(data), "w") as c: c.set("homo_sapiens", tiledbsoma.Experiment.open(str(data/"homo_sapiens")), use_relative_uri=True)
     return folder
 
-# %% ../nbs/04a_sources.ipynb #46cc48bf
+# %% ../nbs/04a_sources.ipynb #53bd91f3
 KINDS = (".h5ad", ".zarr", ".h5")
 
 def is_soma(path): return (Path(path)/"__tiledb_group.tdb").exists() or (Path(path)/"__group").is_dir()
