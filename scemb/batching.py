@@ -6,6 +6,8 @@
 __all__ = ['mask_genes', 'masked_batch', 'truncated']
 
 # %% ../nbs/07_batching.ipynb #bd18f89e
+from functools import lru_cache
+
 import numpy as np
 from numba import njit
 
@@ -18,18 +20,16 @@ from .tokens import TokenSet
 def _mask_flat(genes, visible, offsets, cells, key, share, p_mask, p_random, n_special, n_vocab, keep_bin, ids, bins, labels):
     "Fill ids, bins and labels: what the model sees, and the true genes at hidden places, -100 elsewhere."
     scale, below = 1.0/18446744073709551616.0, np.uint64(share*18446744073709551616.0)
-    present, hits = np.zeros(n_vocab, np.bool_), np.empty(genes.size, np.bool_)
+    present, at = np.zeros(n_vocab, np.bool_), np.empty(1 + (np.diff(offsets).max() if offsets.size > 1 else 0), np.int64)
     for i in range(genes.size): ids[i] = genes[i]
     for i in range(genes.size): bins[i] = visible[i]
     for i in range(genes.size): labels[i] = -100
     for c in range(offsets.size - 1):
         a, n = offsets[c], offsets[c + 1] - offsets[c]
         cell, hidden, marked = _mix64(key ^ _mix64(np.uint64(cells[c]))), 0, False
-        for i in range(n):
-            hits[a + i] = _mix64(cell + np.uint64(i)) < below; hidden += hits[a + i]
-        if not hidden and n: hits[a + np.int64(_mix64(cell ^ np.uint64(0xA5A5)) % np.uint64(n))] = True   # at least one gene of a cell is hidden
-        for i in range(n):
-            if not hits[a + i]: continue
+        for i in range(n): at[hidden] = i; hidden += _mix64(cell + np.uint64(i)) < below        # places of hidden genes, without a branch
+        if not hidden and n: at[0], hidden = np.int64(_mix64(cell ^ np.uint64(0xA5A5)) % np.uint64(n)), 1   # at least one gene of a cell is hidden
+        for i in at[:hidden]:
             j = a + i; labels[j] = genes[j]
             h = _mix64(_mix64(cell + np.uint64(i))); u = h*scale
             if u < p_mask:
@@ -46,6 +46,9 @@ def _mask_flat(genes, visible, offsets, cells, key, share, p_mask, p_random, n_s
         if marked:
             for k in range(a, a + n): present[genes[k]] = False
 
+@lru_cache(64)
+def _key(seed, epoch): return np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+
 def mask_genes(
     genes:np.ndarray,    # Flat tokens, shape (T,)
     bins:np.ndarray,     # Flat bins, shape (T,)
@@ -59,7 +62,7 @@ def mask_genes(
 )->tuple:                # (ids, bins, labels), int64, shape (T,); labels are -100 where nothing is hidden
     "Hide genes of each cell; the same cell, seed and epoch always hide the same genes."
     ids, shown, labels = np.empty((3, len(genes)), np.int64)
-    key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    key = _key(seed, epoch)
     _mask_flat(genes, bins, np.asarray(offsets, np.int64), np.asarray(cells, np.int64), key, share, p_mask, p_random, len(SPECIAL), n_vocab, keep_bin, ids, shown, labels)
     return ids, shown, labels
 

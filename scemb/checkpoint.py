@@ -7,6 +7,7 @@ __all__ = ['ASSETS', 'save_checkpoint', 'shipped_models', 'load_checkpoint', 'ch
 
 # %% ../nbs/06a_checkpoint.ipynb #25dcd939
 import json
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def shipped_models()->list: # Names that `load_checkpoint` takes without a path
     "Checkpoints that come with the package."
     return sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
 
+@contextmanager
+def _no_bar(): # loading takes a moment; its progress bar would stand on stderr before the work's own
+    from transformers.utils import logging
+    on = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
+    try: yield
+    finally:
+        if on: logging.enable_progress_bar()
+
 def load_checkpoint(
     folder, # A folder written by `save_checkpoint`, or the name of a shipped model
 )->tuple:   # (model in evaluation mode, vocabulary, tokenizer settings, card)
@@ -59,7 +68,7 @@ def load_checkpoint(
     for name in ("config.json", "model.safetensors", "gene_vocabulary.json", "token_settings.json"):
         if not (path/name).exists(): raise FileNotFoundError(f"{folder} is no scEMB checkpoint: {name} is missing.")
     vocabulary = Vocabulary.load(path)
-    model = ScembForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()
+    with _no_bar(): model = ScembForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()
     if model.config.vocabulary_hash != vocabulary.hash:
         raise ValueError(f"{folder} is inconsistent: its weights belong to vocabulary {model.config.vocabulary_hash}, but it holds {vocabulary.hash}.")
     settings = {k: v for k, v in json.loads((path/"token_settings.json").read_text()).items() if k != "hash"}

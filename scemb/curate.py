@@ -7,7 +7,6 @@ __all__ = ['READS', 'DENIED_ASSAYS', 'STATED', 'COLUMNS', 'BY', 'Filters', 'stan
            'gene_axis', 'gene_keys', 'measure', 'coding_counts', 'counted_steps']
 
 # %% ../nbs/04_curate.ipynb #ffafd5f6
-import re
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -159,8 +159,9 @@ def embed_file(
     if out.suffix not in (".npy", path.suffix): raise ValueError(f"The output {out.name} must end in {path.suffix or '.h5ad'}, as the input does, to be a copy of it with the vectors, or in .npy for the vectors alone.")
     if rank == 0: check_output(out, overwrite, ".zattrs" if out.suffix == ".zarr" and (out/".zattrs").exists() else "zarr.json" if out.suffix == ".zarr" else None)
     if device is None and place is not None and torch.cuda.is_available(): device = f"cuda:{place}"
+    adata = open_lazily(path)
     encoder = model if isinstance(model, CellEncoder) else cell_encoder(model, pooling, max_len, device, precision, token_budget, seed)
-    counts = read_counts(open_lazily(path), layer, gene_column, duplicates)
+    counts = read_counts(adata, layer, gene_column, duplicates)
     if getattr(counts.matrix, "format", "") == "csc": warnings.warn(f"{counts.place} of {path.name} is stored by gene (CSC) and has to be loaded whole; store it by cell (CSR) to stream it.")
     tokenizer = encoder.tokenizer(counts)
     windows = _Windows(out.with_name(f".{out.name}.partial"), counts.n_cells, encoder.net.config.hidden_size, window)

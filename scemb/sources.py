@@ -18,7 +18,7 @@ from numba import njit
 
 from .counts import Counts, find_counts, gene_names, offending_value, open_h5ad
 from .curate import COLUMNS, described_steps, funnel, standard_obs
-from .datasets import available, locate, manifest
+from .datasets import locate, manifest
 from .genes import check_overlap, gene_table, map_genes
 
 # %% ../nbs/04a_sources.ipynb #b2c19f42
@@ -28,7 +28,7 @@ class TenX:
     def __init__(self, group): self.group, self.shape = group, tuple(int(n) for n in group["shape"][:][::-1])
 
 def _open_10x_h5(path):
-    import anndata as ad, h5py
+    import h5py
     try: f = h5py.File(path, "r")
     except OSError as e: raise ValueError(f"{path} is damaged or no HDF5 file and cannot be read as a 10x .h5. Copy it again. ({str(e)[:120]})") from e
     if "matrix" not in f or "features" not in f["matrix"]:
@@ -207,7 +207,7 @@ class SomaSource:
         organism:str="homo_sapiens", stated=(), columns=(), attempts:int=6, wait:float=1., say=None,
         buffer_bytes:int=1 << 26, # Of each column that is read at once
     ):
-        try: import cellxgene_census, tiledbsoma
+        try: import cellxgene_census, tiledbsoma  # noqa: F401
         except ImportError as e: raise ImportError("Reading the Census needs tiledbsoma and cellxgene-census: pip install 'scemb[census]'") from e
         self.uri, self.version, self.organism = uri and str(uri), version, organism
         self.stated, self.columns, self.buffer_bytes = dict(stated), dict(columns), buffer_bytes
