@@ -68,8 +68,8 @@ def read_weights(
             got = load_file(path)
         else: got = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f"There is no file {path}; check the path.") from None
-    except Exception as e:
-        raise ValueError(f"{path} does not open as plain tensors ({type(e).__name__}: {str(e).splitlines()[0][:120]}); it is damaged, or holds objects that would run code. Get it again from its authors.") from None
+    except pickle.UnpicklingError: raise ValueError(f"{path} holds more than tensors: reading it would run code, so it is not opened. Get it again from its authors.") from None
+    except Exception as e: raise ValueError(f"{path} does not open as a file of tensors; it is damaged ({type(e).__name__}: {str(e).splitlines()[0][:100]}). Get it again from its authors.") from None
     got = got.get("model_state_dict", got) if isinstance(got, dict) else got
     if not isinstance(got, dict) or not got or not all(isinstance(v, torch.Tensor) for v in got.values()): raise ValueError(f"{path} holds no table of tensors; a state dictionary is needed.")
     return got
