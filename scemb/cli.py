@@ -251,9 +251,9 @@ def benchmark(
     file: Annotated[Path, typer.Argument(help="An .h5ad file with raw counts, batches and labels.")],
     batch: Annotated[str, typer.Option(help="Column of obs with batches.")],
     label: Annotated[str, typer.Option(help="Column of obs with cell types.")],
-    out: Annotated[Path, typer.Option(help="Folder for the table and the pictures.")],
-    methods: Annotated[Optional[str], typer.Option(help="Names, separated by commas; default: all that can run.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="A shipped model or the folder of a checkpoint, for scEMB, its untrained twin and its token bag.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table, the pictures and the page.")],
+    methods: Annotated[Optional[str], typer.Option(help="Names, separated by commas: scemb, untrained, bag, svd, random, hvg, pca, harmony, scvi, geneformer:PATH, scgpt:PATH. Default: all but the last two.")] = None,
+    model: Annotated[str, typer.Option(help="A shipped model or the folder of a checkpoint, for scEMB, its untrained twin and its token bag.")] = "scemb-small",
     corpus: Annotated[Optional[Path], typer.Option(help="Tokens that the model was trained on (scemb tokenize): gives the twin its start and the bag its vectors.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Half-samples for the intervals of the integration metrics.")] = 20,
     max_cells: Annotated[int, typer.Option(min=50, help="Cells a half-sample at most.")] = 3000,
@@ -262,21 +262,23 @@ def benchmark(
 ):
     """Put embeddings before the same questions: bio conservation, batch mixing, labels carried over, depth.
 
-    Example: `scemb benchmark my_cells.h5ad --batch library --label cell_type --out scores --model runs/demo/checkpoint`
+    Example: `scemb benchmark my_cells.h5ad --batch library --label cell_type --out scores --methods scemb,geneformer:PATH,scgpt:PATH,pca,hvg,harmony,scvi`
     """
     import logging; logging.disable(logging.INFO)
-    from scemb.compare import METHODS, compare, named_methods
+    from scemb.compare import METHODS, compare
+    from scemb.contest import contestants, facts, write_page
     from scemb.figures import write_comparison
     from scemb.counts import check_output, open_h5ad
     from scemb.tokens import read_tokens
     check_output(out, overwrite, "scores.csv")
-    names = [n.strip() for n in methods.split(",")] if methods else [n for n in METHODS if model or n not in METHODS[:3]]
-    embedders = named_methods(names, model, batch, read_tokens(corpus) if corpus else None, layer)
+    embedders, absent = contestants(methods.split(",") if methods else METHODS, batch, model, read_tokens(corpus) if corpus else None, layer)
+    if not embedders: raise ValueError("No method is left to compare. " + "; ".join(absent))
     adata = open_h5ad(file, backed=False)
     result = compare(adata, embedders, label, batch, batch, file.stem, integration=integration, n_samples=samples, max_cells=max_cells, layer=layer, seed=seed, say=lambda line: print(line, file=sys.stderr, flush=True))
     write_comparison(result, adata, label, batch, out, seed)
-    for line in result.skipped: print(f"skipped: {line}", file=sys.stderr)
+    write_page(out/"report.html", result.table, {"All scores": out/"scores.png", "UMAPs by label and batch": out/"umap.png"}, facts(adata, label, batch, file=file.name, methods=", ".join(result.embeddings), model=model, seed=seed, half_samples=samples if integration else "none"), absent + result.skipped, f"{file.stem}: embeddings compared")
+    for line in absent + result.skipped: print(f"skipped: {line}", file=sys.stderr)
     for metric in ("bio conservation", "batch correction", "probe accuracy", "5-shot macro-F1"):
         t = result.table[result.table.metric == metric].sort_values("value", ascending=False)
         if len(t): print(f"{metric}: " + ", ".join(f"{m}{'*' if best else ''} {v:.3f}" for m, best, v in zip(t.method, t.best, t.value)))
-    print(f"* best, or not to be told from the best. {out}: scores.csv, scores.parquet, scores.png, umap.png")
+    print(f"* best, or not to be told from the best. {out}: report.html, scores.csv, scores.parquet, scores.png, umap.png")
