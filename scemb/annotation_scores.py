@@ -104,7 +104,7 @@ BASELINES = ("logistic regression, PCA", "logistic regression, HVG", "logistic r
 def baseline_features(
     adata, fit,               # Reference and query in one AnnData; mask of the reference
     tokens:TokenSet,          # The same cells, tokenised
-    corpus:TokenSet|None=None, # What the model was trained on; None: the reference takes its place
+    vectors:np.ndarray|None=None, # Gene vectors of the pretraining corpus (`gene_vectors`); None: the reference takes its place
     layer:str|None=None, dim:int=128, seed:int=0,
 )->dict:                      # PCA (cells, 50), HVG (cells, genes), SVD bag (cells, dim)
     "Features of all cells, made without labels."
@@ -112,9 +112,10 @@ def baseline_features(
     fit = np.asarray(fit, bool); work = ad.AnnData(find_counts(adata, layer)[1][:].astype(np.float32), var=adata.var[[]].copy())
     sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
     if work.n_vars > 2000: part = work[fit].copy(); sc.pp.highly_variable_genes(part, n_top_genes=2000); work = work[:, part.var.highly_variable.to_numpy()]
-    source = corpus or tokens.subset(fit); x = work.X
+    x, own = work.X, tokens.subset(fit)
+    if vectors is None: vectors = gene_vectors(own, min(dim, len(own) - 1), seed, own.settings.max_len)
     return {"PCA": pca_embedding(adata, fit, None, layer=layer, seed=seed), "HVG": np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32),
-            "SVD bag": np.nan_to_num(bag(tokens, gene_vectors(source, min(dim, len(source) - 1), seed, source.settings.max_len), tokens.settings.max_len)).astype(np.float32)}
+            "SVD bag": np.nan_to_num(bag(tokens, vectors, tokens.settings.max_len)).astype(np.float32)}
 
 def baseline_probabilities(
     features:dict,            # From `baseline_features`

@@ -26,7 +26,7 @@ def target_bars(
     if "marked" in t and t.marked.any(): ax.scatter(np.full(t.marked.sum(), 1.02), y[t.marked.to_numpy(bool)], s=12, color=PALETTE[3], transform=ax.get_yaxis_transform(), clip_on=False, label="named in the paper")
     ax.barh([0], [0], color=PALETTE[0], label=f"q < {alpha}"); ax.barh([0], [0], color=".65", label="not significant")
     ax.axvline(0, color="k", lw=.6); ax.set_yticks(y, t.target, fontsize=7); ax.set(xlabel=label, ylim=(-.6, len(t) - .4)); ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(.5, -.32 if len(t) < 8 else -.16), ncol=2)
+    fig.legend(frameon=False, fontsize=6.5, loc="outside lower center", ncol=2)
     return fig
 
 # %% ../nbs/19b_perturbation_figures.ipynb #dc858938
@@ -41,11 +41,10 @@ def method_bars(
     for ax, metric in zip(axes[0], metrics):
         t = scores[(scores.metric == metric) & ~lines].set_index("method").reindex(methods); y = np.arange(len(methods))
         ax.barh(y, t.value - chance.get(metric, 0), left=chance.get(metric, 0), color=np.where(t.p < .05, PALETTE[0], ".65"), height=.6); ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
-        for name, colour in (("ceiling", PALETTE[2]), ("floor", PALETTE[3])):
-            for x in scores.value[(scores.metric == metric) & scores.method.str.startswith(name)]: ax.axvline(x, color=colour, ls="--", lw=1, label=name)
+        for i, (name, x) in enumerate(zip(*(scores[(scores.metric == metric) & lines][k] for k in ("method", "value")))): ax.axvline(x, color=PALETTE[3 if name.startswith("floor") else 2], ls=("--", ":", "-.")[i % 3], lw=1, label=name)
         ax.axvline(chance.get(metric, 0), color="k", lw=.6); ax.set_xlabel(f"{metric} (chance {chance.get(metric, 0):g})", fontsize=8); ax.tick_params(labelsize=7); ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(np.arange(len(methods)), methods, fontsize=7); axes[0, 0].invert_yaxis()
-    h, l = axes[0, 0].get_legend_handles_labels(); fig.legend(h, l, frameon=False, fontsize=6.5, ncol=2, loc="outside lower right")
+    h, l = axes[0, 0].get_legend_handles_labels(); fig.legend(h, l, frameon=False, fontsize=6.5, ncol=3, loc="outside lower right")
     return fig
 
 # %% ../nbs/19b_perturbation_figures.ipynb #8cf0c1df
@@ -86,13 +85,13 @@ def volcano(
     label:str="effect on the direction", alpha:float=.05,
 ):                    # matplotlib figure
     "Effect against significance, the largest named."
-    plt = _plt(); key = "q" if "q" in table else "p"; t = table.dropna(subset=["effect", key]); y = -np.log10(np.maximum(t[key], 1e-12)); found = t[key] < alpha
+    plt = _plt(); key = "q" if "q" in table else "p"; t = table.dropna(subset=["effect", key]); power = int(np.floor(np.log10(max(t.effect.abs().max(), 1e-300)))); t = t.assign(effect=t.effect/10.**power); y = -np.log10(np.maximum(t[key], 1e-12)); found = t[key] < alpha
     fig, ax = plt.subplots(figsize=(4.4, 3.4), layout="constrained"); ax.scatter(t.effect, y, s=8, lw=0, c=np.where(found, PALETTE[0], ".7")); ax.axhline(-np.log10(alpha), color=".6", ls="--", lw=.8)
-    named = (t[found] if found.any() else t).assign(size=lambda d: d.effect.abs()).nlargest(n_labels, "size")
+    named = (t[found] if found.any() else t).assign(size=lambda d: d.effect.abs()).nlargest(n_labels if found.any() else 2, "size")
     placed, span = [], (max(np.ptp(y), 1e-9), np.ptp(t.effect))
     for i in named.index[np.argsort(-y[named.index].to_numpy(), kind="stable")]:
         x, at, right = t.effect[i], y[i], t.effect[i] >= 0
         while any(abs(at - b) < .045*span[0] and abs(x - a) < .25*span[1] for a, b in placed): at -= .045*span[0]      # labels step down where they would meet
         placed.append((x, at)); ax.text(x + (-.015 if right else .015)*span[1], at, t.symbol[i], fontsize=6.5, ha="right" if right else "left", va="center")
-    ax.set(xlabel=label, ylabel=f"-log10 {key}"); ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3)); ax.margins(.12); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel=label if power == 0 else f"{label} (units of 1e{power})", ylabel=f"-log10 {key}"); ax.margins(.12); ax.spines[["top", "right"]].set_visible(False)
     return fig
