@@ -30,7 +30,7 @@ def counter(what): # "cells" -> progress(done, total) drawing a bar with rate an
     "A progress bar for work that is counted."
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True))
+    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True, force_jupyter=False))
     task = bar.add_task("", total=None, rate="")
     def progress(done, total):
         if not BARS: bar.start(); BARS.append(bar)

@@ -44,7 +44,7 @@ def contestants(
     made |= {n: Embedder(n, lambda a, seed, p=p: vectors(p, a, layer, seed), n_seeds) for n, p in peers.items()}
     return [made[n] for n in dict.fromkeys(order)], absent
 
-# %% ../nbs/18c_contest.ipynb #a826d677
+# %% ../nbs/18c_contest.ipynb #aafe9f64
 GROUPS = {"aggregate": "Integration, overall", "bio": "Bio conservation", "batch": "Batch mixing", "labels": "Labels", "loss": "Masked genes", "depth": "Depth: R2 with which it is read off an embedding (high is a warning)"}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}
 table{border-collapse:collapse;font-size:.85em}th,td{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}td.best{font-weight:700}div{overflow-x:auto}small{color:#666;font-weight:400}"""
@@ -71,7 +71,7 @@ def group_table(t): # rows of one group -> HTML: a row a method, a column a metr
     rows = "".join(f"<tr><td>{html.escape(m)}</td>{''.join(cell(at.get((m, k))) for k in metrics)}</tr>" for m in dict.fromkeys(t.method))
     return f"<div><table><tr><th></th>{''.join(f'<th>{html.escape(k)}</th>' for k in metrics)}</tr>{rows}</table></div>"
 
-# %% ../nbs/18c_contest.ipynb #c625b3e1
+# %% ../nbs/18c_contest.ipynb #86b2f443
 def facts(adata, label:str, batch:str, **given)->dict: # -> name -> value, for the foot of the page
     "What was compared, and by which versions."
     return dict(cells=f"{adata.n_obs:,}", genes=f"{adata.n_vars:,}", labels=f"{label}, {adata.obs[label].nunique()} kinds", batches=f"{batch}, {adata.obs[batch].nunique()} kinds") | given | dict(versions=", ".join(f"{k} {v}" for k, v in versions().items()))

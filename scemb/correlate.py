@@ -185,7 +185,9 @@ def correlate(
     if shifts.guides: row |= dict(n_guides=[len(g) for g in shifts.guides], p_guides=[guide_test(g, shifts.control, state.vector/length, n_permutations, seed)[0] for g in shifts.guides])
     if shifts.n_cells is not None: row["n_cells"] = shifts.n_cells
     table = pd.DataFrame(row)
-    if matched is not None: table["p_matched"] = [matched_p(c, state.vector, matched.get(t)) for t, c in zip(table.target, table.cosine)]
+    if matched is not None:
+        table["p_matched"] = [matched_p(c, state.vector, matched.get(t)) for t, c in zip(table.target, table.cosine)]
+        table["p_matched_least"] = [np.nan if not len(others := matched.get(t) if matched.get(t) is not None else ()) else min(1., 2/(len(others) + 1)) for t in table.target]
     table["p"] = table[[c for c in ("p_donors", "p_guides", "p_matched") if c in table]].max(axis=1)
     table["q"] = false_discovery(table.p.to_numpy())
     draws = pd.DataFrame(bootstrap_cosines(state, shifts, n_boot, seed), columns=shifts.targets)
@@ -223,10 +225,12 @@ def power_statement(state, table, p_min, exact, alpha=.05): # -> dict with a tex
     "What this design could have shown."
     n_case, n_control = int(state.case.sum()), int((~state.case).sum())
     ways, tested = n_arrangements(state.case, state.strata), int(table.p.notna().sum())
-    text = f"{n_case} case and {n_control} control {state.unit}s can be dealt in {ways:,} ways, so no p over {state.unit}s is below {p_min:.2g}. "
+    many = f"{ways:,}" if ways < 10**9 else "more than a thousand million"
+    text = f"{n_case} case and {n_control} control {state.unit}s can be dealt in {many} ways, so no p over {state.unit}s is below {p_min:.2g}. "
     if p_min > alpha: text += "Nothing can be significant here, whatever the cells say: this is a smoke test of the method."
     else: text += (f"With {tested} targets a single target alone reaches q < {alpha} if its p is below {alpha/max(1, tested):.2g}{'' if p_min <= alpha/max(1, tested) else ', which this design cannot give: only several targets together can'}. "
                    f"Along a typical target (median) the cosine had to pass {table.cosine_needed.median():.2f} either way to reach p < {alpha} over {state.unit}s.")
+    if "p_matched_least" in table: text += f" Against its matched random genes no target's p is below {table.p_matched_least.min():.2g}, so {'none can' if table.p_matched_least.min()*tested > alpha*max(1, (table.p_matched <= table.p_matched_least).sum()) else 'the furthest out may'} be called among {tested}."
     if state.unit == "cell": text += " Cells, not donors, are dealt: the figures describe these cells and say nothing of other people."
     return dict(n_case=n_case, n_control=n_control, arrangements=ways, exact=exact, p_min=p_min, q_of_one=min(1., p_min*max(1, tested)), text=text)
 

@@ -52,7 +52,7 @@ def link_bars(
     plt = _plt(); t = table[table.metric == metric] if "metric" in table else table
     panels, kinds = list(dict.fromkeys(t[panel])), list(dict.fromkeys(t[colour_by]))
     methods = list(order) if order is not None else list(t.groupby("method").value.mean().sort_values(ascending=False).index)
-    fig, axes = plt.subplots(1, len(panels), figsize=(2.2 + 2.5*len(panels), .9 + .3*len(methods)), sharey=True, sharex=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(panels), figsize=(2.2 + 2.5*len(panels), 1.1 + .34*len(methods)), sharey=True, sharex=True, squeeze=False, layout="constrained")
     paint = colours(kinds); y = np.arange(len(methods))[::-1]
     for ax, name in zip(axes[0], panels):
         for s, kind in enumerate(kinds):
@@ -60,7 +60,7 @@ def link_bars(
             at = y + .15*((len(kinds) - 1)/2 - s)*2
             ax.hlines(at, part.ci_low, part.ci_high, color=paint[str(kind)], lw=1.5); ax.plot(part.value, at, "o", ms=4, color=paint[str(kind)], label=str(kind))
         if chance is not None: ax.axvline(chance, color="k", lw=.7, ls=":")
-        ax.set(title=name, xlabel=metric, yticks=y); ax.set_yticklabels(methods, fontsize=8); ax.title.set_fontsize(9); [ax.spines[s].set_visible(False) for s in ("top", "right")]
+        ax.set(title=name, xlabel=metric, yticks=y, ylim=(-.6, len(methods) - .4)); ax.set_yticklabels(methods, fontsize=8); ax.title.set_fontsize(9); [ax.spines[s].set_visible(False) for s in ("top", "right")]
     axes[0, -1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 

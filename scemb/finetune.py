@@ -11,7 +11,6 @@ import copy, hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
