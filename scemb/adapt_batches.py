@@ -20,7 +20,7 @@ from .checkpoint import load_checkpoint
 from .counts import read_counts
 from .finetune import CellModel, FinetuneSettings, hidden_states
 from .fit import predict
-from .tokens import TokenSet, tokenize
+from .tokens import tokenize
 
 # %% ../nbs/11e_adapt_batches.ipynb #7caf5f71
 def directions(x:np.ndarray)->np.ndarray: # (cells, D) -> centred rows of length 1

@@ -52,16 +52,17 @@ def link_bars(
     plt = _plt(); t = table[table.metric == metric] if "metric" in table else table
     panels, kinds = list(dict.fromkeys(t[panel])), list(dict.fromkeys(t[colour_by]))
     methods = list(order) if order is not None else list(t.groupby("method").value.mean().sort_values(ascending=False).index)
-    fig, axes = plt.subplots(1, len(panels), figsize=(2.2 + 2.5*len(panels), 1.1 + .34*len(methods)), sharey=True, sharex=True, squeeze=False, layout="constrained")
-    paint = colours(kinds); y = np.arange(len(methods))[::-1]
-    for ax, name in zip(axes[0], panels):
+    wide = min(4, len(panels)); deep = -(-len(panels)//wide)
+    fig, axes = plt.subplots(deep, wide, figsize=(2.2 + 2.4*wide, deep*(1. + .28*len(methods))), sharey=True, sharex=True, squeeze=False, layout="constrained")
+    paint = colours(kinds); y = np.arange(len(methods))[::-1]; [ax.set_axis_off() for ax in axes.flat[len(panels):]]
+    for ax, name in zip(axes.flat, panels):
         for s, kind in enumerate(kinds):
             part = t[(t[panel] == name) & (t[colour_by] == kind)].drop_duplicates("method").set_index("method").reindex(methods)
             at = y + .15*((len(kinds) - 1)/2 - s)*2
             ax.hlines(at, part.ci_low, part.ci_high, color=paint[str(kind)], lw=1.5); ax.plot(part.value, at, "o", ms=4, color=paint[str(kind)], label=str(kind))
         if chance is not None: ax.axvline(chance, color="k", lw=.7, ls=":")
         ax.set(title=name, xlabel=metric, yticks=y, ylim=(-.6, len(methods) - .4)); ax.set_yticklabels(methods, fontsize=8); ax.title.set_fontsize(9); [ax.spines[s].set_visible(False) for s in ("top", "right")]
-    axes[0, -1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, wide - 1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/19c_correlation_figures.ipynb #f6d33f5c
@@ -69,13 +70,15 @@ def network_drawing(
     edges,         # DataFrame: source, target, weight
     nodes,         # DataFrame: gene, degree, module (from `hubs_and_modules`)
     named:int=15,  # Hubs with a name
-    bold=(), seed:int=0, title:str="",
+    bold=(), title:str="",
 ):                 # matplotlib figure
     "A network with its modules."
     import networkx as nx
     plt = _plt(); graph = nx.from_pandas_edgelist(edges, "source", "target", "weight")
-    place = nx.spring_layout(graph, weight=None, seed=seed, k=1.6/np.sqrt(max(1, len(graph))), iterations=120)
-    t = nodes.set_index("gene"); fig, ax = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
+    graph = graph.subgraph(max(nx.connected_components(graph), key=len)); left = len(nodes) - len(graph)
+    place = nx.kamada_kawai_layout(graph, weight=None); t = nodes.set_index("gene").loc[list(graph)]
+    if left: title = f"{title} ({left} genes apart from these are not drawn)"
+    fig, ax = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
     for a, b in graph.edges: ax.plot(*zip(place[a], place[b]), color="#cccccc", lw=.6, zorder=1)
     big = t.module.value_counts().index[:8]; paint = {m: PALETTE[k % len(PALETTE)] for k, m in enumerate(big)}
     xy = np.array([place[g] for g in t.index]); ax.scatter(*xy.T, s=12 + 10*t.degree, c=[paint.get(m, "#b0b0b0") for m in t.module], linewidths=.4, edgecolors="white", zorder=2)

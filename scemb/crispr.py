@@ -9,10 +9,9 @@ __all__ = ['CONTROL', 'is_control', 'guide_library', 'call_guides', 'assign_guid
 
 # %% ../nbs/12_crispr.ipynb #2a36af8d
 import re
-from math import sqrt
 import numpy as np, pandas as pd
 from scipy import sparse, stats
-from .counts import gene_names, read_counts
+from .counts import read_counts
 from .genes import map_genes
 from .stats import arrangements, false_discovery, permutation_p
 

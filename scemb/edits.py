@@ -115,8 +115,7 @@ def variants(
     device, T = cells.ids.device, len(cells.ids)
     absent = (places < 0) & (tokens >= 0); L = cells.lengths[which]; n = L + absent.sum(1)
     owner = torch.repeat_interleave(torch.arange(len(n), device=device), n); start = n.cumsum(0) - n
-    i = torch.arange(len(owner), device=device) - start[owner]
-    source = cells.first[which][owner] + i
+    i = torch.arange(len(owner), device=device) - start[owner]; source = cells.first[which][owner] + i
     v, k = (places >= 0).nonzero().T; at = start[v] + places[v, k]
     va, ka = absent.nonzero().T; new = start[va] + L[va] + (absent.cumsum(1) - 1)[va, ka]
     source[new] = T + tokens[va, ka]
@@ -141,6 +140,6 @@ def _lowered(value, key, owner, at, factor, n): # targets at flat places `at`, v
     nth = torch.arange(len(at), device=at.device) - torch.searchsorted(of, of)
     for j in range(int(nth.max()) + 1 if len(at) else 0):                                      # the j-th target of each variant
         p = at[nth == j]; wanted = torch.full((n,), torch.inf, dtype=value.dtype, device=value.device); wanted[owner[p]] = value[p]*factor
-        count = lambda hit: torch.zeros_like(wanted).index_add_(0, owner, hit.to(value))[owner[p]]
+        count = lambda hit, p=p: torch.zeros(n, dtype=value.dtype, device=value.device).index_add_(0, owner, hit.to(value))[owner[p]]
         new_value[p], new_key[p] = value[p]*factor, count(value > wanted[owner]) + count(value == wanted[owner])/2 - .5
     return new_value, new_key

@@ -49,6 +49,7 @@ def negatives(
     known,               # Pair keys of all known links, which are never drawn
     degree=None,         # Degrees in the training graph: matched negatives; None: uniform over `among`
     among=None,          # Nodes to draw from; None: all (uniform), or those with a link (matched)
+    fixed=None,          # Nodes that stay in their pairs: the hidden genes of a split by gene
     window:int=15,       # A matched gene stands at most so many places away in the order of degrees
     seed:int=0,
 )->np.ndarray:           # Shape (m, 2)
@@ -60,13 +61,13 @@ def negatives(
         place = np.searchsorted(degree[order], degree[pairs] + .5) - 1          # last gene of this degree
         first = np.searchsorted(degree[order], degree[pairs] - .5)
         place = (first + (place - first + 1)*rng.random(pairs.shape)).astype(int).clip(0, len(order) - 1)
-    out, bad = np.array(pairs), np.ones(len(pairs), bool)
+    out, bad, stay = np.array(pairs), np.ones(len(pairs), bool), np.isin(pairs, [] if fixed is None else fixed)
+    stay[:, 1] &= ~stay[:, 0]       # one end is always replaced
     for turn in range(100):
         if not bad.any(): return out
-        if degree is None: out[bad] = rng.choice(among, (bad.sum(), 2))
-        else:
-            w = window*(1 + turn//10)
-            out[bad] = order[(place[bad] + rng.integers(-w, w + 1, (bad.sum(), 2))).clip(0, len(order) - 1)]
+        w = window*(1 + turn//10)
+        drawn = rng.choice(among, (bad.sum(), 2)) if degree is None else order[(place[bad] + rng.integers(-w, w + 1, (bad.sum(), 2))).clip(0, len(order) - 1)]
+        out[bad] = np.where(stay[bad], pairs[bad], drawn)
         bad = (out[:, 0] == out[:, 1]) | np.isin(pair_keys(out, n), known)
     return out[~bad]    # in a nearly complete graph some pairs have no negative
 
@@ -157,6 +158,7 @@ def score_links(
     n:int,              # Genes
     known,              # Pair keys of all known links
     degree:np.ndarray,  # In the training graph
+    fixed=None,         # Hidden genes, which stay in the false pairs; see `negatives`
     most:int=5000,      # True pairs scored at most
     n_boot:int=100, seed:int=0,
 ):                      # DataFrame: method, negatives, metric, value, ci_low, ci_high, n, unit
@@ -164,6 +166,6 @@ def score_links(
     if not len(pairs): raise ValueError("There is no link to foresee: the two sources share all their links, or no genes.")
     pairs = pairs[np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])]
     linked, rows = np.flatnonzero(degree), []
-    for kind, false in (("uniform", negatives(pairs, n, known, among=linked, seed=seed)), ("degree-matched", negatives(pairs, n, known, degree, seed=seed))):
+    for kind, false in (("uniform", negatives(pairs, n, known, among=linked, fixed=fixed, seed=seed)), ("degree-matched", negatives(pairs, n, known, degree, fixed=fixed, seed=seed))):
         for name, f in scorers.items(): rows += [dict(method=name, negatives=kind, **r) for r in link_metrics(f(pairs), f(false), pairs, false, n_boot, seed)]
     return pd.DataFrame(rows)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AD_LOCI', 'shared_genes', 'column', 'depth_of', 'vectors_of', 'donor_shift', 'screen_shifts', 'matched_genes',
-           'predicted_shifts', 'enrichment', 'match_files']
+           'predicted_shifts', 'enrichment', 'pca_pair', 'match_files']
 
 # %% ../nbs/15b_match.ipynb #87a33e7f
 import warnings
@@ -110,6 +110,7 @@ def predicted_shifts(
     kind:str="delete",     # As for `perturb`
     n_matched:int=0,       # Random genes for each target; 0: none
     pool:int=200,          # Random genes perturbed in all
+    centre:bool=True,      # Subtract the mean over all perturbed genes (ten at least): what removing any gene does
     seed:int=0, **settings,# Of `perturb`
 )->tuple:                  # Shifts, dict target -> shifts of matched genes (or None), table of the engine
     "Shifts of in silico perturbations, and of random genes like them."
@@ -119,6 +120,7 @@ def predicted_shifts(
     others = sorted({g for v in like.values() for g in v})
     out = perturb(adata, model, [*genes, *others], kind=kind, missing="nan", **settings)
     x, n = np.asarray(out.X, float), len(genes)
+    if centre and np.isfinite(x).all(1).sum() >= 10: x = x - np.nanmean(x, 0)
     place = {g: n + k for k, g in enumerate(others)}
     ok = lambda v: v[np.isfinite(v).all(1)]
     matched = {t: ok(x[[place[g] for g in gs]]) if gs else None for t, gs in like.items()} if n_matched else None
@@ -150,11 +152,25 @@ def enrichment(
                          dict(test="larger |cosine| (rank, AUC)", statistic=auc, p=float(ranks.pvalue), **known)])
 
 # %% ../nbs/15b_match.ipynb #3ab3b0ad
+def pca_pair(
+    a, b,             # AnnData with the same genes in the same order (see `shared_genes`)
+    calm_a, calm_b,   # Bool masks of the control cells, on which it is fitted
+    key:str="X_pca", n_comps:int=30, layer:str|None=None,
+):                    # Writes obsm[key] of both
+    "One PCA of log-normalised counts for two files."
+    import anndata as ad
+    from scemb.baselines import pca_embedding
+    if list(a.var_names) != list(b.var_names): raise ValueError(f"The files have {a.n_vars:,} and {b.n_vars:,} genes in different order or number: cut them by shared_genes first.")
+    both = ad.AnnData(sp.vstack([sp.csr_matrix(find_counts(x, layer)[1][:]) for x in (a, b)]).tocsr(), var=a.var[[]])
+    x = pca_embedding(both, np.r_[np.asarray(calm_a, bool), np.asarray(calm_b, bool)], None, n_comps)
+    a.obsm[key], b.obsm[key] = x[:a.n_obs], x[a.n_obs:]
+
+# %% ../nbs/15b_match.ipynb #1013da43
 def match_files(
     disease, screen,               # AnnData with raw counts
     group:str, case:str, control:str, donor:str|None,
     target:str="target", guide:str="guide", reference:str="non-targeting", # Of the screen
-    model="scemb-small",           # As for `embed`; None: use obsm[key] of both as it is
+    model="scemb-small",           # As for `embed`; "pca": `pca_pair`; None: use obsm[key] of both as it is
     key:str="X_scemb", batch:str|None=None, screen_batch:str|None=None,
     depth:bool=True, paired:bool=False, minimum:float=.3, min_cells:int=20, layer:str|None=None, seed:int=0,
     say=lambda line: None, **settings, # Of `correlate`
@@ -163,10 +179,12 @@ def match_files(
     for a, name in ((disease, group), (disease, donor), (screen, target), (screen, guide)):
         if name is not None: column(a, name, "analysis")        # before any long work
     if model is not None:
-        from scemb.embed import cell_encoder, embed
         disease, screen, overlap = shared_genes(disease, screen, minimum, layer=layer); layer = None
         say(f"{overlap['shared']:,} shared genes, {overlap['share']:.0%} of the smaller file; embedding {disease.n_obs + screen.n_obs:,} cells")
-        encoder = cell_encoder(model, seed=seed)
-        for a in (disease, screen): embed(a, encoder, key=key)
+        if model == "pca": pca_pair(disease, screen, column(disease, group, "groups").astype(str) == control, column(screen, target, "targets").astype(str) == reference, key)
+        else:
+            from scemb.embed import cell_encoder, embed
+            encoder = cell_encoder(model, seed=seed)
+            for a in (disease, screen): embed(a, encoder, key=key)
     state = donor_shift(disease, group, case, control, donor, key, batch, depth, paired, layer)
     return correlate(state, screen_shifts(screen, target, guide, reference, key, screen_batch, depth, min_cells, layer), seed=seed, **settings)

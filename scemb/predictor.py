@@ -53,7 +53,7 @@ def fit_predictor(
     "Train the network on guides."
     if len(vectors) != len(shifts): raise ValueError(f"{len(vectors)} vectors for {len(shifts)} guides, wanted one each.")
     torch.manual_seed(seed); rng = np.random.default_rng(seed)
-    scaled = lambda v, like: ((v - like.mean(0))/(like.std(0) + 1e-6)).astype(np.float32)
+    scaled = lambda v, like: np.clip((v - like.mean(0))/(like.std(0) + 1e-6), -3, 3).astype(np.float32)    # a vector far from all others is not followed to infinity
     c, p, y = torch.from_numpy(scaled(cells, cells)), torch.from_numpy(scaled(vectors, vectors)), torch.as_tensor(np.asarray(shifts), dtype=torch.float32)
     w = np.ones(len(y)) if weight is None else np.sqrt(weight); w = torch.as_tensor(w/w.mean(), dtype=torch.float32)
     net = ExpressionPredictor(c.shape[1], p.shape[1], y.shape[1], hidden, np.average(shifts, axis=0, weights=w))
