@@ -52,7 +52,8 @@ def mutual_pairs(
 @dataclass(frozen=True)
 class BatchSettings:
     "How batches are drawn together."
-    finetune: FinetuneSettings = FinetuneSettings(way="lora") # way, ranks, rates, seed
+    finetune: FinetuneSettings = FinetuneSettings(way="lora") # way, ranks, seed
+    rate: float|None = None  # Learning rate; None: 2e-3 for LoRA, otherwise that of the way
     steps: int = 150         # Optimizer steps
     pairs: int = 12          # Pairs a step
     neighbours: int = 15     # See `mutual_pairs`
@@ -60,6 +61,8 @@ class BatchSettings:
     contrast: float = 1.     # Its weight; 0: masked genes only
     masked: float = .1       # Weight of the masked-gene term
     mask_share: float = .15  # Genes hidden (Hsieh et al., Methods)
+    @property
+    def step_rate(self): return self.rate or self.finetune.encoder_rate or (2e-3 if self.finetune.way == "lora" else self.finetune.rate)
 
 def contrastive_loss(
     u_BD,       # Directions of 2P cells, partners P places apart
@@ -82,7 +85,7 @@ def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step,
     f, rng, history, n_pairs = s.finetune, np.random.default_rng([s.finetune.seed, 3]), [], s.pairs
     torch.set_flush_denormal(True); torch.manual_seed(f.seed)
     trained = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]
-    optimizer = torch.optim.AdamW(trained, lr=f.rate, weight_decay=f.weight_decay); warm = max(1, round(f.warmup*s.steps))
+    optimizer = torch.optim.AdamW(trained, lr=s.step_rate, weight_decay=f.weight_decay); warm = max(1, round(f.warmup*s.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1)/warm, max(0., (s.steps - i)/max(1, s.steps - warm))))
     anchors = np.unique(pairs[:, 0]); order = np.argsort(pairs[:, 0], kind="stable"); count = np.bincount(pairs[:, 0])[anchors]; start = np.concatenate([[0], np.cumsum(count)[:-1]])
     model.train()
@@ -180,6 +183,6 @@ def integrate(
     if kept < .3: warnings.warn(f"Only {kept:.0%} of the neighbours within a batch were kept: this may be over-corrected. Train fewer steps, or lower contrast (now {settings.contrast:g}).")
     adata.obsm[key] = got["after"].astype(np.float32); f = asdict(settings.finetune)
     record = dict(batch=batch, base="in memory" if isinstance(base, tuple) else str(base), base_hash=got["model"].base, way=f["way"], seed=f["seed"], steps=settings.steps, pairs=settings.pairs, temperature=settings.temperature, contrast=settings.contrast,
-                  masked=settings.masked, neighbours=settings.neighbours, n_pairs=len(got["pairs"]), neighbours_kept=kept, key=key)
+                  masked=settings.masked, rate=settings.step_rate, neighbours=settings.neighbours, n_pairs=len(got["pairs"]), neighbours_kept=kept, key=key)
     adata.uns["scemb"] = {**adata.uns.get("scemb", {}), "integration": record}
     return adata

@@ -137,7 +137,7 @@ def guide_test(
         d = predicted.loc[t].to_numpy(float)
         if not np.isfinite(d).all() or not d.any(): continue
         x = np.concatenate([guides.loc[[t]].to_numpy(float), nt]); case = np.arange(len(x)) < len(x) - len(nt)
-        score = lambda m: _cosines(m/m.sum(1, keepdims=True) - ~m/(~m).sum(1, keepdims=True), x, d)
+        score = lambda m, x=x, d=d: _cosines(m/m.sum(1, keepdims=True) - ~m/(~m).sum(1, keepdims=True), x, d)
         own, null = float(score(case[None])[0]), np.concatenate([score(m) for m in arrangements(case, None, n_permutations, seed)])
         rows[t] = dict(agreement_control=own, z=(own - null.mean())/null.std(), p=permutation_p(own, null, "greater"), n_guides=int(case.sum()))
     table = pd.DataFrame(rows).T.rename_axis("target")

@@ -7,9 +7,8 @@ __all__ = ['MISSING', 'UNKNOWN', 'labelled', 'compare_names', 'Annotator', 'load
            'annotate', 'annotate_file']
 
 # %% ../nbs/11c_annotate.ipynb #414fa65f
-import json, warnings
+import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 

@@ -131,7 +131,7 @@ def baseline_probabilities(
     out = {}
     for name in names:
         kind, feature = name.split(", "); x = features[feature]
-        fitted = KNeighborsClassifier(min(15, len(train))) if kind == "k-NN" else make_pipeline(StandardScaler(), LogisticRegression(C=.001 if feature == "HVG" else .1, max_iter=300, random_state=seed))
+        fitted = KNeighborsClassifier(min(15, len(train))) if kind == "k-NN" else make_pipeline(StandardScaler(), LogisticRegression(C=.01 if feature == "HVG" else 10, max_iter=300, random_state=seed))
         fitted.fit(x[train], y); out[name] = np.zeros((len(query), n_classes), np.float32); out[name][:, fitted.classes_] = fitted.predict_proba(x[query])
     return out
 

@@ -181,7 +181,7 @@ def correlate(
     length, units = np.linalg.norm(state.vector), shifts.vectors/size[ok, None]
     p_donors, p_min, null, exact = donor_test(state, units, n_permutations, seed)
     row = dict(target=shifts.targets, cosine=cosine(state.vector, shifts.vectors), size=size[ok], p_donors=p_donors,
-               cosine_needed=np.quantile(np.abs(null), 1 - alpha, axis=0)/length, source=shifts.source)
+               cosine_needed=np.where(p_min <= alpha, np.quantile(np.abs(null), 1 - alpha, axis=0)/length, np.nan), source=shifts.source)
     if shifts.guides: row |= dict(n_guides=[len(g) for g in shifts.guides], p_guides=[guide_test(g, shifts.control, state.vector/length, n_permutations, seed)[0] for g in shifts.guides])
     if shifts.n_cells is not None: row["n_cells"] = shifts.n_cells
     table = pd.DataFrame(row)

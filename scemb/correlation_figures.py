@@ -27,7 +27,7 @@ def signed_violins(
     if "cosine_needed" in t: ax.fill_betweenx(np.r_[y + .5, y[-1] - .5], *(np.r_[s*t.cosine_needed, s*t.cosine_needed.iloc[-1]] for s in (-1, 1)), step="post", color="#f0f0f0", lw=0, label="p > .05 over donors", zorder=0)
     for k, row in zip(y, t.itertuples()):
         colour = CALLS.get(row.call, "#b0b0b0")
-        if draws is not None and row.target in draws and np.ptp(draws[row.target].dropna()) > 0:
+        if draws is not None and row.target in draws and np.isfinite(row.ci_low) and np.ptp(draws[row.target].dropna()) > 0:
             for part in ax.violinplot([draws[row.target].dropna()], [k], orientation="horizontal", widths=.85, showextrema=False)["bodies"]: part.set(facecolor=colour, alpha=.35, edgecolor="none")
         if np.isfinite(row.ci_low): ax.plot([row.ci_low, row.ci_high], [k, k], color=colour, lw=2, solid_capstyle="butt")
         ax.plot(row.cosine, k, "o", ms=5, mfc=colour if row.call != "not told apart" else "white", mec=colour, zorder=3)
@@ -36,7 +36,7 @@ def signed_violins(
     ax.set_yticklabels(names, fontsize=7)
     for label, target, name in zip(ax.get_yticklabels(), t.target, names): label.set_fontweight("bold" if {target, name} & set(bold) else "normal")
     handles = [plt.Line2D([], [], marker="o", ls="", ms=5, mfc=c if n != "not told apart" else "white", mec=c, label=n) for n, c in CALLS.items() if n in set(t.call)]
-    if "cosine_needed" in t: handles.append(plt.Rectangle((0, 0), 1, 1, color="#e4e4e4", label="too small for p < .05"))
+    if "cosine_needed" in t and t.cosine_needed.notna().any(): handles.append(plt.Rectangle((0, 0), 1, 1, color="#e4e4e4", label="too small for p < .05"))
     ax.legend(handles=handles, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1)); [ax.spines[s].set_visible(False) for s in ("top", "right")]
     return fig
 
@@ -83,7 +83,7 @@ def network_drawing(
     big = t.module.value_counts().index[:8]; paint = {m: PALETTE[k % len(PALETTE)] for k, m in enumerate(big)}
     xy = np.array([place[g] for g in t.index]); ax.scatter(*xy.T, s=12 + 10*t.degree, c=[paint.get(m, "#b0b0b0") for m in t.module], linewidths=.4, edgecolors="white", zorder=2)
     for g in t.sort_values("degree", ascending=False).index[:named]: ax.annotate(g, place[g], fontsize=7, ha="center", va="bottom", xytext=(0, 3), textcoords="offset points", fontweight="bold" if g in bold else "normal", zorder=3)
-    ax.set(xticks=[], yticks=[], title=title); [s.set_visible(False) for s in ax.spines.values()]
+    ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9); [s.set_visible(False) for s in ax.spines.values()]
     handles = [plt.Line2D([], [], marker="o", ls="", ms=5, color=paint[m], label=f"module {m}: {int((t.module == m).sum())} genes") for m in big if (t.module == m).sum() > 2]
     ax.legend(handles=handles, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig

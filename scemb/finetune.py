@@ -21,7 +21,7 @@ from .model import Layer, ScembConfig, ScembModel
 
 # %% ../nbs/11_finetune.ipynb #72a374f2
 WAYS, HEADS = ("full", "freeze", "lora", "prefix", "probe"), ("linear", "mlp", "transformer")
-RATES = dict(full=2e-4, freeze=3e-4, lora=2e-3, prefix=1e-2, probe=0.) # Learning rate of the encoder's part, by way
+RATES = dict(full=2e-4, freeze=3e-4, lora=5e-3, prefix=1e-2, probe=0.) # Learning rate of the encoder's part, by way
 
 @dataclass(frozen=True)
 class FinetuneSettings:
@@ -35,7 +35,7 @@ class FinetuneSettings:
     prefix_width: int = 16       # With "prefix" and a knowledge vector: hidden width of the MLP
     control: str = "none"        # "none", "random" or "permuted": what stands in place of the knowledge vector
     epochs: int = 3              # Passes over the labelled cells
-    batch_cells: int = 32        # Cells an optimizer step
+    batch_cells: int = 8         # Cells an optimizer step (Hsieh et al., Methods)
     head_rate: float = 2e-3      # Learning rate of the head
     encoder_rate: float|None = None # Learning rate of the encoder's part; None: by way
     weight_decay: float = .01    # Of AdamW

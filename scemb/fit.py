@@ -96,7 +96,7 @@ def start_from_probe(
     head.mean.copy_(put(v.mean(0))); head.spread.copy_(put(v.std(0) + 1e-6))
     with torch.no_grad(): inner = head.inner((put(v) - head.mean)/head.spread).cpu().numpy()
     seen = np.unique(y)
-    fitted = LogisticRegression(C=.1, max_iter=300).fit(inner, y, sample_weight=weights[y])
+    fitted = LogisticRegression(C=10, max_iter=300).fit(inner, y, sample_weight=weights[y])
     w, b = fitted.coef_, fitted.intercept_
     if len(seen) == 2: w, b = np.concatenate([-w, w])/2, np.concatenate([-b, b])/2
     with torch.no_grad(): head.out.weight[seen] = put(w); head.out.bias[seen] = put(b)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .genegraph import GeneGraph
 from .genes import gene_table, map_genes
-from .links import negatives, pair_keys, score_links, simple_scores, split_links, vector_scores
+from .links import negatives, pair_keys, vector_scores
 
 # %% ../nbs/13b_gat.ipynb #b0e7d19d
 class GAT(torch.nn.Module):

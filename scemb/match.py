@@ -87,6 +87,7 @@ def matched_genes(
     genes,           # Names of the targets
     n:int=40,        # Random genes for each: its nearest in expression and detection among those drawn; under 40, no p below .05
     pool:int=200,    # Genes drawn in all, so many perturbations does it cost
+    exclude=(),      # Names of genes never drawn, such as the rest of a list
     layer:str|None=None, seed:int=0,
 )->dict:             # Target -> Ensembl ids; none where the target is not measured
     "Random genes like each target."
@@ -97,7 +98,8 @@ def matched_genes(
     place = lambda v: np.argsort(np.argsort(v[used], kind="stable"), kind="stable")/len(used)
     where = np.stack([place(total), place(seen)], 1); at = {int(r): k for k, r in enumerate(rows[used])}
     wanted = map_genes(list(genes), duplicates="sum").rows; own = [at[r] for r in wanted if r in at]
-    free = np.setdiff1d(np.arange(len(used)), own); ids = gene_table().ensembl_id.to_numpy()
+    barred = [at[r] for r in map_genes(list(exclude), duplicates="sum").rows if r in at] if len(exclude) else []
+    free = np.setdiff1d(np.arange(len(used)), [*own, *barred]); ids = gene_table().ensembl_id.to_numpy()
     near = lambda k, among, m: among[np.argsort(((where[among] - where[k])**2).sum(1), kind="stable")[:m]]
     if own: free = np.sort(rng.permutation(np.unique(np.concatenate([near(k, free, 2*n) for k in own])))[:pool])
     return {name: list(ids[rows[used[near(at[r], free, n)]]]) if r in at else [] for name, r in zip(genes, wanted)}

@@ -16,7 +16,7 @@ import torch
 from scipy import sparse
 
 from .counts import Counts, check_output, read_counts
-from .edits import Cells, Sets, Variants, cells_on, gene_sets, token_values, variants
+from .edits import Cells, Sets, cells_on, gene_sets, token_values, variants
 from .embed import CellEncoder, budget_batches, cell_encoder
 from .model import ranks_of_segments, segments
 from .tokenize import Encoder
@@ -42,7 +42,7 @@ def shifts_of(
     which, places, tokens, # See `variants`; NumPy arrays
     kind:str="mask", factor:float=.2,
     outside=None,          # (vocabulary,) bool on the device: genes that stay out of every mean
-    each=None,             # Called with (numbers of variants, Variants, movement of each token (T,)): for what tokens do
+    each=None,             # Called with (numbers of variants, `Variants`, movement of each token (T,)): for what tokens do
 )->tuple:                  # shift (variants, D), impact (variants,), bag_impact (variants,)
     "Exact effect of each variant on its cell."
     device, net = cells.ids.device, coder.net
@@ -122,9 +122,8 @@ def windows(
             which, sets, places = _where(e, cells, tokens, V, plan)
             if not len(which): continue
             on = cells_on(coder.net.device, e, values, cells, coder.settings.bins_over)
-            call = each and (lambda part, v, m: each(sets[part], first + cells[which[part]], v, m))
+            cell = first + cells[which]; call = each and (lambda part, v, m, sets=sets, cell=cell: each(sets[part], cell[part], v, m))
             shift, impact, bag = shifts_of(coder, on, which, places, tokens[sets], plan.kind, plan.factor, plan.outside, call)
-            cell = first + cells[which]
             parts.append(dict(rows=sets*len(plan.groups) + plan.group[cell], sets=sets, cell=cell, shift=shift, impact=impact, bag_impact=bag, n=np.ones(len(sets))))
         done = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if parts else None
         yield first + chunk.shape[0], rescued, done if plan.per_cell or done is None else _summed(done)

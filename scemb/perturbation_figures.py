@@ -33,10 +33,10 @@ def target_bars(
 def method_bars(
     scores,      # Score table: method, metric, value, ci_low, ci_high, p; methods that begin with ceiling or floor become lines
     metrics=("agreement", "discrimination"),
-    chance=dict(agreement=0., discrimination=.5),
+    chance=None,      # Score -> its value by chance; None: 0 of agreement, .5 of discrimination
 ):               # matplotlib figure
     "A bar a method, a panel a score, between floor and ceiling."
-    plt = _plt(); lines = scores.method.str.match("ceiling|floor"); methods = list(dict.fromkeys(scores.method[~lines]))
+    plt, chance = _plt(), chance or dict(agreement=0., discrimination=.5); lines = scores.method.str.match("ceiling|floor"); methods = list(dict.fromkeys(scores.method[~lines]))
     fig, axes = plt.subplots(1, len(metrics), figsize=(2.6*len(metrics) + 1.6, .26*len(methods) + 1.2), sharey=True, squeeze=False, layout="constrained")
     for ax, metric in zip(axes[0], metrics):
         t = scores[(scores.metric == metric) & ~lines].set_index("method").reindex(methods); y = np.arange(len(methods))

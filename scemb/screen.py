@@ -7,14 +7,13 @@ __all__ = ['response', 'screened', 'goal_direction', 'trust', 'Screen', 'screen'
 
 # %% ../nbs/14a_screen.ipynb #35638910
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .embed import budget_batches
-from .perturb import plan, perturb, shifts_of, states
+from .perturb import plan, perturb, shifts_of
 from .edits import cells_on, token_values
 from .tokenize import MASK
 
@@ -50,7 +49,7 @@ def _rest(layer, o_HLd, x): # attention output and input of a layer -> its outpu
 
 @torch.no_grad()
 def _up(net, ids, bins): # -> of each layer: input (L, D), lse (H, L), o, k', v' (H, L, d)
-    e, rank, L = net.bert.embeddings, torch.arange(len(ids), device=ids.device), len(ids)
+    e, rank = net.bert.embeddings, torch.arange(len(ids), device=ids.device)
     x, y, kept = e(ids[None], bins[None], rank[None])[0], e(torch.full_like(ids, MASK)[None], torch.zeros_like(bins)[None], rank[None])[0], []
     for layer in net.bert.encoder["layer"]:
         own = layer.attention["self"]; (q, k, v), (q2, k2, v2) = _heads(own, x), _heads(own, y)
