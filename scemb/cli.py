@@ -12,7 +12,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from .adapt_commands import annotate, finetune, integrate
 from .commands import Layer, Overwrite, Seed, counter, refusing
+from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -282,3 +284,6 @@ def benchmark(
         t = result.table[result.table.metric == metric].sort_values("value", ascending=False)
         if len(t): print(f"{metric}: " + ", ".join(f"{m}{'*' if best else ''} {v:.3f}" for m, best, v in zip(t.method, t.best, t.value)))
     print(f"* best, or not to be told from the best. {out}: report.html, scores.csv, scores.parquet, scores.png, umap.png")
+
+# %% ../nbs/99_cli.ipynb #0dfeee45
+for command in (finetune, annotate, integrate, perturb, screen, correlate): app.command()(command)

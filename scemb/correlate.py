@@ -141,6 +141,7 @@ def guide_test(
     observed, null = welch(own[None])[0], np.concatenate([welch(m) for m in arrangements(own, None, n_permutations, seed)])
     return permutation_p(observed, null), attainable_p(observed, null, exact=n_arrangements(own) - 1 <= n_permutations)
 
+# %% ../nbs/15_correlate.ipynb #7e40da6f
 def bootstrap_cosines(
     state:StateShift, shifts:Shifts,
     n_boot:int=999, seed:int=0,
@@ -159,7 +160,7 @@ def bootstrap_cosines(
     moves = [drawn(g) - base for g in shifts.guides] if shifts.guides else list(shifts.vectors)
     return np.stack([cosine(states, m) for m in moves], 1)
 
-# %% ../nbs/15_correlate.ipynb #f4571916
+# %% ../nbs/15_correlate.ipynb #ebd616c0
 @dataclass(frozen=True, eq=False)
 class Match:
     "What `correlate` returns."
@@ -199,7 +200,7 @@ def correlate(
     table["call"] = np.where(called, np.where(table.cosine < 0, "reversal", "mimic"), "not told apart")
     return Match(table.sort_values("cosine", ignore_index=True), draws, left, power_statement(state, table, p_min, exact, alpha))
 
-# %% ../nbs/15_correlate.ipynb #ebd616c0
+# %% ../nbs/15_correlate.ipynb #aa981e63
 def kept(shifts, ok): # Shifts without the targets that have no vector, with a warning
     "Leave out targets without a shift."
     warnings.warn(f"{(~ok).sum()} of {len(ok)} targets have no shift and are left out: {', '.join(map(str, shifts.targets[~ok][:8]))}.")
@@ -220,7 +221,7 @@ def leave_one_out(state:StateShift, shifts:Shifts): # -> DataFrame, a row a dono
         except ValueError: continue     # its stratum was the last with both groups
     return pd.DataFrame.from_dict(rows, orient="index", columns=shifts.targets)
 
-# %% ../nbs/15_correlate.ipynb #aa981e63
+# %% ../nbs/15_correlate.ipynb #ed145479
 def power_statement(state, table, p_min, exact, alpha=.05): # -> dict with a text
     "What this design could have shown."
     n_case, n_control = int(state.case.sum()), int((~state.case).sum())
