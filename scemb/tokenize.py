@@ -300,7 +300,7 @@ class Encoder:
     def _summed(self, chunk): # counts of all names of a gene are added, so that no gene stands twice in a cell
         import scipy.sparse as sp
         first = pd.Series(np.arange(self.token.size)).groupby(np.where(self.token >= 0, self.token, -1 - np.arange(self.token.size))).transform("first").to_numpy()
-        merged = sp.csr_matrix((chunk.data.astype(np.int64), first[chunk.indices], chunk.indptr), shape=chunk.shape)
+        merged = sp.csr_matrix((chunk.data.astype(np.int64), first[chunk.indices], chunk.indptr.copy()), shape=chunk.shape)
         merged.sum_duplicates()
         if merged.nnz and merged.data.max() > _TOP: raise ValueError(f"The counts of several names of one gene add up to {merged.data.max():,}, over 2^31 - 1; check the duplicated names.")
         return merged
