@@ -93,7 +93,7 @@ def linear_probe(x_reference, y_reference, x_query, seed=0): # -> labels of the 
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=.1, random_state=seed)).fit(x_reference, y_reference).predict(x_query)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, random_state=seed)).fit(x_reference, y_reference).predict(x_query)
 
 def neighbour_vote(x_reference, y_reference, x_query, k=15): # -> labels of the query
     "Majority among the nearest reference cells."

@@ -47,10 +47,10 @@ def guide_library(
 # %% ../nbs/12_crispr.ipynb #8a3614f6
 def call_guides(
     umis,               # Guide UMIs, CSR, shape (cells, guides)
-    method:str="umi",   # "umi", "zscore" or "mixture"
-    min_umis:int=5,     # Fewest UMIs of a held guide ("mixture" finds its own limit, of at least 2)
+    method:str="umi",   # "umi", "zscore", "mixture" or "demuxem"
+    min_umis:int=5,     # Fewest UMIs of a held guide ("mixture" finds its own limit, of at least 2; "demuxem": fewest of a cell's guides beyond background)
     cutoff:float=3.5,   # Of the modified z-score
-    seed:int=0,         # Of the mixture's start
+    seed:int=0,         # Of the start of "mixture" and "demuxem"
 )->np.ndarray:          # Held guides, bool, shape (cells, guides)
     "Say which guides each cell holds."
     if method == "umi": return (umis >= max(min_umis, 1)).toarray()
@@ -60,7 +60,18 @@ def call_guides(
         spread = np.where(mad > 0, mad/.6745, mean_off*1.2533)          # most guides are at 0 in most cells, where the median deviation is 0
         return ((x - middle) > cutoff*np.maximum(spread, 1e-12)) & (umis >= min_umis).toarray()
     if method == "mixture": return np.stack([_upper(np.asarray(umis[:, g].todense()).ravel(), seed) for g in range(umis.shape[1])], 1)
-    raise ValueError(f"method is {method!r}, wanted umi, zscore or mixture.")
+    if method == "demuxem": return _demuxem(umis, min_umis, seed)
+    raise ValueError(f"method is {method!r}, wanted umi, zscore, mixture or demuxem.")
+
+def _demuxem(umis, min_signal, seed): # the package's own steps: ambient profile, then each cell's shares
+    try: from demuxEM.tools import demultiplex, estimate_background_probs; from pegasusio import UnimodalData
+    except ImportError as e: raise ImportError("method='demuxem' needs the package demuxEM: pip install demuxEM. The methods umi, zscore and mixture need nothing more.") from e
+    name = lambda n: pd.DataFrame(index=pd.Index([str(i) for i in range(n)]))
+    data = [UnimodalData(name(umis.shape[0]).rename_axis("barcodekey"), name(umis.shape[1]).rename_axis("featurekey"), {"X": sparse.csr_matrix(umis, dtype=np.int32)}, modality=m, genome="unknown", cur_matrix="X") for m in ("rna", "hashing")]
+    estimate_background_probs(data[1], seed); demultiplex(*data, min_signal=min_signal)
+    held = np.zeros(umis.shape, bool)
+    for cell, guides in enumerate(data[0].obs.assignment.astype(str)): held[cell, [int(g) for g in guides.split(",") if g]] = True
+    return held
 
 def _upper(counts, seed): # of one guide: cells of the higher of two components among those with a count
     from sklearn.mixture import GaussianMixture
@@ -105,18 +116,20 @@ def screen_cells(
     min_counts:int=20,          # More gene UMIs than these
     confounded:str="refuse",    # "refuse" targets without controls in their batches, or "allow": then all controls are used
     layer:str=None,             # Where the counts are
-)->tuple:                       # Counts (CSR, single-guide cells); their obs: target, guide, batch; Counts
+    held:int=1,                 # Guides of a cell. With several, non-targeting ones are left out of guide and target where there is another
+)->tuple:                       # Counts (CSR, cells with that many guides); their obs: target, guide, batch; Counts
     "Take the cells with one guide, and check that a comparison is possible."
     if missing := [c for c in ("guide", "target", "n_guides") if c not in adata.obs]: raise ValueError(f"obs has no column {missing[0]!r}; call assign_guides(adata) first.")
     if batch is None: batch = next((c for c in ("batch", "sample") if c in adata.obs), None)
     elif batch not in adata.obs: raise ValueError(f"obs has no column {batch!r}; it has {list(adata.obs.columns)}.")
     counts = read_counts(adata, layer)
     x = sparse.csr_matrix(counts.matrix[:])
-    use = (np.asarray(adata.obs.n_guides) == 1) & (np.asarray(x.sum(1)).ravel() > min_counts)
+    use = (np.asarray(adata.obs.n_guides) == held) & (np.asarray(x.sum(1)).ravel() > min_counts)
     obs = pd.DataFrame(dict(target=adata.obs.target.astype(str), guide=adata.obs.guide.astype(str), batch=adata.obs[batch].astype(str) if batch else "all"))[use]
+    if held > 1: obs["guide"], obs["target"] = _aimed(adata, use)
     obs["target"] = np.where(is_control(obs.target), CONTROL, obs.target)
     if not (obs.target == CONTROL).any():
-        raise ValueError(f"There are no non-targeting cells among {len(obs):,} cells with one guide; targets are {', '.join(sorted(obs.target.unique())[:6])} ... Without controls nothing can be said; name them 'non-targeting' in uns['grna_targets'].")
+        raise ValueError(f"There are no non-targeting cells among {len(obs):,} cells with {'one guide' if held == 1 else f'{held} guides'}; targets are {', '.join(sorted(obs.target.unique())[:6])} ... Without controls nothing can be said; name them 'non-targeting' in uns['grna_targets'].")
     table = pd.crosstab(obs.target, obs.batch)
     alone = table.index[(table.loc[:, table.loc[CONTROL] > 0].sum(1) == 0)]
     if len(alone) and confounded == "refuse":
@@ -124,7 +137,13 @@ def screen_cells(
     if len(alone): obs["batch"] = "all"
     return x[use], obs, counts
 
-# %% ../nbs/12_crispr.ipynb #ba823d6c
+def _aimed(adata, use): # of cells with several guides: guide and target, without non-targeting ones where there is another
+    names, aims = (np.asarray(adata.uns["guides"][k], object) for k in ("guide", "target")); control, found = is_control(aims), []
+    for g in sparse.csr_matrix(adata.obsm["guides"])[use].tolil().rows:
+        g = np.array(g); g = g if control[g].all() else g[~control[g]]; found.append(("+".join(names[g]), "+".join(dict.fromkeys(aims[g]))))
+    return [list(x) for x in zip(*found)]
+
+# %% ../nbs/12_crispr.ipynb #03d5d7f7
 def target_columns(
     targets, # Names of targets
     counts,  # From `read_counts`
@@ -135,7 +154,7 @@ def target_columns(
     column = {r: i for i, r in reversed(list(enumerate(counts.genes.rows))) if r >= 0}
     return {t: int(column.get(r, -1)) if r >= 0 else -1 for t, r in zip(targets, rows)}
 
-# %% ../nbs/12_crispr.ipynb #4f3e9a3c
+# %% ../nbs/12_crispr.ipynb #34f5f9e2
 def _depth(x): # counts -> scaled to the median depth, CSR
     total = np.asarray(x.sum(1)).ravel()
     return sparse.diags(np.median(total)/np.maximum(total, 1)) @ x
@@ -174,7 +193,7 @@ def _gone(level, obs, target, n_permutations, seed): # of one gene -> knock_down
     ends = stats.ttest_ind(x[~case], x[case], equal_var=False).confidence_interval()
     return out | dict(ci_low=ends.low/x[~case].mean(), ci_high=min(1., ends.high/x[~case].mean()))
 
-# %% ../nbs/12_crispr.ipynb #23c838b8
+# %% ../nbs/12_crispr.ipynb #f51e02fc
 def scaled(
     x,                # Counts, CSR, shape (cells, genes)
     control,          # True for controls, shape (cells,)
@@ -201,7 +220,7 @@ def energy(
     "E-distance from sums of distances."
     return 2*between/(n_a*n_b) - within_a/(n_a*(n_a - 1)) - within_b/(n_b*(n_b - 1))
 
-# %% ../nbs/12_crispr.ipynb #78a89631
+# %% ../nbs/12_crispr.ipynb #fe8c8b28
 def edistance(
     adata,                 # After `assign_guides`
     batch:str=None, min_counts:int=20, confounded:str="refuse", layer:str=None, # See `screen_cells`
@@ -231,7 +250,7 @@ def edistance(
     table = pd.DataFrame(rows)
     return table.assign(q=false_discovery(table.p))[["target", "n", "n_guides", "edistance", "sd_draw", "p", "q", "depth_shift", "reason"]]
 
-# %% ../nbs/12_crispr.ipynb #ff427a6d
+# %% ../nbs/12_crispr.ipynb #05f2dc9d
 def matched(
     obs,                     # From `screen_cells`
     target:str,              # A target
@@ -270,7 +289,7 @@ def _cell_p(z, obs, draw, n_permutations, rng): # cells change places within bat
     null = np.concatenate([statistic(m) for m in arrangements(case, obs.batch.to_numpy()[cells], n_permutations, int(rng.integers(2**31)))])
     return permutation_p(float(statistic(case)[0]), null, "greater")
 
-# %% ../nbs/12_crispr.ipynb #0646b6bc
+# %% ../nbs/12_crispr.ipynb #14217d7a
 def guide_shifts(
     values,                 # A row a cell, shape (cells, features)
     obs:pd.DataFrame,       # From `screen_cells`: target, guide, batch
@@ -289,9 +308,9 @@ def observed_shifts(
 )->pd.DataFrame: # Targets x features, controls left out
     "Shift of each target: the mean of its guides' shifts."
     shifts = guide_shifts(values, obs, min_cells).groupby(level=0).mean()
-    return shifts.drop(index=CONTROL)
+    return shifts.drop(index=CONTROL, errors="ignore")
 
-# %% ../nbs/12_crispr.ipynb #cc1b660c
+# %% ../nbs/12_crispr.ipynb #144584d3
 def calibration(
     adata,                # After `assign_guides`
     units:str="guide",    # As for `edistance`

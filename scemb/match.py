@@ -13,6 +13,7 @@ import numpy as np, pandas as pd, scipy.sparse as sp
 
 from .correlate import Match, Shifts, StateShift, correlate, perturbation_shifts, state_shift, without_depth
 from .counts import find_counts, gene_names, read_counts
+from .genegraph import alias_notes
 from .genes import gene_table, map_genes
 
 # %% ../nbs/15b_match.ipynb #a1b1f1de
@@ -135,7 +136,7 @@ AD_LOCI = ("CR1", "BIN1", "INPP5D", "HLA-DRB1", "TREM2", "CD2AP", "NYAP1", "EPHA
 def enrichment(
     table:pd.DataFrame,  # Of a `Match`; its targets are the panel
     genes,               # Names of the list
-)->pd.DataFrame:         # A row a test: test, in_list, panel, hits_in_list, hits, statistic, p, unknown
+)->pd.DataFrame:         # A row a test: test, in_list, panel, hits_in_list, hits, statistic, p, unknown (names that are no gene), note (names read through an alias)
     "Is a list hit more than the rest of the panel?"
     from scipy import stats
     genes = list(dict.fromkeys(genes))
@@ -143,7 +144,7 @@ def enrichment(
     rows = map_genes(genes, duplicates="sum").rows; unknown = [g for g, r in zip(genes, rows) if r < 0]
     targets = map_genes(table.target.astype(str), duplicates="sum").rows
     inside = np.isin(targets, rows[rows >= 0]) & (targets >= 0)
-    known = dict(in_list=int(inside.sum()), panel=len(table), unknown=", ".join(map(str, unknown)))
+    notes = alias_notes([*genes, *table.target.astype(str)]); known = dict(in_list=int(inside.sum()), panel=len(table), unknown=", ".join(map(str, unknown)), note="; ".join(dict.fromkeys(notes.values())))
     if not 0 < inside.sum() < len(table): return pd.DataFrame([dict(test="none: the list holds none or all of the panel", statistic=np.nan, p=np.nan, **known)])
     hit = (table.call != "not told apart").to_numpy()
     counts = [[(hit & inside).sum(), (~hit & inside).sum()], [(hit & ~inside).sum(), (~hit & ~inside).sum()]]

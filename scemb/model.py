@@ -251,14 +251,28 @@ class ScembForMaskedLM(ScembPreTrainedModel):
     def forward(self, input_ids, bins=None, position_ids=None, attention_mask=None,
         labels=None,             # True tokens at masked positions, -100 elsewhere; same shape as input_ids
         num_items_in_batch=None, # Masked genes of the whole (accumulated, distributed) batch; None: of this one
+        cell_weight=0.,          # Weight of the cell term, see below (unpadded input with labels); 0: the paper's objective
         **kwargs):               # -> MaskedLMOutput; logits (B, L, V) without labels, (masked, V) with them
         "Score genes; with labels, only at masked positions, and return the loss."
+        if cell_weight:
+            if labels is None or kwargs.get("cu_seqlens") is None: raise ValueError(f"cell_weight={float(cell_weight):g} needs labels and unpadded input (cu_seqlens).")
+            kwargs["output_hidden_states"] = True
         out = self.bert(input_ids, bins, position_ids, attention_mask, **kwargs)
         if labels is None: return MaskedLMOutput(logits=self.cls["predictions"](out.last_hidden_state), hidden_states=out.hidden_states, attentions=out.attentions)
         at = labels != -100
         logits = self.cls["predictions"](out.last_hidden_state[at])
-        loss = F.cross_entropy(logits.float(), labels[at], reduction="sum") / (num_items_in_batch if num_items_in_batch is not None else at.sum().clamp(min=1))
+        n = num_items_in_batch if num_items_in_batch is not None else at.sum().clamp(min=1)
+        loss = F.cross_entropy(logits.float(), labels[at], reduction="sum")/n
+        if cell_weight: loss = loss + cell_weight*self.cell_loss(out.hidden_states, labels, kwargs["cu_seqlens"])/n
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
+
+    def cell_loss(self, states, labels, cu_seqlens): # hidden states (L + 1 times (1, T, D)), labels (1, T), cu_seqlens -> sum over the hidden genes
+        "Guess the hidden genes of a cell from its mean vector alone, through the same head."
+        n = cu_seqlens.diff(); cell_T = torch.repeat_interleave(torch.arange(len(n), device=n.device), n, output_size=labels.shape[1])
+        x_TD = torch.stack(states[1:]).mean(0)[0]
+        mean_CD = x_TD.new_zeros(len(n), x_TD.shape[1]).index_add(0, cell_T, x_TD)/n[:, None].clamp(min=1)
+        at = labels[0] != -100
+        return -F.log_softmax(self.cls["predictions"](mean_CD).float(), 1)[cell_T[at], labels[0][at]].sum()
 
 AutoConfig.register("scemb", ScembConfig, exist_ok=True)
 AutoModel.register(ScembConfig, ScembModel, exist_ok=True)

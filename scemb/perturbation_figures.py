@@ -15,6 +15,7 @@ def target_bars(
     table,           # DataFrame: target, value and, where known, ci_low, ci_high, null_low, null_high, q, marked (bool)
     label:str="agreement",
     alpha:float=.05, # Of q
+    second:str=None, # Column with the values of a second model, and its name
 ):                   # matplotlib figure
     "A bar a target with interval, null band and significance."
     plt = _plt(); t = table.dropna(subset="value").sort_values("value").reset_index(drop=True); y = np.arange(len(t))
@@ -23,7 +24,8 @@ def target_bars(
     found = (t.q < alpha).to_numpy() if "q" in t else np.zeros(len(t), bool)
     ax.barh(y, t.value, height=.55, color=np.where(found, PALETTE[0], ".65"))
     if {"ci_low", "ci_high"} <= set(t): ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
-    if "marked" in t and t.marked.any(): ax.scatter(np.full(t.marked.sum(), 1.02), y[t.marked.to_numpy(bool)], s=12, color=PALETTE[3], transform=ax.get_yaxis_transform(), clip_on=False, label="named in the paper")
+    if second in t and t[second].notna().any(): ax.scatter(t[second], y, s=16, facecolor="w", edgecolor=PALETTE[1], lw=1.2, zorder=3, label=second)
+    if "marked" in t and t.marked.any(): ax.scatter(np.full(t.marked.sum(), .99), y[t.marked.to_numpy(bool)], s=12, color=PALETTE[3], transform=ax.get_yaxis_transform(), clip_on=False, label="named in the paper")
     ax.barh([0], [0], color=PALETTE[0], label=f"q < {alpha}"); ax.barh([0], [0], color=".65", label="not significant")
     ax.axvline(0, color="k", lw=.6); ax.set_yticks(y, t.target, fontsize=7); ax.set(xlabel=label, ylim=(-.6, len(t) - .4)); ax.spines[["top", "right"]].set_visible(False)
     fig.legend(frameon=False, fontsize=6.5, loc="outside lower center", ncol=2)
@@ -33,21 +35,29 @@ def target_bars(
 def method_bars(
     scores,      # Score table: method, metric, value, ci_low, ci_high, p; methods that begin with ceiling or floor become lines
     metrics=("agreement", "discrimination"),
-    chance=None,      # Score -> its value by chance; None: 0 of agreement, .5 of discrimination
+    chance=None, # Score -> its value by chance; None: 0 of agreement, .5 of discrimination
+    spaces=None, # Values of the column `space`, a row of panels each; None: one row of all
 ):               # matplotlib figure
     "A bar a method, a panel a score, between floor and ceiling."
-    plt, chance = _plt(), chance or dict(agreement=0., discrimination=.5); lines = scores.method.str.match("ceiling|floor"); methods = list(dict.fromkeys(scores.method[~lines]))
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.6*len(metrics) + 1.6, .26*len(methods) + 1.2), sharey=True, squeeze=False, layout="constrained")
-    for ax, metric in zip(axes[0], metrics):
-        t = scores[(scores.metric == metric) & ~lines].set_index("method").reindex(methods); y = np.arange(len(methods))
-        ax.barh(y, t.value - chance.get(metric, 0), left=chance.get(metric, 0), color=np.where(t.p < .05, PALETTE[0], ".65"), height=.6); ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
-        for i, (name, x) in enumerate(zip(*(scores[(scores.metric == metric) & lines][k] for k in ("method", "value")))): ax.axvline(x, color=PALETTE[3 if name.startswith("floor") else 2], ls=("--", ":", "-.")[i % 3], lw=1, label=name)
-        ax.axvline(chance.get(metric, 0), color="k", lw=.6); ax.set_xlabel(f"{metric} (chance {chance.get(metric, 0):g})", fontsize=8); ax.tick_params(labelsize=7); ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_yticks(np.arange(len(methods)), methods, fontsize=7); axes[0, 0].invert_yaxis()
+    plt, chance = _plt(), chance or dict(agreement=0., discrimination=.5); lines = scores.method.str.match("ceiling|floor"); rows = [(None, scores)] if spaces is None else [(k, scores[scores.space == k]) for k in spaces]
+    methods = [list(dict.fromkeys(s.method[~lines[s.index]])) for _, s in rows]; heights = [.24*len(m) + .5 for m in methods]
+    fig, axes = plt.subplots(len(rows), len(metrics), figsize=(2.6*len(metrics) + 1.6, sum(heights) + .6), sharex="col", squeeze=False, layout="constrained", gridspec_kw=dict(height_ratios=heights))
+    for (name, s), names, row in zip(rows, methods, axes):
+        for ax, metric in zip(row, metrics): _method_panel(ax, s, names, metric, chance.get(metric, 0), lines)
+        row[0].set_yticks(np.arange(len(names)), names, fontsize=7)
+        for ax in row[1:]: ax.set_yticks(np.arange(len(names)), [])
+        if name: row[0].set_title(name, fontsize=8, loc="left", fontweight="bold")
+    for ax, metric in zip(axes[-1], metrics): ax.set_xlabel(f"{metric} (chance {chance.get(metric, 0):g})", fontsize=8)
     h, l = axes[0, 0].get_legend_handles_labels(); fig.legend(h, l, frameon=False, fontsize=6.5, ncol=3, loc="outside lower right")
     return fig
 
-# %% ../nbs/19b_perturbation_figures.ipynb #8cf0c1df
+def _method_panel(ax, s, methods, metric, chance, lines):
+    t = s[(s.metric == metric) & ~lines[s.index]].set_index("method").reindex(methods); y = np.arange(len(methods))
+    ax.barh(y, t.value - chance, left=chance, color=np.where(t.p < .05, PALETTE[0], ".65"), height=.6); ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
+    for i, (name, x) in enumerate(zip(*(s[(s.metric == metric) & lines[s.index]][k] for k in ("method", "value")))): ax.axvline(x, color=PALETTE[3 if name.startswith("floor") else 2], ls=("--", ":", "-.")[i % 3], lw=1, label=name)
+    ax.axvline(chance, color="k", lw=.6); ax.invert_yaxis(); ax.tick_params(labelsize=7); ax.spines[["top", "right"]].set_visible(False)
+
+# %% ../nbs/19b_perturbation_figures.ipynb #a3f188dc
 def shift_scatter(
     table,            # DataFrame: target, predicted, observed (a row a target and feature)
     columns:int=4,    # Panels in a row
@@ -64,7 +74,7 @@ def shift_scatter(
     fig.supxlabel(f"{x} shift", fontsize=8); fig.supylabel(f"{y} shift", fontsize=8)
     return fig
 
-# %% ../nbs/19b_perturbation_figures.ipynb #b803cce1
+# %% ../nbs/19b_perturbation_figures.ipynb #b7567266
 def qq_plot(
     p_values, # Name -> p-values
 ):            # matplotlib figure
@@ -78,7 +88,7 @@ def qq_plot(
     ax.set(xlabel="expected -log10 p", ylabel="observed -log10 p"); ax.legend(frameon=False, fontsize=7, loc="upper left"); ax.spines[["top", "right"]].set_visible(False)
     return fig
 
-# %% ../nbs/19b_perturbation_figures.ipynb #16e952b1
+# %% ../nbs/19b_perturbation_figures.ipynb #9792618a
 def volcano(
     table,            # DataFrame: symbol, effect, and q (or p)
     n_labels:int=8,   # Genes named: the largest effects among the significant, or of all

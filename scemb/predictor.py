@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['perturbation_vectors', 'ExpressionPredictor', 'fit_predictor', 'covariance_shift', 'linear_predictors',
-           'additive_shift', 'shift_scores', 'held_out_targets', 'held_out_guides', 'summary']
+           'additive_shift', 'shift_scores', 'Round', 'all_methods', 'scored', 'held_out_targets', 'mean_drop',
+           'measured', 'held_out_guides', 'summary', 'carried_shifts']
 
 # %% ../nbs/15a_predictor.ipynb #ff9d4fbe
+from dataclasses import dataclass
+
 import numpy as np, pandas as pd, torch
 
 from .correlate import Shifts
+from .genegraph import alias_notes
 from .stats import cosine, mean_interval
 
 # %% ../nbs/15a_predictor.ipynb #8730fa6d
 def perturbation_vectors(
     perturbations,  # Each "A", "A+B", or a dict of gene -> weight
     vectors,        # Function of a list of gene names giving (n, D), NaN rows for genes without a vector
-)->tuple:           # Vectors (perturbations, D), DataFrame: perturbation, n_genes, missing
+)->tuple:           # Vectors (perturbations, D), DataFrame: perturbation, n_genes, missing, note (names read through an alias)
     "Vectors of perturbations from vectors of genes."
     parts = [dict.fromkeys(p.split("+"), 1.) if isinstance(p, str) else dict(p) for p in perturbations]
     if empty := [str(p) for p, w in zip(perturbations, parts) if not w or not all(np.isfinite(list(w.values())))]: raise ValueError(f"The perturbation {empty[0]!r} names no gene, or a weight that is no number.")
@@ -24,9 +28,10 @@ def perturbation_vectors(
     of = dict(zip(genes, np.asarray(vectors(genes), float)))
     x = np.stack([sum(weight*of[g] for g, weight in w.items()) for w in parts])
     missing = [", ".join(g for g in w if not np.isfinite(of[g]).all()) for w in parts]
-    return x, pd.DataFrame(dict(perturbation=["+".join(w) for w in parts], n_genes=[len(w) for w in parts], missing=missing))
+    names = ["+".join(map(str, w)) for w in parts]; notes = alias_notes(names)
+    return x, pd.DataFrame(dict(perturbation=names, n_genes=[len(w) for w in parts], missing=missing, note=[notes.get(n, "") for n in names]))
 
-# %% ../nbs/15a_predictor.ipynb #01803750
+# %% ../nbs/15a_predictor.ipynb #e31d0fe8
 class ExpressionPredictor(torch.nn.Module):
     "[cell embedding, perturbation vector] -> change of each gene."
     def __init__(self,
@@ -41,7 +46,7 @@ class ExpressionPredictor(torch.nn.Module):
     def forward(self, cell_BD, vector_BP): # -> (B, genes)
         return self.mean + self.layers(torch.cat([cell_BD, vector_BP], 1))
 
-# %% ../nbs/15a_predictor.ipynb #5c861e58
+# %% ../nbs/15a_predictor.ipynb #c46d8042
 def fit_predictor(
     cells,               # Embedding of control cells, shape (cells, D)
     vectors,             # Perturbation vector of each guide, shape (guides, P)
@@ -70,7 +75,7 @@ def fit_predictor(
         return np.stack([net(some, one.expand(len(some), -1)).mean(0).numpy() for one in v])
     return predict
 
-# %% ../nbs/15a_predictor.ipynb #c46d8042
+# %% ../nbs/15a_predictor.ipynb #37669b6c
 def covariance_shift(
     control,          # Log expression of control cells, shape (cells, genes)
     gene:int,         # Position of the target
@@ -102,7 +107,7 @@ def additive_shift(
     at = {t: k for k, t in enumerate(shifts.targets)}; genes = combination.split("+")
     return sum(shifts.vectors[at[g]] for g in genes) if all(g in at for g in genes) else np.full(shifts.vectors.shape[1], np.nan)
 
-# %% ../nbs/15a_predictor.ipynb #8138f331
+# %% ../nbs/15a_predictor.ipynb #3f87f008
 def shift_scores(
     predicted,             # Shape (targets, genes)
     observed,              # Shape (targets, genes)
@@ -119,10 +124,43 @@ def shift_scores(
         likeness = cosine(p[t] - r[t], o - r[t])
         own_place = np.nan if not np.isfinite(likeness[t]) else ((likeness < likeness[t]).sum() + .5*((likeness == likeness[t]).sum() - 1))/max(1, len(o) - 1)
         best = lambda v: set(np.argsort(-np.abs(v), kind="stable")[:top])
-        rows.append(dict(cosine=likeness[t], discrimination=own_place, overlap=len(best(p[t]) & best(o[t]))/top, error=((p[t] - o[t])**2).sum()/((o[t] - r[t])**2).sum()))
+        rows.append(dict(cosine=likeness[t], discrimination=own_place, overlap=len(best(p[t]) & best(o[t]))/top if np.isfinite(p[t]).all() else np.nan, error=((p[t] - o[t])**2).sum()/((o[t] - r[t])**2).sum()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/15a_predictor.ipynb #2834f58b
+# %% ../nbs/15a_predictor.ipynb #2cd28a94
+@dataclass(frozen=True, eq=False)
+class Round:
+    "One parting of a screen: what was hidden, and what each method said of it."
+    targets: np.ndarray    # Positions of the hidden targets, shape (n,)
+    guides: tuple          # Of each: positions of its hidden guides
+    observed: np.ndarray   # Their shifts, shape (n, genes)
+    reference: np.ndarray  # Mean shift of training, shape (genes,)
+    predicted: dict        # Method -> shifts, shape (n, genes)
+
+def all_methods(
+    x, y,                  # Training: vector (n, P) and shift (n, genes) of each target
+    guide_x, guide_y,      # The same of each guide
+    new,                   # Vectors to predict, shape (m, P)
+    own,                   # Position of each new target's gene among the genes, -1 where it is not measured
+    cells, control,        # Embedding and log expression of control cells
+    drop:float,            # Change of a target's own level
+    **settings,            # Of `fit_predictor`
+)->dict:                   # Method -> shifts, shape (m, genes)
+    "The network and what it must beat."
+    made = {name: predict(new) for name, predict in {**linear_predictors(x, y), "two-layer network": fit_predictor(cells, guide_x, guide_y, **settings)}.items()}
+    none = np.full(y.shape[1], np.nan)
+    return made | {"covariance of controls": np.stack([covariance_shift(control, k, drop) if k >= 0 else none for k in own])}
+
+def scored(
+    rounds,   # List of `Round`
+    targets,  # Names of all targets
+    own,      # Positions of the candidates' genes, removed from every vector
+):            # DataFrame: method, target, cosine, discrimination, overlap, error; means over rounds
+    "Scores of each target."
+    tables = [shift_scores(p, r.observed, r.reference, own).assign(method=name, target=targets[r.targets]) for r in rounds for name, p in r.predicted.items()]
+    return pd.concat(tables).groupby(["method", "target"], sort=False).mean().reset_index()
+
+# %% ../nbs/15a_predictor.ipynb #0e2ee2ac
 def held_out_targets(
     shifts:Shifts,           # Observed, with guides, in expression
     vectors,                 # Function of target names giving (n, P)
@@ -132,40 +170,45 @@ def held_out_targets(
     n_folds:int=3,           # Parts of the targets; each is predicted from the others
     n_repeats:int=3,         # Partings into folds; scores are averaged over them
     seed:int=0, **settings,  # Of `fit_predictor`
-)->tuple:                    # DataFrame: method, target, cosine, discrimination, overlap, error; dict method -> predicted (targets, genes), mean over partings
+)->tuple:                    # DataFrame of `scored`, list of `Round`
     "Predict targets from other targets; each is told from the targets of its own fold, which training has not seen either."
     targets, x, rng = shifts.targets, np.asarray(vectors(list(shifts.targets)), float), np.random.default_rng(seed)
     if (gone := ~np.isfinite(x).all(1)).any(): raise ValueError(f"No vector for {', '.join(targets[gone])}: leave these targets out, and say so.")
     if len(targets) < 2*n_folds: raise ValueError(f"{len(targets)} targets in {n_folds} folds leave a fold with one: nothing to tell it from. Lower n_folds.")
-    where = {g: k for k, g in enumerate(genes)}; own = [where[t] for t in targets if t in where]; tables, predicted = [], {}
-    drops = np.array([shifts.vectors[k][where[t]] if t in where else np.nan for k, t in enumerate(targets)])
+    own, drops = measured(shifts, genes); rounds = []; alias_notes(targets)
     for _ in range(n_repeats):
         fold = rng.permutation(len(targets)) % n_folds
         for f in range(n_folds):
             test, train = np.flatnonzero(fold == f), np.flatnonzero(fold != f)
-            guide, y = np.repeat(x[train], [len(shifts.guides[k]) for k in train], 0), np.concatenate([shifts.guides[k] for k in train])
-            made = {name: predict(x[test]) for name, predict in {**linear_predictors(x[train], shifts.vectors[train]), "two-layer network": fit_predictor(cells, guide, y, seed=seed, **settings)}.items()}
-            made["covariance of controls"] = np.stack([covariance_shift(control, where[targets[k]], np.nanmean(drops[train])) if targets[k] in where else np.full(y.shape[1], np.nan) for k in test])
-            for name, p in made.items():
-                tables.append(shift_scores(p, shifts.vectors[test], shifts.vectors[train].mean(0), own).assign(method=name, target=targets[test]))
-                predicted.setdefault(name, np.zeros(shifts.vectors.shape))[test] += p/n_repeats
-    table = pd.concat(tables).groupby(["method", "target"], sort=False).mean().reset_index()
-    return table[["method", "target", "cosine", "discrimination", "overlap", "error"]], predicted
+            guide_x, guide_y = np.repeat(x[train], [len(shifts.guides[k]) for k in train], 0), np.concatenate([shifts.guides[k] for k in train])
+            made = all_methods(x[train], shifts.vectors[train], guide_x, guide_y, x[test], own[test], cells, control, mean_drop(drops[train]), seed=seed, **settings)
+            rounds.append(Round(test, tuple(np.arange(len(shifts.guides[k])) for k in test), shifts.vectors[test], shifts.vectors[train].mean(0), made))
+    return scored(rounds, targets, own[own >= 0]), rounds
 
-# %% ../nbs/15a_predictor.ipynb #3f87f008
+def mean_drop(drops): # (n,) -> mean of those that are known; -1 where none is
+    "How far a knock-down lowers its own gene."
+    return float(np.nanmean(drops)) if np.isfinite(drops).any() else -1.
+
+def measured(shifts:Shifts, genes): # -> position of each target among the genes or -1 (targets,), its own change, NaN where not measured
+    "Where the targets stand among the genes."
+    where = {g: k for k, g in enumerate(genes)}; own = np.array([where.get(t, -1) for t in shifts.targets])
+    return own, np.array([v[k] if k >= 0 else np.nan for v, k in zip(shifts.vectors, own)])
+
+# %% ../nbs/15a_predictor.ipynb #74668ab9
 def held_out_guides(
-    shifts:Shifts, vectors, cells, genes,  # As for `held_out_targets`
-    n_folds:int=2, seed:int=0, **settings, # Parts of each target's guides; of `fit_predictor`
-):                                         # DataFrame as of `held_out_targets`; "other guides" is the mean of the target's own training guides
+    shifts:Shifts, vectors, cells, control, genes, # As for `held_out_targets`
+    n_folds:int=2, seed:int=0, **settings,         # Parts of each target's guides; of `fit_predictor`
+)->tuple:                                          # As of `held_out_targets`; "other guides" is the mean of the target's own training guides
     "Predict guides of targets that training has seen by other guides."
-    x, rng = np.asarray(vectors(list(shifts.targets)), float), np.random.default_rng(seed)
-    part = [rng.permutation(len(g)) % n_folds for g in shifts.guides]; own = [genes.index(t) for t in shifts.targets if t in genes]; tables = []
+    if few := [t for t, g in zip(shifts.targets, shifts.guides) if len(g) < n_folds]: raise ValueError(f"{len(few)} targets have fewer than {n_folds} guides ({', '.join(few[:5])}): leave them out, or lower n_folds.")
+    x, rng, rounds = np.asarray(vectors(list(shifts.targets)), float), np.random.default_rng(seed), []
+    part, (own, drops) = [rng.permutation(len(g)) % n_folds for g in shifts.guides], measured(shifts, genes)
     for f in range(n_folds):
         held, seen = (np.stack([g[p == f].mean(0) if keep else g[p != f].mean(0) for g, p in zip(shifts.guides, part)]) for keep in (True, False))
-        guide, y = np.repeat(x, [int((p != f).sum()) for p in part], 0), np.concatenate([g[p != f] for g, p in zip(shifts.guides, part)])
-        predicted = {"mean perturbation": np.tile(seen.mean(0), (len(x), 1)), "other guides": seen, "two-layer network": fit_predictor(cells, guide, y, seed=seed, **settings)(x)}
-        tables += [shift_scores(p, held, seen.mean(0), own).assign(method=name, target=shifts.targets) for name, p in predicted.items()]
-    return pd.concat(tables).groupby(["method", "target"], sort=False).mean().reset_index()
+        guide_x, guide_y = np.repeat(x, [int((p != f).sum()) for p in part], 0), np.concatenate([g[p != f] for g, p in zip(shifts.guides, part)])
+        made = all_methods(x, seen, guide_x, guide_y, x, own, cells, control, mean_drop(drops), seed=seed, **settings) | {"other guides": seen}
+        rounds.append(Round(np.arange(len(x)), tuple(np.flatnonzero(p == f) for p in part), held, seen.mean(0), made))
+    return scored(rounds, shifts.targets, own[own >= 0]), rounds
 
 def summary(
     table,  # Of `held_out_targets`
@@ -178,3 +221,20 @@ def summary(
             v = t[metric].dropna()
             if len(v): i = mean_interval(v.to_numpy(), unit="target", n_resamples=999); rows.append(dict(method=method, split=split, metric=metric, value=i.value, ci_low=i.low, ci_high=i.high, n=len(v), unit="target"))
     return pd.DataFrame(rows)
+
+# %% ../nbs/15a_predictor.ipynb #0aba58e6
+def carried_shifts(
+    shifts:Shifts,   # Of a screen, with guides, in expression
+    vectors,         # Function of gene names giving (n, P), NaN rows for genes without
+    cells,           # Embedding of control cells
+    perturbations,   # Each "A", "A+B", or a dict of gene -> weight
+    **settings,      # Of `fit_predictor`
+)->tuple:            # Shifts, the report of `perturbation_vectors`
+    "Carry a screen to perturbations that it does not hold."
+    x = np.asarray(vectors(list(shifts.targets)), float); held = np.flatnonzero(np.isfinite(x).all(1))
+    if len(held) < 2: raise ValueError(f"{len(held)} of {len(x)} targets of the screen have a vector, wanted at least 2 to learn from.")
+    predict = fit_predictor(cells, np.repeat(x[held], [len(shifts.guides[k]) for k in held], 0), np.concatenate([shifts.guides[k] for k in held]), **settings)
+    new, report = perturbation_vectors(perturbations, vectors); ok = np.isfinite(new).all(1)
+    out = np.full((len(new), shifts.vectors.shape[1]), np.nan)
+    if ok.any(): out[ok] = predict(new[ok])
+    return Shifts(report.perturbation.to_numpy(object), out, source="predicted (network)"), report

@@ -37,6 +37,7 @@ class TrainSettings:
     accumulation: int = 1           # Batches an optimizer step
     max_len: int = 2048             # Genes a cell
     mask_share: float = .15         # Genes hidden (Hsieh et al., Methods)
+    cell_weight: float = 0.         # Weight of guessing hidden genes also from the mean vector of the cell; 0: the paper's objective
     keep_bin: bool = False          # Show the bin of hidden genes
     inputs: str = "both"            # "both", "rank" or "bins": what the model is shown besides the gene (ablations)
     validation_share: float = 0.    # Share of the cells held out from training when no held-out cells are given
@@ -56,7 +57,7 @@ class TrainSettings:
             if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
         for name in ("steps", "token_budget", "accumulation", "max_len", "save_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)!r}; a whole number of at least 1 is needed.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "mask_share"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight"):
             if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0: raise ValueError(f"{name}={getattr(self, name)!r}; a number of at least 0 is needed.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
         if not 0 < self.mask_share < 1: raise ValueError(f"mask_share={self.mask_share}; a share between 0 and 1 is needed.")
@@ -85,7 +86,7 @@ class Batches(torch.utils.data.Dataset):
         s, cells = self.settings, self.cells[self._epoch(epoch)[i - self.epochs[epoch]]]
         batch = shown(masked_batch(self.tokens, cells, s.max_len, seed=s.seed, epoch=epoch, share=s.mask_share, keep_bin=s.keep_bin), s.inputs)
         self.n_tokens += batch["input_ids"].size; self.n_cells += len(cells)
-        return {k: torch.from_numpy(np.asarray(v)) for k, v in batch.items()}
+        return {k: torch.from_numpy(np.asarray(v)) for k, v in batch.items()} | ({"cell_weight": s.cell_weight} if s.cell_weight else {})
 
 def shown(batch, inputs): # a masked batch without its bins ("rank") or without its ranks ("bins"), for ablations
     "Leave out what an ablated model must not see."
