@@ -73,8 +73,7 @@ KINDS = ("mask", "delete", "shift", "overexpress")
 class Plan:
     "All that a perturbation run needs."
     coder: CellEncoder; encoder: Encoder; counts: Counts; sets: Sets
-    kind: str; factor: float; per_cell: bool
-    by: str|None
+    kind: str; factor: float; per_cell: bool; by: str|None
     groups: np.ndarray # Names
     group: np.ndarray  # Group of each cell
     outside: object    # Tokens that stay out of every mean, or None
@@ -84,7 +83,7 @@ def plan(adata, model="scemb-small", genes=None, kind="mask", factor=.2, by=None
     "Check what was asked for before any long work starts."
     if kind not in KINDS: raise ValueError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}.")
     if kind == "shift" and not 0 < factor < 1: raise ValueError(f"factor is {factor}; a knock-down leaves a share of the counts between 0 and 1 (delete takes all).")
-    coder = model if isinstance(model, CellEncoder) else cell_encoder(model, pooling, max_len, device, precision, token_budget, seed)
+    coder = model if isinstance(model, CellEncoder) else cell_encoder(model, pooling, max_len, device, precision, token_budget)
     if seed is not None: coder = replace(coder, settings=replace(coder.settings, seed=seed))
     if coder.pooling == "cls": raise ValueError("pooling is 'cls', a token of its own; a perturbation is read off the other genes: use mean12 or last.")
     counts = read_counts(adata, layer); obs = counts.adata.obs
