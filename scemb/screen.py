@@ -135,6 +135,7 @@ def screen(
 )->Screen:
     "Mask every expressed gene of every cell, and say how far it moves the cell along each direction."
     import pandas as pd
+    if other := sorted(set(settings) & {"kind", "factor", "outside", "per_cell"}): raise ValueError(f"{other[0]}= belongs to perturb; a screen masks one gene at a time and takes the mean over all the others.")
     p = plan(adata, model, None, by=by, min_cells=min_cells, **settings); names, U = _directions(direction, p.coder.net.config.hidden_size); n = p.counts.n_cells
     checked = set(np.random.default_rng(seed).permutation(n)[:check_cells].tolist()) if check_genes else set()
     parts = resumed(folder, -(-n//window), lambda first: _sums(p, U, window, first, checked, check_genes, seed), progress and (lambda done: progress(done, n)))
