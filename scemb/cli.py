@@ -254,7 +254,7 @@ def benchmark(
     batch: Annotated[str, typer.Option(help="Column of obs with batches.")],
     label: Annotated[str, typer.Option(help="Column of obs with cell types.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, the pictures and the page.")],
-    methods: Annotated[Optional[str], typer.Option(help="Names, separated by commas: scemb, untrained, bag, svd, random, hvg, pca, harmony, scvi, geneformer:PATH, scgpt:PATH. Default: all but the last two.")] = None,
+    methods: Annotated[Optional[str], typer.Option(help="Names, separated by commas: scemb, last (its last layer), untrained, bag, svd, random, hvg, pca, harmony, scvi, geneformer:PATH, scgpt:PATH. Default: all but the last two.")] = None,
     model: Annotated[str, typer.Option(help="A shipped model or the folder of a checkpoint, for scEMB, its untrained twin and its token bag.")] = "scemb-small",
     corpus: Annotated[Optional[Path], typer.Option(help="Tokens that the model was trained on (scemb tokenize): gives the twin its start and the bag its vectors.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Half-samples for the intervals of the integration metrics.")] = 20,

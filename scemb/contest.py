@@ -22,7 +22,7 @@ from .scgpt import ScGPT
 from .tokens import TokenSet
 
 # %% ../nbs/18c_contest.ipynb #7ac80fe4
-SHORT = {"scemb": "scEMB", "untrained": "untrained scEMB", "bag": "token bag", "svd": "SVD bag", "random": "random projection", "hvg": "PCA on HVGs", "pca": "PCA on all genes", "harmony": "Harmony", "scvi": "scVI"}
+SHORT = {"scemb": "scEMB", "last": "scEMB last layer", "untrained": "untrained scEMB", "bag": "token bag", "svd": "SVD bag", "random": "random projection", "hvg": "PCA on HVGs", "pca": "PCA on all genes", "harmony": "Harmony", "scvi": "scVI"}
 PEERS = {"geneformer": ("Geneformer", Geneformer), "scgpt": ("scGPT", ScGPT)}
 
 def contestants(
