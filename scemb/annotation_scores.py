@@ -12,7 +12,7 @@ import numpy as np
 from .baselines import bag, gene_vectors, pca_embedding
 from .benchmark import _row, macro_f1
 from .counts import find_counts
-from .fit import calibration_error
+from .fit import calibration_error, chosen_penalty, split_labelled
 from .stats import bootstrap_units, min_units, sign_flip_test
 from .tokens import TokenSet
 
@@ -126,12 +126,13 @@ def baseline_probabilities(
     "Name the query by simple methods."
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     out = {}
+    learn, held = split_labelled(y, seed=seed)
     for name in names:
-        kind, feature = name.split(", "); x = features[feature]
-        fitted = KNeighborsClassifier(min(15, len(train))) if kind == "k-NN" else make_pipeline(StandardScaler(), LogisticRegression(C=.01 if feature == "HVG" else 10, max_iter=300, random_state=seed))
+        kind, feature = name.split(", "); x = StandardScaler().fit(features[feature][train]).transform(features[feature])
+        if kind == "k-NN": fitted = KNeighborsClassifier(min(15, len(train)))
+        else: fitted = LogisticRegression(C=chosen_penalty(x[train[learn]], y[learn], x[train[held]], y[held]), max_iter=300)
         fitted.fit(x[train], y); out[name] = np.zeros((len(query), n_classes), np.float32); out[name][:, fitted.classes_] = fitted.predict_proba(x[query])
     return out
 

@@ -42,6 +42,7 @@ class FinetuneSettings:
     warmup: float = .1           # Share of the steps, then linear decay
     max_grad_norm: float = 1.    # Gradient clipping
     dropout: float = .1          # Before the last layer
+    gene_dropout: float = .5     # Share of a cell's genes left out, drawn anew at each step of training
     class_weight: float = .5     # Weight of a class: its frequency to the power of minus this; 0: none, 1: balanced
     validation_share: float = .15 # Labelled cells held out for the choice of the epoch, the temperature and the threshold
     token_budget: int = 16_384   # Tokens a forward pass: the lever for memory, without effect on the result
@@ -52,6 +53,7 @@ class FinetuneSettings:
             if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         for name in ("rank", "prefix_tokens", "prefix_width", "batch_cells", "token_budget"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed.")
+        if not 0 <= self.gene_dropout < 1: raise ValueError(f"gene_dropout={self.gene_dropout}; a share from 0 to below 1 is needed.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
         object.__setattr__(self, "lora_on", tuple(self.lora_on))
     @property
