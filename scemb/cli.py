@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .adapt_commands import annotate, finetune, integrate
-from .commands import Layer, Overwrite, Seed, counter, refusing
+from .commands import Device, Layer, Model, Overwrite, Seed, counter, refusing
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -225,14 +225,14 @@ def _train_settings(config, given): # TOML file and command line -> TrainSetting
 def embed(
     file: Annotated[Path, typer.Argument(help="An .h5ad file or .zarr store with raw counts, of any size.")],
     out: Annotated[Path, typer.Option(help="A copy of it with obsm['X_scemb']; or .npy: the vectors alone.")],
-    model: Annotated[str, typer.Option(help="A shipped model or the folder of a checkpoint.")] = "scemb-small",
+    model: Model = "scemb-small",
     pooling: Annotated[str, typer.Option(help="mean12, last or cls.")] = "mean12",
     max_len: Annotated[Optional[int], typer.Option(help="Genes a cell at most: fewer is faster; default: as trained.")] = None,
     layer: Layer = None,
     gene_column: Annotated[Optional[str], typer.Option(help="Column of var with gene identifiers; default: found by itself.")] = None,
     duplicates: Annotated[str, typer.Option(help="Gene names that stand twice: error or sum.")] = "error",
     key: Annotated[str, typer.Option(help="Key in obsm.")] = "X_scemb",
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:1; default: a GPU when there is one.")] = None,
+    device: Device = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory; default: 4,096 on a CPU, 65,536 on a GPU.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")] = None, overwrite: Overwrite = False,

@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Layer, Overwrite, Seed, counter, refusing
+from .commands import Device, Layer, Model, Overwrite, Seed, counter, refusing
 
 # %% ../nbs/97b_perturb_commands.ipynb #d7adbb33
 @refusing
@@ -24,12 +24,12 @@ def perturb(
     factor: Annotated[float, typer.Option(help="Of shift: what a knock-down leaves.")] = .2,
     by: Annotated[Optional[str], typer.Option(help="obs column: average within its groups.")] = None,
     per_cell: Annotated[bool, typer.Option("--per-cell", help="A row for each gene set and cell.")] = False,
-    model: Annotated[str, typer.Option(help="A shipped model or the folder of a checkpoint.")] = "scemb-small",
+    model: Model = "scemb-small",
     pooling: Annotated[str, typer.Option(help="mean12 or last.")] = "mean12",
     min_cells: Annotated[int, typer.Option(min=1, help="Cells that must express a gene, where none is named.")] = 20,
     missing: Annotated[str, typer.Option(help="A gene outside the vocabulary: error, or nan for an empty row.")] = "error",
     layer: Layer = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:1; default: a GPU when there is one.")] = None,
+    device: Device = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")] = None, overwrite: Overwrite = False,
@@ -54,10 +54,10 @@ def screen(
     out: Annotated[Path, typer.Option(help="CSV to write: a row a gene, largest effects first.")],
     refine: Annotated[int, typer.Option("--refine", "--top", min=0, help="Largest effects that are run exactly; the column 'exact' marks them.")] = 20,
     cells: Annotated[int, typer.Option(min=1, help="Cells of the start state at most.")] = 200,
-    model: Annotated[str, typer.Option(help="A shipped model or the folder of a checkpoint.")] = "scemb-small",
+    model: Model = "scemb-small",
     min_cells: Annotated[int, typer.Option(min=1, help="Cells that must express a gene.")] = 5,
     layer: Layer = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:1; default: a GPU when there is one.")] = None,
+    device: Device = None,
     seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Mask every expressed gene of one state, and rank genes by how far that moves its cells towards another; the same command goes on where an interrupted one stopped.
