@@ -12,7 +12,8 @@ import numpy as np
 from .baselines import bag, gene_vectors, pca_embedding
 from .benchmark import _row, macro_f1
 from .counts import find_counts
-from .fit import calibration_error, chosen_penalty, split_labelled
+from .annotate import compare_names
+from .fit import calibration_error, chosen_penalty, class_weights, fit_temperature, probabilities, split_labelled
 from .stats import bootstrap_units, min_units, sign_flip_test
 from .tokens import TokenSet
 
@@ -47,8 +48,8 @@ def annotation_rows(
 )->tuple:              # Rows of the score table; whether each cell was named rightly (mean over seeds), NaN where its class is not in the reference
     "Scores with intervals, and the recall of each class."
     ps, true, classes = ps if isinstance(ps, list) else [ps], np.asarray(true).astype(str), np.asarray(classes).astype(str)
-    ok = np.isin(true, classes) & np.isfinite(ps[0]).all(1)
-    if not ok.any(): raise ValueError(f"No cell of the query has a class of the reference ({list(classes[:5])}); see `compare_names`.")
+    compare_names(classes, true); ok = np.isin(true, classes) & np.isfinite(ps[0]).all(1)
+    if not ok.any(): raise ValueError("No cell of the query has both a class of the reference and a prediction; see `scemb doctor` for what the query holds.")
     y, ps = np.searchsorted(classes, true[ok]), [p[ok] for p in ps]
     by_cell = units is None or len(np.unique(np.asarray(units)[ok])) < min_units
     units, unit = (np.arange(len(y)), "cell") if by_cell else (np.asarray(units).astype(str)[ok], unit)
@@ -59,8 +60,9 @@ def annotation_rows(
         add(metric, [f[metric] for f in found], bootstrap_units(statistic, units, unit, method="percentile", n_resamples=n_resamples, seed=seed))
     hit = np.mean([p.argmax(1) == y for p in ps], 0)
     for c in np.unique(y):
-        few = len(np.unique(units[y == c])) < 2
-        rows.append(_row(method, f"recall: {classes[c]}", hit[y == c].mean(), n=int((y == c).sum()), interval="one unit" if few else "") | dict(n_seeds=len(ps), seed_sd=float(np.std([(p.argmax(1) == y)[y == c].mean() for p in ps]))))
+        mine, own = hit[y == c], units[y == c]; few = len(np.unique(own)) < min_units                     # too few for an interval
+        i = None if few else bootstrap_units(lambda r: mine[r].mean(), own, unit, method="percentile", n_resamples=n_resamples, seed=seed)  # noqa: B023
+        rows.append(_row(method, f"recall: {classes[c]}", mine.mean(), *(() if few else (i.low, i.high)), n=len(mine), interval=f"none: {len(np.unique(own))} {unit}(s)" if few else f"95 % over {i.n_units} {i.unit}s") | dict(n_seeds=len(ps), seed_sd=float(np.std([(p.argmax(1) == y)[y == c].mean() for p in ps]))))
     right = np.full(len(ok), np.nan); right[ok] = hit
     return rows, right
 
@@ -122,18 +124,24 @@ def baseline_probabilities(
     train, query,             # Positions of the labelled cells and of those to be named
     y:np.ndarray, n_classes:int, # Classes of the labelled cells; number of classes
     names=BASELINES, seed:int=0,
+    power:float=.5,           # Of the class weights, see `class_weights`: as in fine-tuning
+    units=None,               # Donors of the labelled cells, see `split_labelled`
 )->dict:                      # Name -> probabilities (query, classes)
-    "Name the query by simple methods."
+    "Name the query by simple methods; regressions are weighted, penalised and calibrated as scEMB's start is, k-NN is not."
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.preprocessing import StandardScaler
-    out = {}
-    learn, held = split_labelled(y, seed=seed)
+    out, (learn, held) = {}, split_labelled(y, seed=seed, units=units)
+    weighted = lambda C, x, y: LogisticRegression(C=C, max_iter=300).fit(x, y, class_weights(y, n_classes, power)[y])
+    def scores(fitted, x): # -> (cells, classes); -inf for classes without a labelled cell
+        out = np.full((len(x), n_classes), -np.inf); out[:, fitted.classes_] = np.maximum(fitted.predict_log_proba(x), -50); return out
     for name in names:
         kind, feature = name.split(", "); x = StandardScaler().fit(features[feature][train]).transform(features[feature])
-        if kind == "k-NN": fitted = KNeighborsClassifier(min(15, len(train)))
-        else: fitted = LogisticRegression(C=chosen_penalty(x[train[learn]], y[learn], x[train[held]], y[held]), max_iter=300)
-        fitted.fit(x[train], y); out[name] = np.zeros((len(query), n_classes), np.float32); out[name][:, fitted.classes_] = fitted.predict_proba(x[query])
+        if kind == "k-NN":
+            fitted = KNeighborsClassifier(min(15, len(train))).fit(x[train], y); out[name] = np.zeros((len(query), n_classes), np.float32); out[name][:, fitted.classes_] = fitted.predict_proba(x[query]); continue
+        own, kept = x[train], held[np.isin(y[held], y[learn])]; C = chosen_penalty(own[learn], y[learn], own[kept], y[kept], class_weights(y[learn], n_classes, power)[y[learn]])
+        t = fit_temperature(scores(weighted(C, own[learn], y[learn]), own[kept]), y[kept])
+        out[name] = probabilities(scores(weighted(C, own, y), x[query]), t).astype(np.float32)
     return out
 
 # %% ../nbs/17c_annotation_scores.ipynb #e608cae5

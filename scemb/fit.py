@@ -81,8 +81,13 @@ def split_labelled(
     y:np.ndarray,    # Classes of the labelled cells
     share:float=.15, # Held out, of each class; at least one cell of a class with four or more, none of a smaller one
     seed:int=0,
+    units=None,      # Donor of each cell, shape (cells,): with three or more, whole donors are held out, as near to the share as one order of them comes
 )->tuple:            # Positions to train on, positions held out
-    "Hold out labelled cells of each class."
+    "Hold out labelled cells of each class, or whole donors; a class that only they have stays."
+    if units is not None and share and len(names := np.unique(units := np.asarray(units).astype(str))) >= 3:
+        names = np.random.default_rng([seed, 6]).permutation(names); sizes = np.cumsum([(units == u).sum() for u in names])/len(y)
+        out = np.isin(units, names[:1 + abs(sizes[:-1] - share).argmin()])
+        out &= np.isin(y, y[~out]); return np.flatnonzero(~out), np.flatnonzero(out)
     held = []
     for c in np.unique(y):
         rows = np.random.default_rng([seed, 5, int(c)]).permutation(np.flatnonzero(y == c))

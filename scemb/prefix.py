@@ -7,6 +7,8 @@ __all__ = ['gene_set_scores', 'gene_vector_table', 'pooled_vectors', 'annotation
            'with_control', 'knowledge_of']
 
 # %% ../nbs/11a_prefix.ipynb #43a4973a
+import hashlib
+
 import numpy as np
 
 from .baselines import bag
@@ -92,12 +94,14 @@ def with_control(
     seed:int=0,
 )->np.ndarray:            # Of the same shape
     "Replace knowledge by what cannot know."
-    rng = np.random.default_rng([seed, 77])
     if control == "none": return x
-    if control == "permuted": return x[rng.permutation(len(x))]
+    if control == "permuted":
+        if len(x) < 2: raise ValueError(f"{len(x)} cell(s) cannot be permuted: each would keep its own vector. Give the query as a whole, or take control='random'.")
+        return x[np.random.default_rng([seed, 77]).permutation(len(x))]
     if control != "random": raise ValueError(f"control={control!r}; choose one of none, random, permuted.")
-    _, first, which = np.unique(x, axis=0, return_index=True, return_inverse=True)
-    return rng.standard_normal((len(first), x.shape[1])).astype(np.float32)[which.ravel()]
+    kinds, which = np.unique(x := np.ascontiguousarray(x, np.float32), axis=0, return_inverse=True)
+    drawn = [np.random.default_rng([seed, 77, int.from_bytes(hashlib.sha256((kind + 0.).tobytes()).digest()[:8])]).standard_normal(x.shape[1]) for kind in kinds] # by content, so that reference and query agree
+    return np.asarray(drawn, np.float32)[which.ravel()]
 
 # %% ../nbs/11a_prefix.ipynb #a2016741
 def knowledge_of(
