@@ -111,7 +111,7 @@ def baseline_features(
 )->dict:                      # PCA (cells, 50), HVG (cells, genes), SVD bag (cells, dim)
     "Features of all cells, made without labels."
     import anndata as ad, scanpy as sc
-    fit = np.asarray(fit, bool); work = ad.AnnData(find_counts(adata, layer)[1][:].astype(np.float32), var=adata.var[[]].copy())
+    fit, (_, matrix, var) = np.asarray(fit, bool), find_counts(adata, layer); work = ad.AnnData(matrix[:].astype(np.float32), var=var[[]].copy())
     sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
     if work.n_vars > 2000: part = work[fit].copy(); sc.pp.highly_variable_genes(part, n_top_genes=2000); work = work[:, part.var.highly_variable.to_numpy()]
     x, own = work.X, tokens.subset(fit)

@@ -55,13 +55,14 @@ def annotated_by(
     reference:np.ndarray,   # Cells to learn from
     query:np.ndarray,       # Cells to be named
     settings:FinetuneSettings=FinetuneSettings(),
+    units=None,             # Donor of each cell, shape (cells,): see `split_labelled`
 )->tuple:                   # Probabilities (query, classes), the classes
     "Fine-tune a peer on labelled cells and name others: split, fitted and calibrated as `learn` does it for scEMB."
     rows = np.asarray(reference)[tokens.lengths[reference] > 0]
     classes, y = np.unique(np.asarray(names).astype(str)[rows], return_inverse=True)
     if len(classes) < 2: raise ValueError(f"The {len(rows)} labelled cells with genes are of {len(classes)} class; at least two are needed.")
     model, mine = CellModel(peer.net.bert, len(classes), settings), tokens.subset(rows)
-    train, held = split_labelled(y, settings.validation_share, settings.seed)
+    train, held = split_labelled(y, settings.validation_share, settings.seed, None if units is None else np.asarray(units)[rows])
     fit(model, mine, y, train, held)
     warmth = fit_temperature(predict(model, mine, held), y[held]) if len(held) else 1.
     return probabilities(predict(model, tokens, query), warmth), classes

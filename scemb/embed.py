@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'layer_outputs', 'budget_batches', 'flat_cells', 'encode_cells', 'segment_means', 'CellEncoder',
-           'cell_encoder', 'embed', 'check_not_all_empty']
+           'chosen_device', 'cell_encoder', 'embed', 'check_not_all_empty']
 
 # %% ../nbs/10_embed.ipynb #967c9fda
-import warnings
+import re, warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +118,16 @@ class CellEncoder:
             vocabulary_hash=self.vocabulary.hash, counts_from=counts.place, n_genes_used=used, n_genes_given=len(counts.genes.rows), n_empty=int(n_empty), n_truncated=int(n_truncated))
 
 # %% ../nbs/10_embed.ipynb #42331fa5
+def chosen_device(
+    name:str|None=None, # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
+)->str:
+    "A device that torch has; ValueError otherwise."
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name): raise ValueError(f"device={name!r}; choose cpu, cuda or cuda:N (mps is passed on to torch, untested).")
+    if name.startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device={name!r}, but this torch sees no GPU; use device='cpu', or install the CUDA build of torch.")
+    if ":" in name and int(name[5:]) >= torch.cuda.device_count(): raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
+    return name
+
 def cell_encoder(
     model="scemb-small",       # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
     pooling:str="mean12",      # "mean12", "last" or "cls"
@@ -136,8 +146,7 @@ def cell_encoder(
     ranks = net.config.max_position_embeddings
     if (max_len or settings.max_len) > ranks: raise ValueError(f"max_len={max_len or settings.max_len}, but the model knows {ranks} ranks; lower max_len.")
     settings = TokenizerSettings(**{**vars(settings), "max_len": min(max_len or settings.max_len, ranks - (pooling == "cls"))} | ({} if seed is None else dict(seed=seed)))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(device).startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device={device!r}, but this torch sees no GPU; use device='cpu', or install the CUDA build of torch.")
+    device = chosen_device(device)
     return CellEncoder(net.to(device).eval(), vocabulary, settings, pooling, precision, token_budget or (65_536 if str(device).startswith("cuda") else 4096), "in memory" if isinstance(model, tuple) else str(model))
 
 # %% ../nbs/10_embed.ipynb #0aec7349

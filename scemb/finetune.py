@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'HEADS', 'RATES', 'FinetuneSettings', 'Prefix', 'rows_of', 'hidden_states', 'Head', 'adapted', 'base_hash',
-           'CellModel', 'trained_share', 'save_adapter', 'load_adapter']
+           'CellModel', 'trained_share', 'saved_names', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/11_finetune.ipynb #7ba76883
 import copy, hashlib, json
@@ -45,7 +45,7 @@ class FinetuneSettings:
     gene_dropout: float = .5     # Share of a cell's genes left out, drawn anew at each step of training
     class_weight: float = .5     # Weight of a class: its frequency to the power of minus this; 0: none, 1: balanced
     validation_share: float = .15 # Labelled cells held out for the choice of the epoch, the temperature and the threshold
-    token_budget: int = 16_384   # Tokens a forward pass: the lever for memory, without effect on the result
+    token_budget: int = 16_384   # Tokens a forward pass: the lever for memory; with dropout, other pieces draw other numbers
     seed: int = 0
 
     def __post_init__(self):
@@ -173,15 +173,19 @@ class CellModel(nn.Module):
 # %% ../nbs/11_finetune.ipynb #19c736f9
 def trained_share(
     model:CellModel,
-)->dict: # Weights trained beside the head, in the head; share of the encoder and of its layers
+)->dict: # Weights trained beside the head, in the head; share of the encoder, and without the embeddings of its layers
     "Count what a way trains."
     count = lambda items: sum(p.numel() for n, p in items)
     own = lambda n: "lora_" in n
-    trained = count((n, p) for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head."))
+    changed = [(n, p) for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]; trained = count(changed); inside = count((n, p) for n, p in changed if "embeddings." not in n)
     whole = count((n, p) for n, p in model.encoder.named_parameters() if not own(n)); layers = count((n, p) for n, p in model.encoder.named_parameters() if ".layer." in n and not own(n))
-    return dict(trained=trained, head=count(model.head.named_parameters()), share_of_encoder=trained/whole, share_of_layers=trained/layers)
+    return dict(trained=trained, head=count(model.head.named_parameters()), share_of_encoder=trained/whole, share_of_layers=inside/layers)
 
 # %% ../nbs/11_finetune.ipynb #ea39d3a3
+def saved_names(model:CellModel)->set: # Trained weights, and all of head and prefixes
+    "What belongs into an adapter's file."
+    return {n for n, p in model.named_parameters() if p.requires_grad} | {n for n in model.state_dict() if n.startswith(("head.", "prefix."))}
+
 def save_adapter(
     model:CellModel,
     folder,           # Where
@@ -193,8 +197,8 @@ def save_adapter(
     "Write what was trained, and nothing else."
     from safetensors.torch import save_file
     folder = check_output(folder, overwrite, "adapter.json"); folder.mkdir(parents=True, exist_ok=True)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad} | {n for n in model.state_dict() if n.startswith(("head.", "prefix."))}
-    save_file({n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n in trained}, folder/"adapter.safetensors")
+    names = saved_names(model)
+    save_file({n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n in names}, folder/"adapter.safetensors")
     record = dict(base=str(base), base_hash=model.base, settings=asdict(model.settings), n_knowledge=model.n_knowledge, classes=list(map(str, classes)), **(card or {}))
     (folder/"adapter.json").write_text(json.dumps(record, indent=1))
     return folder
@@ -214,6 +218,8 @@ def load_adapter(
     if found != card["base_hash"]:
         raise ValueError(f"{folder.name} was trained on the base {card['base']!r} with hash {card['base_hash']}, but the base given has {found}. Load it with its own base, or fine-tune anew on this one.")
     model = CellModel(net.bert, len(card["classes"]), FinetuneSettings(**card["settings"]), card["n_knowledge"])
-    extra = model.load_state_dict(load_file(folder/"adapter.safetensors"), strict=False).unexpected_keys
-    if extra: raise ValueError(f"{folder.name} holds weights that its settings do not have: {extra[:3]}. The folder is damaged; copy it again.")
+    saved = load_file(folder/"adapter.safetensors"); wanted = saved_names(model)
+    if extra := sorted(set(saved) - wanted): raise ValueError(f"{folder.name} holds weights that its settings do not have: {extra[:3]}. The folder is damaged; copy it again.")
+    if lost := sorted(wanted - set(saved)): raise ValueError(f"{folder.name} lacks {len(lost)} of its {len(wanted)} weights: {lost[:3]}. The folder is damaged; copy it again.")
+    model.load_state_dict(saved, strict=False)
     return model.eval(), card, vocabulary, tokenizing
