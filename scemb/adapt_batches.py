@@ -101,7 +101,7 @@ def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step,
                 if len(chosen) < 2: raise ValueError("Memory does not suffice for two cells at a time; lower max_len.") from e
                 chosen = chosen[:len(chosen)//2]; n_pairs = len(chosen); warnings.warn(f"Out of memory: going on with {n_pairs} pairs a step.")
         torch.nn.utils.clip_grad_norm_(trained, f.max_grad_norm); optimizer.step(); schedule.step()
-        history.append(dict(step=step + 1, contrast=float(losses[0]), masked=float(losses[1])))
+        history.append(dict(step=step + 1, contrast=float(losses[0].detach()), masked=float(losses[1].detach())))
         if (step + 1) % max(1, s.steps//10) == 0: say(f"step {step + 1} of {s.steps}: contrast {history[-1]['contrast']:.3f}, masked genes {history[-1]['masked']:.2f}")
     model.eval()
     return history

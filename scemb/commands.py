@@ -6,17 +6,25 @@
 __all__ = ['BARS', 'Seed', 'Overwrite', 'Layer', 'Model', 'Device', 'refusing', 'counter']
 
 # %% ../nbs/97_commands.ipynb #dceb62de
-import functools, sys
+import functools, sys, warnings
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 # %% ../nbs/97_commands.ipynb #c4db17a8
+def _show(name, otherwise, message, category, filename, *rest): # a warning of ours reads as a sentence, others stay as they are
+    if Path(filename).parent.name == "scemb": print(f"scemb {name}: {message}", file=sys.stderr)
+    else: otherwise(message, category, filename, *rest)
+
 def refusing(command): # a command -> the same, ending with code 1 and one clear message when input is refused
     "Turn refused input into a message and exit code 1; anything else is a bug and keeps its traceback."
     @functools.wraps(command)
     def run(*args, **kwargs):
-        try: return command(*args, **kwargs)
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = functools.partial(_show, command.__name__.strip("_"), warnings.showwarning)
+                return command(*args, **kwargs)
         except (ValueError, OSError, ImportError, FloatingPointError) as e:
             print(f"scemb {command.__name__.strip('_')}: {e}", file=sys.stderr); raise typer.Exit(1) from None
         finally:

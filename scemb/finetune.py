@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'HEADS', 'RATES', 'FinetuneSettings', 'Prefix', 'rows_of', 'h
            'CellModel', 'trained_share', 'saved_names', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/11_finetune.ipynb #7ba76883
-import copy, hashlib, json
+import copy, hashlib, json, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -136,7 +136,9 @@ def adapted(
     if s.way == "lora":
         try: from peft import LoraConfig, get_peft_model
         except ImportError as e: raise ImportError("LoRA needs peft: pip install 'scemb[finetune]'") from e
-        encoder = get_peft_model(encoder, LoraConfig(r=s.rank, lora_alpha=2*s.rank, target_modules=list(s.lora_on)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)                                                 # peft calls transformers by an old name
+            encoder = get_peft_model(encoder, LoraConfig(r=s.rank, lora_alpha=2*s.rank, target_modules=list(s.lora_on)))
     return encoder
 
 def base_hash(encoder)->str: # 16 hexadecimal digits

@@ -180,7 +180,7 @@ def _step(model, tokens, cells, y, w, knowledge, optimizer, budget): # one optim
     target = torch.from_numpy(y[cells]).to(model.device); whole = w[target].sum()
     def work(p):
         loss = F.cross_entropy(model(thinned(cell_batch(tokens, cells[p], model.device, knowledge), model.settings.gene_dropout)), target[p], w, reduction="sum")
-        (loss/whole).backward(); return float(loss)
+        (loss/whole).backward(); return float(loss.detach())
     losses = budget.run(work, tokens.lengths[cells], lambda: optimizer.zero_grad(set_to_none=True))
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], model.settings.max_grad_norm)
     optimizer.step()
