@@ -15,7 +15,7 @@ import numpy as np
 from .checkpoint import load_checkpoint
 from .counts import read_counts
 from .finetune import CellModel, FinetuneSettings, load_adapter, save_adapter
-from .fit import fit, fit_temperature, predict, probabilities, split_labelled
+from .fit import fit, fit_again, fit_temperature, predict, probabilities, split_labelled, trained_state
 from .prefix import knowledge_of, with_control
 from .tokenize import TokenizerSettings, tokenizer_hash
 from .tokens import tokenize
@@ -108,11 +108,13 @@ def learn(
     donors = None if donor is None else reference.obs[donor].astype(str).to_numpy()
     train, held = (full[p] for p in split_labelled(y[full], settings.validation_share, settings.seed, None if donor is None else donors[full]))
     if len(held) < 10: warnings.warn(f"{len(held)} labelled cells could be held out; below ten, confidences are not calibrated and no cell is called {UNKNOWN}.")
-    history = fit(a.model, tokens, y, train, held, known, say)
+    start = trained_state(a.model); history = fit(a.model, tokens, y, train, held, known, say)
     scores = predict(a.model, tokens, held, known) if len(held) else np.zeros((0, len(classes)))
     a.temperature = fit_temperature(scores, y[held])
     if len(held) >= 10: a.threshold = float(np.quantile(probabilities(scores, a.temperature).max(1), 1 - keep_known))
-    a.card = dict(label=label, n_cells=len(y), n_held_out=len(held), held_out_donors=[] if donor is None else sorted(set(donors[held]) - set(donors[train])), cells={str(c): int(n) for c, n in zip(classes, np.bincount(y, minlength=len(classes)))}, history=[{k: None if v != v else v for k, v in h.items()} for h in history], tokenizer=tokenizer_hash(a.tokenizing, vocabulary))
+    again = 0 < len(held) and len(full) <= settings.refit
+    if again: fit_again(a.model, start, tokens, y, full, history, known)
+    a.card = dict(label=label, n_cells=len(y), n_held_out=len(held), refitted=again, held_out_donors=[] if donor is None else sorted(set(donors[held]) - set(donors[train])), cells={str(c): int(n) for c, n in zip(classes, np.bincount(y, minlength=len(classes)))}, history=[{k: None if v != v else v for k, v in h.items()} for h in history], tokenizer=tokenizer_hash(a.tokenizing, vocabulary))
     return a
 
 def knowledge_width(adata, key)->int: # 0 without a key

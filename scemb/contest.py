@@ -14,7 +14,7 @@ import numpy as np
 from .benchmark import Embedder
 from .compare import METHODS, named_methods
 from .finetune import CellModel, FinetuneSettings
-from .fit import fit, fit_temperature, predict, probabilities, split_labelled
+from .fit import fit, fit_again, fit_temperature, predict, probabilities, split_labelled, trained_state
 from .geneformer import Geneformer
 from .peers import Peer, vectors
 from .pretrain import versions
@@ -63,8 +63,9 @@ def annotated_by(
     if len(classes) < 2: raise ValueError(f"The {len(rows)} labelled cells with genes are of {len(classes)} class; at least two are needed.")
     model, mine = CellModel(peer.net.bert, len(classes), settings), tokens.subset(rows)
     train, held = split_labelled(y, settings.validation_share, settings.seed, None if units is None else np.asarray(units)[rows])
-    fit(model, mine, y, train, held)
+    start, history = trained_state(model), fit(model, mine, y, train, held)
     warmth = fit_temperature(predict(model, mine, held), y[held]) if len(held) else 1.
+    if 0 < len(held) and len(y) <= settings.refit: fit_again(model, start, mine, y, np.arange(len(y)), history)
     return probabilities(predict(model, tokens, query), warmth), classes
 
 # %% ../nbs/18c_contest.ipynb #18e79ec0

@@ -45,6 +45,7 @@ class FinetuneSettings:
     gene_dropout: float = .5     # Share of a cell's genes left out, drawn anew at each step of training
     class_weight: float = .5     # Weight of a class: its frequency to the power of minus this; 0: none, 1: balanced
     validation_share: float = .15 # Labelled cells held out for the choice of the epoch, the temperature and the threshold
+    refit: int = 500             # With at most so many labelled cells, learn from all of them again once the choices are made; 0: never
     token_budget: int = 16_384   # Tokens a forward pass: the lever for memory; with dropout, other pieces draw other numbers
     seed: int = 0
 
@@ -55,6 +56,7 @@ class FinetuneSettings:
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed.")
         if not 0 <= self.gene_dropout < 1: raise ValueError(f"gene_dropout={self.gene_dropout}; a share from 0 to below 1 is needed.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
+        if self.refit < 0: raise ValueError(f"refit={self.refit}; a number of cells is needed, 0 for never.")
         object.__setattr__(self, "lora_on", tuple(self.lora_on))
     @property
     def rate(self): return RATES[self.way] if self.encoder_rate is None else self.encoder_rate

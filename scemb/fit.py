@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENALTIES', 'out_of_memory', 'Budget', 'cell_batch', 'predict', 'split_labelled', 'nll', 'fit_temperature',
            'probabilities', 'calibration_error', 'class_weights', 'chosen_penalty', 'start_from_probe', 'thinned',
-           'fit']
+           'trained_state', 'fit', 'fit_again']
 
 # %% ../nbs/11b_fit.ipynb #21de8331
 import warnings
@@ -154,17 +154,19 @@ def start_from_probe(
     v:np.ndarray, y:np.ndarray, # Vectors of the labelled cells before the head (cells, D), and their classes
     weights:np.ndarray,         # Of the classes
     held_v=(), held_y=(),       # Of held-out cells, which choose the penalty
-):
+    penalty:float|None=None,    # C, where it is chosen already
+)->float:                       # C
     "Centre and scale the head, and set its last layer to a logistic regression."
     from sklearn.linear_model import LogisticRegression
     head, put = model.head, lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32, device=model.device)
     head.mean.copy_(put(v.mean(0))); head.spread.copy_(put(v.std(0) + 1e-6))
     inner = lambda v: head.inner((put(v) - head.mean)/head.spread).detach().cpu().numpy()
-    seen, C = np.unique(y), chosen_penalty(inner(v), y, inner(held_v), np.asarray(held_y), weights[y]) if len(held_y) else 1.
+    seen, C = np.unique(y), penalty or (chosen_penalty(inner(v), y, inner(held_v), np.asarray(held_y), weights[y]) if len(held_y) else 1.)
     fitted = LogisticRegression(C=C, max_iter=300).fit(inner(v), y, sample_weight=weights[y])
     w, b = fitted.coef_, fitted.intercept_
     if len(seen) == 2: w, b = np.concatenate([-w, w])/2, np.concatenate([-b, b])/2
     with torch.no_grad(): head.out.weight[seen] = put(w); head.out.bias[seen] = put(b)
+    return C
 
 # %% ../nbs/11b_fit.ipynb #9e305a41
 def thinned(
@@ -186,7 +188,9 @@ def _step(model, tokens, cells, y, w, knowledge, optimizer, budget): # one optim
     optimizer.step()
     return sum(losses)
 
-def _state(model): return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+def trained_state(model:CellModel)->dict: # name -> copy of the weight
+    "What training changes."
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 # %% ../nbs/11b_fit.ipynb #d0acfe5f
 @torch.random.fork_rng(devices=[])
@@ -198,6 +202,8 @@ def fit(
     validation=(),        # Labelled cells that choose the epoch; none: the last epoch stays
     knowledge=None,       # Vectors of all cells, shape (len(tokens), length)
     say=lambda line: None, # Called with a line an epoch
+    stop:int|None=None,   # Epochs after which to stop, where they are chosen already
+    penalty:float|None=None, # Of the start, see `start_from_probe`
 )->list:                  # One dict an epoch: epoch, loss on training cells, loss on held-out cells
     "Fit the head and what the way lets change."
     torch.set_flush_denormal(True); torch.manual_seed(model.settings.seed)
@@ -205,26 +211,40 @@ def fit(
     if model.prefix is not None and model.n_knowledge:
         for name, x in (("mean", knowledge[train].mean(0)), ("spread", knowledge[train].std(0) + 1e-6)): getattr(model.prefix, name).copy_(torch.as_tensor(x, dtype=torch.float32))
     weights = class_weights(y[train], model.n_classes, s.class_weight)
-    start_from_probe(model, predict(model, tokens, train, knowledge, True, budget), y[train], weights, predict(model, tokens, validation, knowledge, True, budget), y[validation])
+    model.penalty = start_from_probe(model, predict(model, tokens, train, knowledge, True, budget), y[train], weights, predict(model, tokens, validation, knowledge, True, budget), y[validation], penalty)
     def held():
         if not len(validation): return np.nan
         scores = predict(model, tokens, validation, knowledge, budget=budget)
         return nll(scores/fit_temperature(scores, y[validation]), y[validation])
     history = [dict(epoch=0, loss=np.nan, held_out=held())]
-    if s.way == "probe" and s.head == "linear": return history
+    if s.way == "probe" and s.head == "linear" or stop == 0: return history
     parts = [[p for n, p in model.named_parameters() if p.requires_grad and n.startswith("head.") == head] for head in (False, True)]
     optimizer = torch.optim.AdamW([dict(params=ps, lr=rate) for ps, rate in zip(parts, (s.rate, s.head_rate)) if ps], weight_decay=s.weight_decay)
     n_steps = s.epochs*-(-len(train)//s.batch_cells); warm = max(1, round(s.warmup*n_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1)/warm, max(0., (n_steps - i)/max(1, n_steps - warm))))
-    best, w = (history[0]["held_out"], _state(model)), torch.from_numpy(weights).to(model.device)
-    for epoch in range(s.epochs):
+    best, w = (history[0]["held_out"], trained_state(model)), torch.from_numpy(weights).to(model.device)
+    for epoch in range(s.epochs if stop is None else stop):
         model.train(); order, total = train[epoch_order(len(train), s.seed, epoch)], 0.
         for cells in np.array_split(order, -(-len(order)//s.batch_cells)):
             total += _step(model, tokens, cells, y, w, knowledge, optimizer, budget); schedule.step()
         history.append(dict(epoch=epoch + 1, loss=total/len(order), held_out=held()))
         if not np.isfinite(total): raise FloatingPointError(f"The loss of epoch {epoch + 1} is {total}. Lower encoder_rate (now {s.rate:g}) or head_rate (now {s.head_rate:g}).")
-        if not len(validation) or history[-1]["held_out"] < best[0]: best = (history[-1]["held_out"], _state(model))
+        if not len(validation) or history[-1]["held_out"] < best[0]: best = (history[-1]["held_out"], trained_state(model))
         say(f"epoch {epoch + 1} of {s.epochs}: loss {total/len(order):.3f}" + (f", held out {history[-1]['held_out']:.3f}" if len(validation) else ""))
     model.load_state_dict(best[1], strict=False)
     model.eval()
     return history
+
+# %% ../nbs/11b_fit.ipynb #d27cd607
+def fit_again(
+    model:CellModel,      # Fitted by `fit`
+    start:dict,           # Its trained weights before that (`trained_state`)
+    tokens:TokenSet, y:np.ndarray, cells:np.ndarray, # As for `fit`; all labelled cells
+    history:list,         # From `fit`
+    knowledge=None,
+)->int:                   # Epochs
+    "Learn from all labelled cells, as long as was best for those held out."
+    model.load_state_dict(start, strict=False)
+    best = min(history, key=lambda h: h["held_out"])["epoch"]
+    fit(model, tokens, y, cells, (), knowledge, stop=best, penalty=model.penalty)
+    return best
