@@ -39,6 +39,7 @@ def umap_grid(
     table,                   # DataFrame: method, umap1, umap2 and the columns to colour by
     colour_by=("cell_type", "batch"),
     size:float=2.6,          # Inches a panel
+    shared:bool=False,       # One palette for all colourings, where they speak of the same classes
 ):                           # matplotlib figure
     "A grid of UMAPs: one column a method, one row a colouring."
     plt = _plt()
@@ -46,7 +47,7 @@ def umap_grid(
     fig, axes = plt.subplots(len(colour_by), len(methods), figsize=(size*len(methods) + 1.6, size*len(colour_by)), squeeze=False, layout="constrained")
     order = np.random.default_rng(0)
     for r, key in enumerate(colour_by):
-        colour = colours(table[key])
+        colour = colours(table[list(colour_by)].astype(str).to_numpy().ravel() if shared else table[key])
         for c, m in enumerate(methods):
             t = table[table.method == m]; t = t.iloc[order.permutation(len(t))]; ax = axes[r, c]
             ax.scatter(t.umap1, t.umap2, s=max(.5, 4000/len(t)), c=t[key].astype(str).map(colour), linewidths=0, rasterized=True)
