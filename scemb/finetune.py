@@ -177,7 +177,7 @@ class CellModel(nn.Module):
 # %% ../nbs/11_finetune.ipynb #19c736f9
 def trained_share(
     model:CellModel,
-)->dict: # Weights trained beside the head, in the head; share of the encoder, and without the embeddings of its layers
+)->dict: # Weights trained beside the head, in the head; share of the encoder and, embeddings left out, of its layers
     "Count what a way trains."
     count = lambda items: sum(p.numel() for n, p in items)
     own = lambda n: "lora_" in n
