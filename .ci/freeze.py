@@ -10,6 +10,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 # Tools that every machine brings itself; a pin would only fight with them.
 UNPINNED = {"pip", "wheel", "setuptools"}
+# Packages whose tested version refuses an older Python 3.11: the first Python that takes it, and the version before that.
+# Debian 12 brings 3.11.2.
+OLDER_PYTHON = {"soupsieve": ("3.11.5", "2.10")}
 HEAD = """\
 # The tested set: `pip install -c constraints.txt "scemb[...]"` gives these versions, from Python 3.11 on.
 # Written by `make constraints` from an environment that passed `make test`; the wanted ranges stand in settings.ini.
@@ -37,6 +40,13 @@ def wanted(requirements):
     return pins
 
 
+def line(name, version):
+    "One pin, or two where an older Python needs another version."
+    if name not in OLDER_PYTHON: return f"{name}=={version}\n"
+    python, older = OLDER_PYTHON[name]
+    return f'{name}=={version}; python_full_version >= "{python}"\n{name}=={older}; python_full_version < "{python}"\n'
+
+
 def words():
     "Every requirement that settings.ini names, for users, extras and development."
     settings = ConfigParser(delimiters=["="])
@@ -47,5 +57,5 @@ def words():
 
 if __name__ == "__main__":
     pins = {n: v for n, v in wanted(words()).items() if n not in UNPINNED}
-    (ROOT/"constraints.txt").write_text(HEAD + "".join(f"{n}=={v}\n" for n, v in sorted(pins.items())), encoding="utf-8")
+    (ROOT/"constraints.txt").write_text(HEAD + "".join(line(n, v) for n, v in sorted(pins.items())), encoding="utf-8")
     print(f"constraints.txt: {len(pins)} packages")
