@@ -251,6 +251,27 @@ def check_import_cells(root):
     return bad
 
 
+def check_compiled(root, package="scemb", settled=("_mix64",)):
+    """A compiled function that numba keeps on disk is called by no other one, and calls none of another module but `settled` ones, which never change.
+
+    Numba renews what it kept when the file of that one function changes, whatever became of the functions inside it; and processes that
+    store the variants of an inner function at the same time can put one in the place of another.
+    """
+    bad, compiled = [], {}    # (module, function) -> (kept on disk, names called)
+    for f in sorted((root/package).glob("*.py")):
+        for node in ast.walk(ast.parse(f.read_text(encoding="utf-8"))):
+            made = next((d for d in getattr(node, "decorator_list", []) if ast.unparse(d).startswith("njit")), None)
+            if made is None: continue
+            kept = isinstance(made, ast.Call) and any(k.arg == "cache" and ast.unparse(k.value) != "False" for k in made.keywords)
+            compiled[f.stem, node.name] = kept, {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    for (module, name), (kept, calls) in compiled.items():
+        for called in sorted(calls):
+            home = module if (module, called) in compiled else next((m for m, n in compiled if n == called), None)
+            if home and compiled[home, called][0]: bad.append(f"{package}/{module}.py: {name} calls {called}, which numba keeps on disk; give cache=True to the outermost function only.")
+            elif home not in (None, module) and kept and called not in settled: bad.append(f"{package}/{module}.py: numba keeps {name} on disk with {called} of {home} inside, and will not see when that changes; take cache=True away.")
+    return bad
+
+
 def long_ones(root, package="scemb"):
     "Warnings, no failures: modules and exported cells longer than a reader likes."
     lines = [f"{package}/{f.name} has {n} lines, more than {MODULE_LINES}." for f in sorted((root/package).glob("*.py"))
@@ -284,4 +305,5 @@ STATIC = {
     "absolute paths": check_paths,
     "modules": check_modules,
     "imports in cells of their own": check_import_cells,
+    "compiled functions kept on disk": check_compiled,
 }

@@ -148,6 +148,15 @@ class Planted(unittest.TestCase):
         self.page("03_late.ipynb", cell("import os\nx = 1"))
         self.clean(checks.check_import_cells)
 
+    def test_compiled(self):
+        "a compiled function kept on disk inside another one, or around one of another module, is refused"
+        kernel = lambda name, calls, cache: f"@njit(nogil=True{', cache=True' if cache else ''})\ndef {name}(x): return {calls}\n"
+        inner, outer = kernel("inner", "x", False), kernel("outer", "inner(x)", True)
+        for low, late, found in [(inner + outer, "", ""), (kernel("inner", "x", True) + outer, "", "low.py: outer calls inner"), (inner, outer, "late.py: numba keeps outer on disk with inner of low"),
+                                 (inner, outer.replace(", cache=True", ""), ""), (inner, outer.replace("cache=True", "cache=False"), ""), (inner.replace("inner", "_mix64"), outer.replace("inner", "_mix64"), "")]:
+            (self.root/"scemb"/"low.py").write_text(low); (self.root/"scemb"/"late.py").write_text(late)
+            self.found(checks.check_compiled(self.root), found) if found else self.clean(checks.check_compiled)
+
     def test_lengths(self):
         "long modules and long exported cells are noted"
         self.assertEqual(checks.long_ones(self.root), [])

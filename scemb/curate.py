@@ -122,13 +122,13 @@ def gene_axis(
     return Axis(ids, position, is_mitochondrial(genes.names), exact, len(rows) < used.sum())
 
 # %% ../nbs/04_curate.ipynb #a6dfa58f
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _mix(x): # uint64 -> uint64, every input bit moves every output bit (splitmix64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=__name__ != "__main__")
 def _mix_all(x):
     out = np.empty(x.size, np.uint64)
     for i in range(x.size): out[i] = _mix(x[i] + np.uint64(0x9E3779B97F4A7C15))
@@ -142,7 +142,7 @@ def gene_keys(
     return np.where(use, _mix_all(np.array([int(i[4:]) for i in ids], np.uint64)) | np.uint64(1), np.uint64(0))
 
 # %% ../nbs/04_curate.ipynb #156d53b8
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=__name__ != "__main__")
 def _measure(indptr, indices, data, position, key, mito, n_genes, n_counts, n_mito, n_coding, n_hashed, hashes):
     for c in range(indptr.size - 1):
         genes, total, m, coding, hashed, h = 0, np.int64(0), np.int64(0), 0, 0, np.uint64(0)

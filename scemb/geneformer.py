@@ -106,7 +106,7 @@ def geneformer_net(
     return net
 
 # %% ../nbs/18a_geneformer.ipynb #ae868404
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sorted_by_value(item, spare, m, top): # items (distance below _TOP << 16 | gene) -> the array that holds them, highest value first; top: the smallest distance
     span = np.uint64(0)
     for i in range(m): span = max(span, (item[i] >> np.uint64(16)) - top)
@@ -122,7 +122,7 @@ def _sorted_by_value(item, spare, m, top): # items (distance below _TOP << 16 | 
         shift += np.uint64(10)
     return item
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _untie(item, m, key, gene, order): # put each group of equal values into the order of its keys
     i = 0
     while i < m - 1:
@@ -136,7 +136,7 @@ def _untie(item, m, key, gene, order): # put each group of equal values into the
         i += n
 
 # %% ../nbs/18a_geneformer.ipynb #096b3b54
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _by_median(indptr, indices, data, token, mixed, scale, seed, limit, genes, offsets, detected, total, cut):
     "Genes of each cell of a CSR chunk by count/median, highest first; returns how many tokens there are."
     size, at = 1, 0

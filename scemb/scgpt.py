@@ -50,11 +50,11 @@ def toy_scgpt(
 # %% ../nbs/18b_scgpt.ipynb #6d3ef4b9
 QUANTILES = np.linspace(0, 1, 50)
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _drawn(cell, gene): # uint64 key of a cell, token of a gene -> uniform number in [0, 1)
     return (_mix64(cell ^ _mix64(np.uint64(gene) + np.uint64(0x9E3779B97F4A7C15))) >> np.uint64(11))*(1.0/9007199254740992.0)
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _edges(ordered, q, out): # sorted values (n,), quantiles -> edges by linear interpolation, as numpy has them
     last = ordered.size - 1
     for k in range(q.size):
@@ -63,7 +63,7 @@ def _edges(ordered, q, out): # sorted values (n,), quantiles -> edges by linear 
         out[k] = a + (b - a)*t if t < .5 else b - (b - a)*(1 - t)
 
 # %% ../nbs/18b_scgpt.ipynb #8104a739
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _values(indptr, indices, data, token, mixed, q, seed, limit, genes, bins, offsets, detected, total, cut):
     "Gene and value bin of the expressed genes of each cell of a CSR chunk, in an order that depends on the cell alone."
     size = 1

@@ -92,13 +92,13 @@ def cpm(
     return counts * (1e6/max(counts.sum(), 1))
 
 # %% ../nbs/05_tokenize.ipynb #9a97d0ec
-@njit(nogil=True, cache=True)
-def _mix64(x): # uint64 -> uint64, every input bit moves every output bit
+@njit(nogil=True)
+def _mix64(x): # uint64 -> uint64, every input bit moves every output bit (splitmix64's last step, which may never change)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _tie_keys(genes, n, key, out): # genes (n,) -> out (n,) in 0..65535, a bijection chosen by `key`
     k1, k2 = _mix64(key), _mix64(key + np.uint64(0x9E3779B97F4A7C15))
     m1, a1 = np.int64(k1 & np.uint64(0xFFFF)) | 1, np.int64((k1 >> np.uint64(16)) & np.uint64(0xFFFF))
@@ -115,7 +115,7 @@ def _tie_keys(genes, n, key, out): # genes (n,) -> out (n,) in 0..65535, a bijec
 # %% ../nbs/05_tokenize.ipynb #40c8b877
 _TOP = np.int64(2**31 - 1)
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _radix(a, b, n, passes): # sort a[:n] by `passes` bytes from bit 16 up; b is scratch; returns the sorted one of the two
     hist = np.zeros((passes, 256), np.int64)
     for i in range(n):
@@ -132,7 +132,7 @@ def _radix(a, b, n, passes): # sort a[:n] by `passes` bytes from bit 16 up; b is
         a, b = b, a
     return a
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sort_groups(gene, value, key, m, lowest, per_value, items, scratch): # all values below 255, their numbers known: 32 bits an item are enough
     "Put genes into their groups of ties, highest value first, and sort each group by key; items are (key, gene)."
     at, low, high, r = np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty(256, np.uint32), np.uint32(0)   # unsigned indices need no check for wrapping around
@@ -157,7 +157,7 @@ def _sort_groups(gene, value, key, m, lowest, per_value, items, scratch): # all 
         for i in range(n): e = (a[i] >> np.uint32(16)) & np.uint32(255); b[low[e]] = a[i]; low[e] += np.uint32(1)
         for i in range(n): e = b[i] >> np.uint32(24); a[high[e]] = b[i]; high[e] += np.uint32(1)
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _order(gene, value, key, m, lowest, protected, small, large, scratch):
     "Order m genes of any value, or some of them protected: values from 255 up, then those that can still be kept below."
     n, k = 0, 0
@@ -170,7 +170,7 @@ def _order(gene, value, key, m, lowest, protected, small, large, scratch):
     return first, k, _radix(small, scratch[0], n, 3) if n else small, n
 
 # %% ../nbs/05_tokenize.ipynb #0f7c7fd0
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _bin_of(v, i, large, n_large, lowest, hist, n, n_bins): # bin of the group of ties that the i-th gene in order, of value v, opens
     before = i
     if i < n_large:
@@ -183,7 +183,7 @@ def _bin_of(v, i, large, n_large, lowest, hist, n, n_bins): # bin of the group o
         upto = before + hist[v]
     return 1 + (n_bins*(2*n - min(before, n) - min(upto, n)))//(2*n)
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=__name__ != "__main__")
 def _encode(indptr, indices, data, token, mixed, scale, seed, limit, n_bins, over_window, by_index, protected, genes, bins, offsets, detected, total, cut, rescued):
     "Encode the cells of a CSR chunk into flat arrays; returns how many tokens there are."
     size = 1
@@ -240,7 +240,7 @@ def _encode(indptr, indices, data, token, mixed, scale, seed, limit, n_bins, ove
             genes[at], bins[at] = g, same; at += 1; kept += count[g] if scaled else v
         offsets[c + 1], detected[c], total[c], cut[c], rescued[c] = at, m, sum_of_counts, sum_of_counts - kept, saved
     return at
-@njit(cache=True)
+@njit(cache=__name__ != "__main__")
 def _mixed(token): # what each input gene adds to the hash of a cell
     out = np.zeros(token.size, np.uint64)
     for i in range(token.size):
