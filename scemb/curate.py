@@ -128,7 +128,7 @@ def _mix(x): # uint64 -> uint64, every input bit moves every output bit (splitmi
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-@njit(nogil=True, cache=__name__ != "__main__")
+@njit(nogil=True, cache=__name__ != "__main__") # kept on disk, but not from this page, where the functions inside may just have been edited
 def _mix_all(x):
     out = np.empty(x.size, np.uint64)
     for i in range(x.size): out[i] = _mix(x[i] + np.uint64(0x9E3779B97F4A7C15))

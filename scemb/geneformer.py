@@ -136,7 +136,7 @@ def _untie(item, m, key, gene, order): # put each group of equal values into the
         i += n
 
 # %% ../nbs/18a_geneformer.ipynb #096b3b54
-@njit(nogil=True)
+@njit(nogil=True) # not kept on disk: numba would not see when a function of another module inside it changes
 def _by_median(indptr, indices, data, token, mixed, scale, seed, limit, genes, offsets, detected, total, cut):
     "Genes of each cell of a CSR chunk by count/median, highest first; returns how many tokens there are."
     size, at = 1, 0

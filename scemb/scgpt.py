@@ -63,7 +63,7 @@ def _edges(ordered, q, out): # sorted values (n,), quantiles -> edges by linear 
         out[k] = a + (b - a)*t if t < .5 else b - (b - a)*(1 - t)
 
 # %% ../nbs/18b_scgpt.ipynb #8104a739
-@njit(nogil=True)
+@njit(nogil=True) # not kept on disk: numba would not see when a function of another module inside it changes
 def _values(indptr, indices, data, token, mixed, q, seed, limit, genes, bins, offsets, detected, total, cut):
     "Gene and value bin of the expressed genes of each cell of a CSR chunk, in an order that depends on the cell alone."
     size = 1

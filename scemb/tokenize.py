@@ -183,7 +183,7 @@ def _bin_of(v, i, large, n_large, lowest, hist, n, n_bins): # bin of the group o
         upto = before + hist[v]
     return 1 + (n_bins*(2*n - min(before, n) - min(upto, n)))//(2*n)
 
-@njit(nogil=True, cache=__name__ != "__main__")
+@njit(nogil=True, cache=__name__ != "__main__") # kept on disk, but not from this page, where the functions inside may just have been edited
 def _encode(indptr, indices, data, token, mixed, scale, seed, limit, n_bins, over_window, by_index, protected, genes, bins, offsets, detected, total, cut, rescued):
     "Encode the cells of a CSR chunk into flat arrays; returns how many tokens there are."
     size = 1
