@@ -254,8 +254,8 @@ def check_import_cells(root):
 def check_compiled(root, package="scemb", settled=("_mix64",)):
     """A compiled function that numba keeps on disk is called by no other one, and calls none of another module but `settled` ones, which never change.
 
-    Numba renews what it kept when the file of that one function changes, whatever became of the functions inside it; and processes that
-    store the variants of an inner function at the same time can put one in the place of another.
+    Numba renews what it kept when the file of that one function changes, whatever became of the functions inside it; and its index of the
+    variants of a function has no lock, while inner functions have several variants that test workers store at the same time.
     """
     bad, compiled = [], {}    # (module, function) -> (kept on disk, names called)
     for f in sorted((root/package).glob("*.py")):
