@@ -3,6 +3,7 @@
 A lease of a GPU can end at any time. So every part runs in its own try, and the JSON is written
 after each one: what was measured is kept, and a failure stands in its place.
 """
+import gc
 import json
 import os
 import platform
@@ -76,6 +77,7 @@ def peak_gb():
 
 def forget_memory():
     "Give cached GPU memory back and begin a new peak."
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -119,12 +121,12 @@ class Report:
     def part(self,
         name:str,
         work,            # Called without arguments -> dict
-        say=None,        # The dict -> a short text for the printed line
+        estimate:float=0., # Seconds that it will take; what does not fit is left out
     )->dict:             # The dict, or the error
         "Do one part; an error is its result and not the end."
         forget_memory()
         began = time.monotonic()
-        if minutes_gone() > self.minutes:
+        if minutes_gone() + estimate/60 > self.minutes:
             found = dict(left_out="no time")
         else:
             try:
@@ -134,13 +136,15 @@ class Report:
                              where=traceback.format_exc()[-1500:])
         found["part_seconds"] = round(time.monotonic() - began, 1)
         found["part_peak_gb"] = peak_gb()
+        if estimate:
+            found["part_estimate"] = estimate
         self.result["parts"][name] = found
         self.result["minutes"] = round(minutes_gone(), 2)
         self.path.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
-        print(self.line(name, found, say), flush=True)
+        print(self.line(name, found), flush=True)
         return found
 
-    def line(self, name, found, say): # The line that is printed for a part
+    def line(self, name, found): # The line that is printed for a part
         took = f"{found['part_seconds']} s"
         if found["part_peak_gb"] is not None:
             took += f", {found['part_peak_gb']} GB"
@@ -149,7 +153,7 @@ class Report:
         if "left_out" in found:
             return f"--   {name}: left out, {found['left_out']}"
         mark = "ok  " if found.get("ok", True) else "FAIL"
-        return f"{mark} {name}: {say(found) if say else found.get('number', '')} ({took})"
+        return f"{mark} {name}: {found.get('number', '')} ({took})"
 
     def failed(self)->list: # Names of the parts that failed
         "Parts that broke off, or whose check did not hold."
