@@ -266,7 +266,10 @@ def autocast(
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32")
 
-def compile_layers(model): # a model with `bert` inside, or the encoder itself -> the same model
+def compile_layers(
+    model,               # A model with `bert` inside, or the encoder itself
+    backend="inductor",  # Of torch.compile
+):                       # The same model
     """Compile each encoder layer for all lengths at once.
 
     The layers are one graph without a break; the whole model is not, since the layout of a
@@ -277,7 +280,7 @@ def compile_layers(model): # a model with `bert` inside, or the encoder itself -
     limit = 4*len(encoder.encoder["layer"]) + 8
     torch._dynamo.config.cache_size_limit = max(limit, torch._dynamo.config.cache_size_limit)
     for layer in encoder.encoder["layer"]:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
     return model
 
 class ScembPreTrainedModel(PreTrainedModel):
