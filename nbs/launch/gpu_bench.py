@@ -359,7 +359,7 @@ class Bench:
         tokens = self.tokens(60 if self.toy else 1400)
         size = dict(layers=self.size["num_hidden_layers"], width=self.size["hidden_size"],
                     heads=self.size["num_attention_heads"])
-        model = new_model(tokens, settings, **size, attention_probs_dropout_prob=0.)
+        model = new_model(tokens, settings, **size, attention_dropout=0.)
         began, making = [], []
         training_step, getitem = Trainer.training_step, Batches.__getitem__
 
@@ -649,6 +649,7 @@ def main():
                     help="a part that would end later is left out")
     ap.add_argument("--parts", help=f"some of {','.join(names)}, or all; "
                                     f"default {','.join(DEFAULT)}")
+    ap.add_argument("--hide", help="packages that are to look as if they were not installed")
     args = ap.parse_args()
     if args.toy:
         torch.cuda.is_available = lambda: False    # every part of the package stays on the CPU

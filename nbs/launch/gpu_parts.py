@@ -20,6 +20,14 @@ TOP = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOP))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# `--hide anndata,scanpy` acts as if packages were not installed: a rehearsal of a bare machine.
+# It must happen before anything else is imported.
+HIDDEN = []
+if "--hide" in sys.argv:
+    HIDDEN = sys.argv[sys.argv.index("--hide") + 1].split(",")
+for hidden_package in HIDDEN:
+    sys.modules[hidden_package] = None
+
 BEGAN = time.monotonic()
 PACKAGES = ("torch", "transformers", "numpy", "accelerate", "peft", "numba", "triton")
 
@@ -98,7 +106,7 @@ def file_name(kind:str, toy:bool, cuda:bool)->str: # "gpu_bench_NVIDIA_H100.json
 
 def versions()->dict:
     "Versions of what decides a result."
-    found = dict(python=platform.python_version(), cuda=torch.version.cuda)
+    found = dict(python=platform.python_version(), cuda=torch.version.cuda, hidden=HIDDEN)
     for name in PACKAGES:
         try:
             found[name] = version(name)
