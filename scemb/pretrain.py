@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from .baselines import ClusterBinTable, adversary_scorer, bin_table, gene_vectors, masked_scores, table_scorer, unigram_prior
-from .batching import as_tensors, masked_batch, unpadded_batches
+from .batching import as_tensors, masked_batch
 from .checkpoint import ASSETS, check_fit, save_checkpoint
 from .counts import check_output
 from .flops import flops_per_token, mfu, peak_flops
 from .model import (
     ScembConfig, ScembForMaskedLM, Segments, attention_kernel, autocast, chosen_precision,
     compile_layers, has_flash)
+from .orders import packed_batches, unpadded_batches
 from .prefetch import Prefetched
 from .stats import mean_interval
 from .tokenize import SPECIAL, tokenizer_hash
@@ -40,6 +41,8 @@ class TrainSettings:
     weight_decay: float = .001      # Of AdamW (Hsieh et al., Methods)
     max_grad_norm: float = 1.       # Gradient clipping
     token_budget: int = 16_384      # Tokens a batch and device; 8 cells of 2,048 (Hsieh et al., Methods: batch 8)
+    packing: str = "order"          # Which cells share a batch: "order", as they come in random order; "fit", those that fill the budget (several GPUs)
+    blocks: int = 0                 # Shuffle blocks of so many neighbours, then within a pool of a million; 0: every cell by itself
     accumulation: int = 1           # Batches an optimizer step
     max_len: int = 2048             # Genes a cell
     mask_share: float = .15         # Genes hidden (Hsieh et al., Methods)
@@ -64,7 +67,8 @@ class TrainSettings:
         choices = dict(
             start=("corpus", "random"),
             precision=("auto", "fp32", "bf16", "fp16"),
-            inputs=("both", "rank", "bins"))
+            inputs=("both", "rank", "bins"),
+            packing=("order", "fit"))
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
@@ -76,6 +80,8 @@ class TrainSettings:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(f"{name}={value!r}; a number of at least 0 is needed.")
+        if not isinstance(self.blocks, int) or self.blocks < 0:
+            raise ValueError(f"blocks={self.blocks!r}; a number of cells is needed, 0 for none.")
         if not isinstance(self.ahead, int) or self.ahead < -1:
             raise ValueError(f"ahead={self.ahead!r}; a number of batches is needed, 0 for none, -1 to choose by the device.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
@@ -105,8 +111,10 @@ class Batches(torch.utils.data.Dataset):
     def _epoch(self, epoch):
         if epoch not in self.order:
             s = self.settings
-            batches = unpadded_batches(
-                self.lengths, s.token_budget, s.max_len, s.seed, epoch, self.rank, self.world)
+            batches_of = packed_batches if s.packing == "fit" else unpadded_batches
+            batches = batches_of(
+                self.lengths, s.token_budget, s.max_len, s.seed, epoch, self.rank, self.world,
+                blocks=s.blocks)
             self.order = {epoch: batches}
         return self.order[epoch]
 

@@ -18,6 +18,7 @@ The parts `ceilings`, `full_cells`, `profile`, `ladder`, `head` and `optimizer` 
 transformers and numpy; `trainer`, `embed`, `perturb` and `screen` run the product itself.
 """
 import argparse
+import importlib
 import inspect
 import json
 import math
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -576,8 +578,14 @@ class Bench:
                 q, k, v = (x.transpose(0, 1)[None] for x in qkv)
                 return attend(q, k, v, block_mask=mask)[0].transpose(0, 1)
             return run
+        # torch's row kernel can call cuDNN's, but does not ask for it; only this row does
+        asked = nullcontext
+        if self.cuda:
+            varlen = importlib.import_module("torch.nn.attention.varlen")
+            asked = lambda: mock.patch.object(varlen, "_should_use_cudnn", lambda *_: True)
         found = {k: (lambda k=k: lambda: _by_kernel(k, *qkv, cells, 0.))
-                 for k in ("varlen", "flash_attn", "padded")} | dict(flex=flex)
+                 for k in ("varlen", "flash_attn", "padded")} | dict(
+                     flex=flex, cudnn=lambda: lambda: _by_kernel("varlen", *qkv, cells, 0.))
         with torch.no_grad():
             reference = _by_kernel("padded", *qkv, cells, 0.).float()
         out = {}
@@ -586,12 +594,13 @@ class Bench:
                 if not self.cuda and name != "padded":
                     raise RuntimeError("measured on a GPU only")
                 attend = make()
-                with torch.no_grad():
-                    difference = float((attend().float() - reference).abs().max())
 
                 def both(attend=attend):
                     torch.autograd.grad(attend().float().square().sum(), qkv)
-                seconds = timed(both, self.repeats)
+                with asked() if name == "cudnn" else nullcontext():
+                    with torch.no_grad():
+                        difference = float((attend().float() - reference).abs().max())
+                    seconds = timed(both, self.repeats)
                 rates = spread([flops/s/1e12 for s in seconds], 2)
                 out[name] = dict(ms=spread([1e3*s for s in seconds]), tflops=rates,
                                  max_difference_to_padded=difference)
