@@ -202,6 +202,12 @@ def check_attention(lab):
             for p in lab.precisions:
                 runs[f"row {p}"] = states_and_gradients(model, row, lab.device, p, layout=lengths)
                 runs[f"rows {p}"] = states_and_gradients(model, rectangle, lab.device, p, real)
+            for p in lab.precisions:                     # one product for q, k, v, or three
+                other = copy.deepcopy(model)
+                for layer in other.bert.encoder["layer"]:
+                    layer.attention["self"].fused = not lab.cuda
+                runs[f"products {p}"] = states_and_gradients(
+                    other, row, lab.device, p, layout=lengths)
             if not lab.cuda:                             # the kernel for full precision on a GPU
                 with mock.patch.object(model_module, "attention_kernel", lambda *a: "padded"):
                     runs["padded fp32"] = states_and_gradients(
