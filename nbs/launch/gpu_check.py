@@ -537,9 +537,12 @@ def check_resume(lab):
         command += ["--hide", ",".join(HIDDEN)]*bool(HIDDEN)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True)
-        tokens, model, settings = training_run(lab.toy)
-        pretrain(tokens, whole, model, settings, quiet=True)
-        said, _ = process.communicate(timeout=240)
+        try:
+            tokens, model, settings = training_run(lab.toy)
+            pretrain(tokens, whole, model, settings, quiet=True)
+            said, _ = process.communicate(timeout=300 if lab.toy else 60)
+        finally:
+            process.kill()                             # nothing, where it has ended
         if process.returncode != -signal.SIGKILL:
             raise AssertionError(f"The child was to be killed; it ended with "
                                  f"{process.returncode}: {said[-600:]}")
