@@ -7,8 +7,11 @@ import unittest
 import zipfile
 from pathlib import Path
 
+import numpy as np
+
 import checks
 import docs
+import processors
 import suite
 
 SLASH = "/"     # keeps the planted paths below out of this file's own check
@@ -75,6 +78,20 @@ class Planted(unittest.TestCase):
         self.found(checks.check_order(self.root), "same number")
         (self.root/"nbs"/"03_twin.ipynb").rename(self.root/"nbs"/"twin.ipynb")
         self.found(checks.check_order(self.root), "no number")
+
+    def test_processors(self):
+        "an answer that depends on the processor is named, a vector only where it differs by more than the tolerance"
+        exact, close = {"tokens": "a1", "masks": "b2"}, {"scEMB": np.ones((2, 3))}
+        self.assertEqual(processors.differences("here", (exact, {"scEMB": np.ones((2, 3)) + 9e-6}), (exact, close)), [])
+        self.found(processors.differences("here", (exact | {"masks": "c3"}, close), (exact, close)), "here: masks is c3", "b2")
+        self.found(processors.differences("here", ({"tokens": "a1"}, close), (exact, close)), "masks is None")
+        self.found(processors.differences("here", (exact, {"scEMB": np.ones((2, 3)) + 2e-5}), (exact, close)), "scEMB differ by 2.0e-05")
+        self.found(processors.differences("here", (exact, {"scEMB": np.full((2, 3), np.nan)}), (exact, close)), "scEMB differ by nan")
+        self.found(processors.differences("here", (exact, {}), (exact, close)), "scEMB are missing")
+        for found in (["AVX2", "AVX512F", "AVX512_SKX"], ["X86_V3", "X86_V4", "AVX512_ICL"]):    # names of older and newer numpy
+            names = processors.settings(found)
+            self.assertEqual(names["no AVX-512"]["NPY_DISABLE_CPU_FEATURES"].split(), found[1:])
+            self.assertEqual(names["no AVX2"]["NPY_DISABLE_CPU_FEATURES"].split(), found)
 
     def test_heads(self):
         "a title cell that holds more than the title and a sentence is refused, and a page of the walk without a module"
