@@ -93,6 +93,19 @@ class Planted(unittest.TestCase):
             self.assertEqual(names["no AVX-512"]["NPY_DISABLE_CPU_FEATURES"].split(), found[1:])
             self.assertEqual(names["no AVX2"]["NPY_DISABLE_CPU_FEATURES"].split(), found)
 
+    def test_shown(self):
+        "a visible cell that ends in a value and stores no output is named"
+        self.clean(checks.check_shown)
+        for source in ["table", "table.head()", "pd.read_csv('a.csv')", "x = 1\nprint(x)", "#| slow\nlow() + 1", "#| echo: false\nMarkdown('| a |')"]:
+            self.page("03_late.ipynb", cell("#| default_exp late"), cell(source))
+            self.found(checks.check_shown(self.root), "03_late.ipynb cell 1", "stores no output")
+            self.page("03_late.ipynb", cell("#| default_exp late"), cell(source, outputs=[stream("1")]))
+            self.clean(checks.check_shown)
+        for source in ["#| hide\ntable", "#| gpu\ntable", "ax.plot(x);", "test_eq(1, 1)", "shutil.rmtree(folder)", "x = 1", "print('skipped', file=sys.stderr)", "'a comment'",
+                       "def look(x): assert x\nlook(1)", "#| export\ndef late(): return 2"]:
+            self.page("03_late.ipynb", cell("#| default_exp late"), cell(source))
+            self.clean(checks.check_shown)
+
     def test_heads(self):
         "a title cell that holds more than the title and a sentence is refused, and a page of the walk without a module"
         self.clean(checks.check_heads)
@@ -121,7 +134,7 @@ class Planted(unittest.TestCase):
         self.clean(checks.check_outputs)
         widget = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.jupyter.widget-view+json": {}}}
         for out, words in [(stream("x" * 2**18), "weighs"), (stream(" 42%|####      | 21/50"), "progress"), (stream("3.1 it/s"), "progress"), (stream("1\r2"), "progress"),
-                           (stream("Wall time: 2 s"), "progress"), (widget, "widget"), ({"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}, "ValueError: no")]:
+                           (stream("Wall time: 2 s"), "progress"), (stream("[2026-11-23 06:20:42,030] [WARNING] no GPU"), "progress"), (widget, "widget"), ({"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}, "ValueError: no")]:
             self.page("03_late.ipynb", cell("x", outputs=[out]))
             self.found(checks.check_outputs(self.root), "03_late.ipynb", words)
         self.page("03_late.ipynb", cell("x", outputs=[stream("42% of 50 cells\n")]), widgets={"state": {}})
