@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .adapt_commands import annotate, finetune, integrate
-from .commands import Device, Layer, Model, Overwrite, Seed, counter, refusing
+from .commands import Device, Layer, Model, Overwrite, Precision, Seed, counter, refusing
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -233,7 +233,7 @@ def embed(
     duplicates: Annotated[str, typer.Option(help="Gene names that stand twice: error or sum.")] = "error",
     key: Annotated[str, typer.Option(help="Key in obsm.")] = "X_scemb",
     device: Device = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: Precision = "auto",
     token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory; default: 4,096 on a CPU, 65,536 on a GPU.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")] = None, overwrite: Overwrite = False,
 ):
