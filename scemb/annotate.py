@@ -97,7 +97,7 @@ def load_annotator(
         np.broadcast_to(np.asarray(thresholds, float), len(classes)).copy(),
         card["knowledge"], card["learned"], genes_of_bits(card.get("genes")))
 
-# %% ../nbs/11d_annotate.ipynb #9663160c
+# %% ../nbs/11d_annotate.ipynb #012c473c
 AUTO = "auto"
 
 def chosen_window(
@@ -114,7 +114,9 @@ def chosen_way(
     automatic = way == AUTO or (way is None and settings is None)
     settings = settings or FinetuneSettings()
     if automatic:
-        return True, replace(settings, way="probe", head="linear")
+        if settings.head != "linear":
+            raise ValueError(f"head={settings.head!r}: the default way has a linear head; name a way with it, such as lora.")
+        return True, replace(settings, way="probe")
     if thorough:
         asked = way or settings.way
         raise ValueError(
