@@ -3,10 +3,12 @@
     scemb curate data_manifests/corpora/corpus_open.toml --out runs/corpus
     python nbs/launch/gpu_pack.py --corpus runs/corpus --out local/gpu_pack
 
-The folder holds the counts of the open corpus by token of the vocabulary, its cells' table, what the judging
-compares with (principal components), the gene vectors that training starts from, and a small token data set.
-No evaluation set is in it: the corpus leaves them out. `nbs/launch/gpu_train.py` reads it.
+The folder holds the counts of the open corpus by token of the vocabulary, its cells' table, what
+the judging compares with (principal components), the gene vectors that training starts from, and a
+small token data set. No evaluation set is in it: the corpus leaves them out.
+`nbs/launch/gpu_train.py` reads it.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -23,13 +25,14 @@ NO_LABEL = ["unknown", "unassigned", "nan", "None", ""]
 
 
 def read_corpus_counts(corpus, vocabulary):
-    "All cells of a curated corpus -> counts (cells, tokens) as CSR, their table, which genes each study measured."
+    "Cells of a curated corpus -> counts (cells, tokens) as CSR, table, genes each study measured."
     import anndata as ad
     from scemb.corpus import read_corpus
+
     parts, tables, measured = [], [], {}
     token_of = {gene: i + 4 for i, gene in enumerate(vocabulary.genes)}
     for shard in read_corpus(corpus)["shards"]:
-        data = ad.read_h5ad(Path(corpus)/shard["file"])
+        data = ad.read_h5ad(Path(corpus) / shard["file"])
         tokens = np.array([token_of[gene] for gene in data.var_names])
         shape = (data.n_obs, len(vocabulary))
         token_of_value = tokens[data.X.indices].astype(np.int32)
@@ -46,25 +49,31 @@ def read_corpus_counts(corpus, vocabulary):
 
 
 def write_counts(path, counts, obs):
-    "Counts and table as compressed Arrow: of each cell the steps from gene to gene, and the counts."
+    "Counts and table as compressed Arrow: of each cell the steps from gene to gene, the counts."
     import pyarrow as pa
+
     steps = np.diff(counts.indices, prepend=0)
     first_of_cell = counts.indptr[:-1][np.diff(counts.indptr) > 0]
     steps[first_of_cell] = counts.indices[first_of_cell]
     offsets = pa.array(counts.indptr.astype(np.int32))
     columns = dict(
         steps=pa.ListArray.from_arrays(offsets, pa.array(steps.astype(np.uint16))),
-        counts=pa.ListArray.from_arrays(offsets, pa.array(counts.data.astype(np.uint16))))
+        counts=pa.ListArray.from_arrays(offsets, pa.array(counts.data.astype(np.uint16))),
+    )
     columns |= {name: pa.array(obs[name].to_numpy(dtype=object)) for name in obs}
     table = pa.table(columns)
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 19))
-    with pa.OSFile(str(path), "wb") as f, pa.ipc.new_file(f, table.schema, options=options) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 15))
+    with (
+        pa.OSFile(str(path), "wb") as f,
+        pa.ipc.new_file(f, table.schema, options=options) as writer,
+    ):
         writer.write_table(table)
 
 
 def read_counts(path):
-    "What `write_counts` wrote -> counts as CSR without its number of columns (indptr, indices, data), table."
+    "What `write_counts` wrote -> counts as CSR (indptr, indices, data), table."
     import pyarrow as pa
+
     table = pa.ipc.open_file(str(path)).read_all().combine_chunks()
     steps = table.column("steps").chunk(0)
     indptr = steps.offsets.to_numpy().astype(np.int64)
@@ -75,21 +84,37 @@ def read_counts(path):
     return indptr, indices, data, table.drop_columns(["steps", "counts"]).to_pandas()
 
 
+def write_vectors(path, vectors):
+    "Gene vectors in eight bits, with a scale for each gene: a start needs no more."
+    scale = np.maximum(np.abs(vectors).max(1, keepdims=True), 1e-9) / 127
+    np.savez_compressed(
+        path, vectors=np.rint(vectors / scale).astype(np.int8), scale=scale.astype(np.float32)
+    )
+
+
+def read_vectors(path):
+    "What `write_vectors` wrote, (tokens, width)."
+    packed = np.load(path)
+    return packed["vectors"].astype(np.float32) * packed["scale"]
+
+
 def own_components(counts, n_top_genes):
     "Fifty principal components of log-normalised counts, fitted on these very cells."
     import anndata as ad
     from scemb.baselines import pca_embedding
+
     some = np.asarray((counts > 0).sum(0)).ravel() > 0
     return pca_embedding(ad.AnnData(counts[:, some]), n_top_genes=n_top_genes)
 
 
 def transferred_labels(obs, components):
-    "The source's cell type; in blood without labels, PBMC 3k's by vote where 12 of 15 neighbours agree."
+    "The source's cell type; in unlabelled blood PBMC 3k's, where 12 of 15 neighbours agree."
     from sklearn.neighbors import KNeighborsClassifier
+
     labels = obs.cell_type.where(~obs.cell_type.isin(NO_LABEL), "").to_numpy(dtype=object)
     blood = (obs.tissue == "blood").to_numpy()
     z = components.copy()
-    for study in obs.dataset_id[blood].unique():                    # each study around its own mean
+    for study in obs.dataset_id[blood].unique():  # each study around its own mean
         of_study = (obs.dataset_id == study).to_numpy()
         z[of_study] -= z[of_study].mean(0)
     teachers = blood & (labels != "")
@@ -97,7 +122,7 @@ def transferred_labels(obs, components):
     vote = KNeighborsClassifier(15).fit(z[teachers], labels[teachers].astype(str))
     shares = vote.predict_proba(z[asked])
     named = vote.classes_[shares.argmax(1)].astype(object)
-    labels[asked] = np.where(shares.max(1) >= 12/15, named, "")
+    labels[asked] = np.where(shares.max(1) >= 12 / 15, named, "")
     return labels
 
 
@@ -107,10 +132,11 @@ def write_training_tokens(out, corpus, vocabulary, max_len, share):
     from scemb.corpus import read_corpus
     from scemb.tokenize import TokenizerSettings
     from scemb.tokens import write_tokens
+
     sources = []
     for shard in read_corpus(corpus)["shards"]:
-        data = ad.read_h5ad(Path(corpus)/shard["file"])
-        n_kept = int(np.ceil(share*data.n_obs))
+        data = ad.read_h5ad(Path(corpus) / shard["file"])
+        n_kept = int(np.ceil(share * data.n_obs))
         kept = np.sort(np.random.default_rng(0).permutation(data.n_obs)[:n_kept])
         sources.append(data[kept].copy())
     columns = ["dataset_id", "batch", "cell_type"]
@@ -123,11 +149,14 @@ def main():
     parser.add_argument("--corpus", default="runs/corpus", help="folder made by scemb curate")
     parser.add_argument("--out", default="local/gpu_pack", help="folder to write")
     parser.add_argument("--width", type=int, default=192, help="width of the gene vectors")
-    parser.add_argument("--share", type=float, default=.5, help="share of the cells in the token data set")
+    parser.add_argument(
+        "--share", type=float, default=0.25, help="share of the cells in the token data set"
+    )
     args = parser.parse_args()
     from scemb.baselines import gene_vectors
     from scemb.tokenize import Encoder, TokenizerSettings, protein_vocabulary
     from scemb.tokens import TokenSet
+
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     vocabulary = protein_vocabulary()
@@ -135,25 +164,25 @@ def main():
     counts, obs, measured = read_corpus_counts(args.corpus, vocabulary)
 
     components = own_components(counts, None)
-    np.save(out/"components.npy", components.astype(np.float16))
+    np.save(out / "components.npy", components.astype(np.float16))
     for name, study in (("pbmc3k", "pbmc3k"), ("baron", "baron_pancreas")):
         rows = (obs.dataset_id == study).to_numpy()
-        np.save(out/f"{name}_svd50.npy", own_components(counts[rows], None).astype(np.float16))
-        np.save(out/f"{name}_hvg50.npy", own_components(counts[rows], 2000).astype(np.float16))
+        np.save(out / f"{name}_svd50.npy", own_components(counts[rows], None).astype(np.float16))
+        np.save(out / f"{name}_hvg50.npy", own_components(counts[rows], 2000).astype(np.float16))
     obs["label"] = transferred_labels(obs, components)
-    write_counts(out/"counts.arrow", counts, obs)
+    write_counts(out / "counts.arrow", counts, obs)
     studies = sorted(measured)
-    np.save(out/"measured.npy", np.packbits([measured[s] for s in studies], axis=1))
+    np.save(out / "measured.npy", np.packbits([measured[s] for s in studies], axis=1))
 
     settings = TokenizerSettings(max_len=512)
     encoded = Encoder(np.arange(len(vocabulary)), vocabulary, settings)(counts)
     parts = [(encoded["offsets"], encoded["genes"], encoded["bins"])]
     vectors = gene_vectors(TokenSet(parts, obs, vocabulary, settings), args.width, max_len=512)
-    np.save(out/"gene_vectors.npy", vectors.astype(np.float16))
+    write_vectors(out / "gene_vectors.npz", vectors)
     if args.share:
-        write_training_tokens(out/"tokens_1024", args.corpus, vocabulary, 1024, args.share)
+        write_training_tokens(out / "tokens_1024", args.corpus, vocabulary, 1024, args.share)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
-        print(f"{path.stat().st_size/2**20:7.2f} MiB  {path.relative_to(out)}")
+        print(f"{path.stat().st_size / 2**20:7.2f} MiB  {path.relative_to(out)}")
     print(obs.groupby("dataset_id").label.apply(lambda x: (x != "").mean()).round(2).to_dict())
 
 
