@@ -90,6 +90,7 @@ class Cells:
     counts: np.ndarray  # (values,)
     obs: object  # DataFrame: dataset_id, batch, cell_type, label ...
     components: np.ndarray  # (cells, 50) principal components of all log counts, half whitened
+    depth_free: np.ndarray  # (cells, 50) the same without what follows log counts in a study
     label: np.ndarray  # (cells,) number of the label, -1 for none
     measured: np.ndarray  # (studies, tokens) whether a study measured a gene
     study: np.ndarray  # (cells,) row of `measured`
@@ -117,8 +118,22 @@ def read_pack(folder):
     z = np.load(folder / "components.npy").astype(np.float32)
     z = (z - z.mean(0)) / np.sqrt(z.std(0))
     z = z / z.std()
+    depth_free = without_depth(z, np.log(np.add.reduceat(counts, indptr[:-1])), study)
     vectors = read_vectors(folder / "gene_vectors.npz")
-    return Cells(indptr, genes, counts, obs, z, label, measured, study, vectors, vocabulary)
+    return Cells(
+        indptr, genes, counts, obs, z, depth_free, label, measured, study, vectors, vocabulary
+    )
+
+
+def without_depth(z, log_counts, study):
+    "Take out of each component what is linear in the cell's log counts, within each study."
+    z = z.copy()
+    for s in np.unique(study):
+        cells = study == s
+        depth = log_counts[cells] - log_counts[cells].mean()
+        slope = depth @ z[cells] / max(depth @ depth, 1e-9)
+        z[cells] -= depth[:, None] * slope
+    return z.astype(np.float32)
 
 
 def split_held_out(n_cells, share=0.03):
@@ -170,7 +185,11 @@ def random_share(total, most, rng):
 def draw_view(cells, chosen, view, seed):
     "What the model may see of the chosen cells -> indptr, genes, counts seen, the other counts."
     rng = np.random.default_rng(seed)
-    p_gene = rng.uniform(0.3, 0.6, len(chosen)) if view == "genes" else np.ones(len(chosen))
+    p_gene = np.ones(len(chosen))
+    if (
+        view == "genes"
+    ):  # of three cells in four; the fourth is seen whole, as later cells will be
+        p_gene = np.where(rng.random(len(chosen)) < 0.75, rng.uniform(0.3, 0.6, len(chosen)), 1.0)
     size = int((cells.indptr[chosen + 1] - cells.indptr[chosen]).sum())
     indptr, genes, counts = (
         np.zeros(len(chosen) + 1, np.int64),
@@ -264,12 +283,14 @@ class Loader:
             share=MASKED_SHARE,
         )
         hidden = np.flatnonzero(labels >= 0)
+        free = RECIPES[self.recipe].depth_free
+        components = self.cells.depth_free if free else self.cells.components
         batch = dict(
             ids=ids,
             bins=shown,
             hidden=hidden,
             true=labels[hidden],
-            components=self.cells.components[chosen],
+            components=components[chosen],
             label=self.cells.label[chosen],
             study=self.cells.study[chosen],
         )
@@ -443,6 +464,7 @@ class Recipe:
 
     view: str  # "whole", "genes" (30 to 60 % of them), "part" or "pair" (parts of the counts)
     terms: tuple = ()  # (loss, weight)
+    depth_free: bool = False  # whether the components to be given are those without depth
 
 
 CELL = (hidden_genes_of_cell, 10.0)
@@ -451,7 +473,7 @@ RECIPES = {
     "cell": Recipe("whole", (CELL,)),
     "thin": Recipe("part", ((other_part, 10.0),)),
     "distil": Recipe("genes", (CELL, (components_of_cell, 20.0))),
-    "thin_distil": Recipe("part", ((other_part, 10.0), (components_of_cell, 20.0))),
+    "thin_distil": Recipe("part", ((other_part, 10.0), (components_of_cell, 20.0)), True),
     "vicreg": Recipe("pair", ((hidden_genes_of_cell, 3.0), (vicreg, 25.0))),
     "supcon": Recipe("whole", (CELL, (labelled_contrast, 5.0))),
 }
@@ -861,7 +883,7 @@ def mean_score(scores, sets=("pbmc3k", "baron")):
 
 
 @torch.no_grad()
-def pooled(model, cells, chosen, window, rarity, device, n_at_once=64):
+def pooled(model, cells, chosen, window, rarity, device, n_at_once):
     """Vectors of the chosen cells from their first `window` genes, from every layer.
 
     Shape (2, layers + 2, cells, D): genes weighted alike, or by rarity in the corpus; the bag of
@@ -981,8 +1003,9 @@ class ReadOuts:
         self.place[embedded] = np.arange(len(embedded))
         self.depth = np.log(cells.total[embedded])
         rarity = torch.from_numpy(gene_rarity(cells)).to(device)
+        n_at_once = 256 if device == "cuda" else 32
         self.features = {
-            w: pooled(model, cells, embedded, w, rarity, device) for w in size.windows
+            w: pooled(model, cells, embedded, w, rarity, device, n_at_once) for w in size.windows
         }
         self.tried = {}
 
