@@ -149,7 +149,9 @@ def _padded_attention(q_THd, k_THd, v_THd, s, dropout): # -> (T, H, d)
 
 def _by_kernel(kernel, q_THd, k_THd, v_THd, s, dropout): # -> (T, H, d)
     "Attention within the cells of a row by one of the GPU kernels."
-    q_THd, k_THd, v_THd = (x.contiguous() for x in (q_THd, k_THd, v_THd))
+    # the kernels take any strides but the last
+    whole = lambda x_THd: x_THd if x_THd.stride(-1) == 1 else x_THd.contiguous()
+    q_THd, k_THd, v_THd = whole(q_THd), whole(k_THd), whole(v_THd)
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
         return varlen_attn(q_THd, k_THd, v_THd, s.cu, s.cu, s.longest, s.longest)
@@ -190,19 +192,37 @@ class SelfAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         D = config.hidden_size
-        self.heads, self.layer_idx, self.dropout = config.num_attention_heads, layer_idx, config.attention_probs_dropout_prob
+        self.heads, self.layer_idx = config.num_attention_heads, layer_idx
+        self.dropout = config.attention_probs_dropout_prob
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.fused = None           # one product for all three; None: on a GPU
+
+    def projected(self, x_BLD): # -> queries, keys, values, each (B, L, D)
+        """Three products; or one with the weights side by side.
+
+        A GPU launches and casts once instead of three times. Adapted layers (LoRA) keep theirs.
+        """
+        parts = (self.query, self.key, self.value)
+        fused = x_BLD.is_cuda if self.fused is None else self.fused
+        if not fused or any(type(p) is not nn.Linear for p in parts):
+            return tuple(p(x_BLD) for p in parts)
+        weight = torch.cat([p.weight for p in parts])
+        bias = torch.cat([p.bias for p in parts])
+        return F.linear(x_BLD, weight, bias).chunk(3, -1)
 
     def forward(self, x_BLD, mask=None, cu_seqlens=None, past_key_values=None, want_weights=False):
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q_BHLd, k_BHLd, v_BHLd = split(self.query(x_BLD)), split(self.key(x_BLD)), split(self.value(x_BLD))
+        q_BHLd, k_BHLd, v_BHLd = (split(x) for x in self.projected(x_BLD))
         dropout = self.dropout if self.training else 0.
         if cu_seqlens is not None:
-            out, weights = _attend_unpadded(q_BHLd[0], k_BHLd[0], v_BHLd[0], cu_seqlens, dropout)[None], None
+            row = _attend_unpadded(q_BHLd[0], k_BHLd[0], v_BHLd[0], cu_seqlens, dropout)
+            out, weights = row[None], None
         else:
-            if past_key_values is not None: k_BHLd, v_BHLd = past_key_values.update(k_BHLd, v_BHLd, self.layer_idx)
+            if past_key_values is not None:
+                k_BHLd, v_BHLd = past_key_values.update(k_BHLd, v_BHLd, self.layer_idx)
             out, weights = _attend(q_BHLd, k_BHLd, v_BHLd, mask, dropout, want_weights)
         return out.transpose(1, 2).flatten(2), weights
+
 
 # %% ../nbs/06_model.ipynb #585f2767
 class AddNorm(nn.Module):
@@ -266,7 +286,10 @@ def autocast(
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32")
 
-def compile_layers(model): # a model with `bert` inside, or the encoder itself -> the same model
+def compile_layers(
+    model,               # A model with `bert` inside, or the encoder itself
+    backend="inductor",  # Of torch.compile
+):                       # The same model
     """Compile each encoder layer for all lengths at once.
 
     The layers are one graph without a break; the whole model is not, since the layout of a
@@ -277,7 +300,7 @@ def compile_layers(model): # a model with `bert` inside, or the encoder itself -
     limit = 4*len(encoder.encoder["layer"]) + 8
     torch._dynamo.config.cache_size_limit = max(limit, torch._dynamo.config.cache_size_limit)
     for layer in encoder.encoder["layer"]:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
     return model
 
 class ScembPreTrainedModel(PreTrainedModel):
