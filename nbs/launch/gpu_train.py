@@ -76,6 +76,8 @@ TOY = Size(
 )
 SMALL = Size(budget=2048, draws=2, judged=150, others=30, fit_steps=20)  # a rehearsal
 MASKED_SHARE = 0.3
+SHIPPED = "scemb-small"
+BESIDE = ("no-model", SHIPPED)  # judged, not trained
 
 
 # --- The cells ----------------------------------------------------------------------------------
@@ -1120,6 +1122,8 @@ def work(args):
         cells = read_pack(args.pack)
         if name == "no-model":
             record["baselines"] = judge_without_model(args.pack, cells, size, device)
+        elif name == SHIPPED:
+            record["judged"] = judge_checkpoint(name, cells, size, device, say)
         else:
             model, record = train(name, cells, size, device, args.ends_at, args.steps, folder)
             say(f"{record['steps']} steps, held-out loss {record['held_out_loss']}")
@@ -1142,7 +1146,7 @@ def best_score(record):
 def gather(args, names, out, final=False):
     "Write what stands: all records, the weights of the first or, at the end, the best recipes."
     records = {}
-    for name in [*names, "no-model"]:
+    for name in [*names, *BESIDE]:
         path = Path(args.scratch) / name / "record.json"
         if path.exists():
             records[name] = json.loads(path.read_text())
@@ -1220,7 +1224,7 @@ def watch(args):
     run = [sys.executable, str(Path(__file__).resolve())]
     start = lambda name: subprocess.Popen([*run, "--worker", name, *passed])
     out, last = Path(args.out), time.time()
-    waiting, going = [*names, "no-model"], {}
+    waiting, going = [*names, *BESIDE], {}
     at_once = args.at_once or len(waiting)
     while waiting or going:
         while waiting and len(going) < at_once:
@@ -1262,6 +1266,30 @@ def unpack(args):
     )
 
 
+def judge_checkpoint(name, cells, size, device, say=print):
+    "Judge a finished model, shipped or in a folder, as the recipes are judged."
+    from scemb.checkpoint import load_checkpoint
+
+    model = load_checkpoint(name)[0].to(device)
+    longest = model.config.max_position_embeddings
+    windows = tuple(w for w in size.windows if w <= longest)
+    return judge_model(model, cells, replace(size, windows=windows), device, say)
+
+
+def judge_only(args):
+    "One finished model beside what needs no training."
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(args.threads)
+    cells = read_pack(args.pack)
+    size = Size(draws=args.draws, judged=args.judged, others=min(args.judged, Size.others))
+    models = {args.judge: dict(judged=judge_checkpoint(args.judge, cells, size, device))}
+    without = dict(baselines=judge_without_model(args.pack, cells, size, device))
+    result = dict(recipes=models | {"no-model": without})
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(args.out) / "judged.json", json.dumps(result) + "\n")
+    print(table(result))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -1299,12 +1327,17 @@ def main():
     parser.add_argument("--ends-at", type=float, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--unpack", default="", help="folder written by a run")
     parser.add_argument("--recipe", default="", help="with --unpack")
+    parser.add_argument("--judge", default="", help="only judge a finished model")
+    parser.add_argument("--draws", type=int, default=20, help="with --judge: of labelled cells")
+    parser.add_argument("--judged", type=int, default=10_000, help="with --judge: cells of a set")
     parser.add_argument("--folder", default="", help="with --unpack: the checkpoint to write")
     args = parser.parse_args()
     if args.toy:
         args.steps, args.at_once, args.threads = args.steps or 6, args.at_once or 1, 1
     if args.unpack:
         unpack(args)
+    elif args.judge:
+        judge_only(args)
     elif args.worker:
         work(args)
     else:
