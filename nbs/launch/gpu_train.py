@@ -74,7 +74,7 @@ TOY = Size(
     others=30,
     fit_steps=20,
 )
-SMALL = Size(budget=2048, draws=2, judged=150, others=30, fit_steps=20)  # a rehearsal
+SMALL = Size(budget=2048, draws=2, judged=40, others=20, fit_steps=10)  # a rehearsal
 MASKED_SHARE = 0.3
 SHIPPED = "scemb-small"
 BESIDE = ("no-model", SHIPPED)  # judged, not trained
@@ -179,8 +179,8 @@ def _binomial(indptr, counts, p_count, seed, part):
 
 
 def random_share(total, most, rng):
-    "The share of a cell's counts that leaves a random depth of 300 to 5,000 counts (log-uniform)."
-    depth = np.exp(rng.uniform(np.log(300), np.log(5000), len(total)))
+    "The share of a cell's counts that leaves a random depth of 300 to 20,000 counts (log-uniform)."
+    depth = np.exp(rng.uniform(np.log(300), np.log(20_000), len(total)))
     return np.minimum(depth / total, most)
 
 
@@ -229,84 +229,68 @@ def draw_view(cells, chosen, view, seed):
 # --- Batches, made ahead by threads -------------------------------------------------------------
 
 
+def other_shares(indptr, genes, other):
+    "Of the counts not shown: cell, gene, share of the gene in the logarithms of the counts."
+    n_cells = len(indptr) - 1
+    owner = np.repeat(np.arange(n_cells), np.diff(indptr))
+    weight = np.log1p(other).astype(np.float32)
+    sums = np.maximum(np.bincount(owner, weight, n_cells), 1e-6).astype(np.float32)
+    there = other > 0
+    return dict(
+        other_owner=owner[there],
+        other_gene=genes[there].astype(np.int64),
+        other_share=weight[there] / sums[owner[there]],
+    )
+
+
 class Loader:
     "Batches of one recipe: batch i is a function of (seed, i), made by threads ahead of the GPU."
 
     def __init__(self, cells, chosen, recipe, size, seed, device, threads=2, ahead=6):
-        self.cells, self.chosen, self.recipe, self.size, self.seed = (
-            cells,
-            chosen,
-            recipe,
-            size,
-            seed,
-        )
-        self.device, self.ahead = device, ahead
-        every_token = np.arange(len(cells.vocabulary))
-        self.encoders = {
-            w: Encoder(every_token, cells.vocabulary, TokenizerSettings(max_len=w))
-            for w in size.windows
-        }
+        self.cells, self.chosen, self.recipe = cells, chosen, RECIPES[recipe]
+        self.size, self.seed, self.device, self.ahead = size, seed, device, ahead
+        self.n_vocab = len(cells.vocabulary)
+        self.encoders = {}
+        for window in size.windows:
+            settings = TokenizerSettings(max_len=window)
+            every_token = np.arange(self.n_vocab)
+            self.encoders[window] = Encoder(every_token, cells.vocabulary, settings)
         self.pool = ThreadPoolExecutor(threads)
         self.jobs, self.next = [], 0
         self.waited = 0.0  # seconds in which training stood still
         self.n_tokens = self.n_cells = 0
 
+    def tokens(self, indptr, genes, counts, window):
+        "Ranks and bins by the package's own rule -> genes, bins, tokens of each cell."
+        shape = (len(indptr) - 1, self.n_vocab)
+        chunk = SimpleNamespace(indptr=indptr, indices=genes, data=counts, shape=shape)
+        encoded = self.encoders[window](chunk)
+        return encoded["genes"], encoded["bins"], np.diff(encoded["offsets"])
+
     def make(self, i):
-        "One batch as tensors in pinned memory."
-        view = RECIPES[self.recipe].view
+        "One batch as tensors in pinned memory, and the tokens of its cells."
+        view = self.recipe.view
         rng = np.random.default_rng([self.seed, i])
         window = int(rng.choice(self.size.windows))
-        n_cells = max(2, self.size.budget // window // (2 if view == "pair" else 1))
-        chosen = rng.choice(self.chosen, n_cells)
-        indptr, genes, seen, other = draw_view(self.cells, chosen, view, int(rng.integers(2**31)))
-        parts = [seen, other] if view == "pair" else [seen]
-        encoded = [
-            self.encoders[window](
-                SimpleNamespace(
-                    indptr=indptr,
-                    indices=genes,
-                    data=x,
-                    shape=(n_cells, len(self.cells.vocabulary)),
-                )
-            )
-            for x in parts
-        ]
-        tokens, bins = (np.concatenate([e[k] for e in encoded]) for k in ("genes", "bins"))
-        lengths = np.concatenate([np.diff(e["offsets"]) for e in encoded])
+        views = 2 if view == "pair" else 1
+        chosen = rng.choice(self.chosen, max(2, self.size.budget // window // views))
+        seed = int(rng.integers(2**31))
+        indptr, genes, seen, other = draw_view(self.cells, chosen, view, seed)
+        shown = [seen, other] if view == "pair" else [seen]
+        parts = [self.tokens(indptr, genes, counts, window) for counts in shown]
+        tokens, bins, lengths = (np.concatenate(x) for x in zip(*parts))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        ids, shown, labels = mask_genes(
-            tokens,
-            bins,
-            offsets,
-            np.arange(len(lengths)),
-            len(self.cells.vocabulary),
-            seed=self.seed,
-            epoch=i,
-            share=MASKED_SHARE,
-        )
+        number = np.arange(len(lengths))
+        masking = dict(seed=self.seed, epoch=i, share=MASKED_SHARE)
+        ids, bins, labels = mask_genes(tokens, bins, offsets, number, self.n_vocab, **masking)
         hidden = np.flatnonzero(labels >= 0)
-        free = RECIPES[self.recipe].depth_free
-        components = self.cells.depth_free if free else self.cells.components
-        batch = dict(
-            ids=ids,
-            bins=shown,
-            hidden=hidden,
-            true=labels[hidden],
-            components=components[chosen],
-            label=self.cells.label[chosen],
-            study=self.cells.study[chosen],
-        )
+        batch = dict(ids=ids, bins=bins, hidden=hidden, true=labels[hidden])
+        free = self.recipe.depth_free
+        batch["components"] = (self.cells.depth_free if free else self.cells.components)[chosen]
+        batch["label"] = self.cells.label[chosen]
+        batch["study"] = self.cells.study[chosen]
         if view == "part":
-            weight = np.log1p(other).astype(np.float32)
-            owner = np.repeat(np.arange(n_cells), np.diff(indptr))
-            there = other > 0
-            sums = np.maximum(np.bincount(owner, weight, n_cells), 1e-6)
-            share = weight / sums[owner].astype(np.float32)
-            batch |= dict(
-                other_owner=owner[there],
-                other_gene=genes[there].astype(np.int64),
-                other_share=share[there],
-            )
+            batch |= other_shares(indptr, genes, other)
         batch = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
         if self.device == "cuda":
             batch = {k: v.pin_memory() for k, v in batch.items()}
