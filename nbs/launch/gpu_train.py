@@ -19,6 +19,7 @@ are not in the pack at all.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -1206,7 +1207,10 @@ def watch(args):
     passed = [f"--{name}={value}" for name, value in told.items()]
     passed += ["--toy"] * args.toy + ["--small"] * args.small
     run = [sys.executable, str(Path(__file__).resolve())]
-    start = lambda name: subprocess.Popen([*run, "--worker", name, *passed])
+    # Without a limit each process would start a thread a core in every product.
+    limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = os.environ | {name: str(args.threads) for name in limits}
+    start = lambda name: subprocess.Popen([*run, "--worker", name, *passed], env=environment)
     out, last = Path(args.out), time.time()
     waiting, going = [*names, *BESIDE], {}
     at_once = args.at_once or len(waiting)
@@ -1215,6 +1219,9 @@ def watch(args):
             name = waiting.pop(0)
             going[name] = start(name)
         time.sleep(0.5)
+        for name, p in going.items():
+            if p.poll():
+                print(f"{name} ended with exit status {p.returncode}", flush=True)
         going = {k: p for k, p in going.items() if p.poll() is None}
         late = not args.steps and time.time() > BEGAN + 60 * args.minutes + args.grace
         if late:
