@@ -119,6 +119,8 @@ def transferred_labels(obs, components):
         z[of_study] -= z[of_study].mean(0)
     teachers = blood & (labels != "")
     asked = blood & (labels == "") & (obs.dataset_id != "pbmc3k").to_numpy()
+    if not asked.any():
+        return labels
     vote = KNeighborsClassifier(15).fit(z[teachers], labels[teachers].astype(str))
     shares = vote.predict_proba(z[asked])
     named = vote.classes_[shares.argmax(1)].astype(object)
@@ -144,46 +146,73 @@ def write_training_tokens(out, corpus, vocabulary, max_len, share):
     write_tokens(sources, out, vocabulary, settings, columns, overwrite=True, compression="zstd")
 
 
+def toy_cells(vocabulary, n_cells=150):
+    "Some pancreas cells of the package; its third library stands in for PBMC 3k in a trial."
+    from scemb import datasets
+    from scemb.counts import read_counts as counts_of
+
+    data = datasets.load("baron_pancreas")
+    libraries = data.obs.batch.astype(str).to_numpy()
+    names = np.unique(libraries)
+    chosen = np.concatenate([np.flatnonzero(libraries == name)[:n_cells] for name in names])
+    data = data[chosen].copy()
+    tokens = vocabulary.token_of_rows(counts_of(data).genes.rows)
+    known = np.flatnonzero(tokens >= 0)
+    values = sp.csr_matrix(data.X)[:, known].tocoo()
+    shape = (data.n_obs, len(vocabulary))
+    counts = sp.csr_matrix((values.data, (values.row, tokens[known][values.col])), shape=shape)
+    obs = data.obs.reindex(columns=OBS).astype(str).reset_index(drop=True)
+    third = (obs.batch == names[2]).to_numpy()
+    obs["dataset_id"] = np.where(third, "pbmc3k", "baron_pancreas")
+    obs["tissue"] = np.where(third, "blood", "pancreas")
+    seen = np.asarray(counts.sum(0)).ravel() > 0
+    return counts.astype(np.int32), obs, dict(pbmc3k=seen, baron_pancreas=seen)
+
+
+def write_pack(out, vocabulary, counts, obs, measured, width):
+    "Write all but the token data set."
+    from scemb.baselines import gene_vectors
+    from scemb.tokenize import Encoder, TokenizerSettings
+    from scemb.tokens import TokenSet
+
+    vocabulary.save(out)
+    components = own_components(counts, None)
+    np.save(out / "components.npy", components.astype(np.float16))
+    for name, study in (("pbmc3k", "pbmc3k"), ("baron", "baron_pancreas")):
+        rows = (obs.dataset_id == study).to_numpy()
+        for kind, n_top_genes in (("svd50", None), ("hvg50", 2000)):
+            own = own_components(counts[rows], n_top_genes)
+            np.save(out / f"{name}_{kind}.npy", own.astype(np.float16))
+    obs["label"] = transferred_labels(obs, components)
+    write_counts(out / "counts.arrow", counts, obs)
+    np.save(out / "measured.npy", np.packbits([measured[s] for s in sorted(measured)], axis=1))
+
+    settings = TokenizerSettings(max_len=512)
+    encoded = Encoder(np.arange(len(vocabulary)), vocabulary, settings)(counts)
+    parts = [(encoded["offsets"], encoded["genes"], encoded["bins"])]
+    cells = TokenSet(parts, obs, vocabulary, settings)
+    write_vectors(out / "gene_vectors.npz", gene_vectors(cells, width, max_len=512))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", default="runs/corpus", help="folder made by scemb curate")
     parser.add_argument("--out", default="local/gpu_pack", help="folder to write")
     parser.add_argument("--width", type=int, default=192, help="width of the gene vectors")
-    parser.add_argument(
-        "--share", type=float, default=0.25, help="share of the cells in the token data set"
-    )
+    parser.add_argument("--share", type=float, default=0.25, help="cells in the token data set")
+    parser.add_argument("--toy", action="store_true", help="a trial on the package's own cells")
     args = parser.parse_args()
-    from scemb.baselines import gene_vectors
-    from scemb.tokenize import Encoder, TokenizerSettings, protein_vocabulary
-    from scemb.tokens import TokenSet
+    from scemb.tokenize import protein_vocabulary
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     vocabulary = protein_vocabulary()
-    vocabulary.save(out)
-    counts, obs, measured = read_corpus_counts(args.corpus, vocabulary)
-
-    components = own_components(counts, None)
-    np.save(out / "components.npy", components.astype(np.float16))
-    for name, study in (("pbmc3k", "pbmc3k"), ("baron", "baron_pancreas")):
-        rows = (obs.dataset_id == study).to_numpy()
-        np.save(out / f"{name}_svd50.npy", own_components(counts[rows], None).astype(np.float16))
-        np.save(out / f"{name}_hvg50.npy", own_components(counts[rows], 2000).astype(np.float16))
-    obs["label"] = transferred_labels(obs, components)
-    write_counts(out / "counts.arrow", counts, obs)
-    studies = sorted(measured)
-    np.save(out / "measured.npy", np.packbits([measured[s] for s in studies], axis=1))
-
-    settings = TokenizerSettings(max_len=512)
-    encoded = Encoder(np.arange(len(vocabulary)), vocabulary, settings)(counts)
-    parts = [(encoded["offsets"], encoded["genes"], encoded["bins"])]
-    vectors = gene_vectors(TokenSet(parts, obs, vocabulary, settings), args.width, max_len=512)
-    write_vectors(out / "gene_vectors.npz", vectors)
-    if args.share:
+    cells = toy_cells(vocabulary) if args.toy else read_corpus_counts(args.corpus, vocabulary)
+    write_pack(out, vocabulary, *cells, 32 if args.toy else args.width)
+    if args.share and not args.toy:
         write_training_tokens(out / "tokens_1024", args.corpus, vocabulary, 1024, args.share)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         print(f"{path.stat().st_size / 2**20:7.2f} MiB  {path.relative_to(out)}")
-    print(obs.groupby("dataset_id").label.apply(lambda x: (x != "").mean()).round(2).to_dict())
 
 
 if __name__ == "__main__":

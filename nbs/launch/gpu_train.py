@@ -1081,7 +1081,7 @@ def judge_without_model(pack, cells, size, device):
         "components, half whitened": cells.components,
     }
     return {
-        name: judge(lambda rows, x=x: x[rows], cells, sets, size.draws, size, device, True)
+        name: judge(lambda rows, x=x: x[rows], cells, sets, size, device, True)
         for name, x in methods.items()
     }
 
@@ -1234,6 +1234,10 @@ def watch(args):
     result = gather(args, names, out, final=True)
     print(table(result), flush=True)
     shutil.rmtree(args.scratch, ignore_errors=True)
+    started = [*names, *BESIDE]
+    failed = [name for name in started if "error" in result["recipes"].get(name, {"error": 0})]
+    if failed:
+        raise SystemExit(f"These gave no result: {', '.join(failed)}; see results.json.")
 
 
 def unpack(args):
