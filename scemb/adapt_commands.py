@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Device, Layer, Overwrite, Seed, refusing
+from .commands import Device, Layer, Overwrite, Precision, Seed, refusing
 
 # %% ../nbs/97a_adapt_commands.ipynb #d8407c48
 Base = Annotated[str, typer.Option(help="The pretrained model: a shipped one or the folder of a checkpoint.")]
@@ -34,7 +34,7 @@ def finetune(
     cells_a_class: Annotated[Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")] = None,
     knowledge: Annotated[Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")] = None,
     control: Annotated[str, typer.Option(help="none, random or permuted: what stands in place of the knowledge.")] = "none",
-    donor: Donor = None, max_len: MaxLen = None, layer: Layer = None, device: Device = None,
+    donor: Donor = None, max_len: MaxLen = None, layer: Layer = None, device: Device = None, precision: Precision = "auto",
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, the lever for memory; halved by itself when memory runs out.")] = 16_384,
     seed: Seed = 0, overwrite: Overwrite = False,
 ):
@@ -47,7 +47,7 @@ def finetune(
     from scemb.counts import check_output, open_h5ad
     from scemb.finetune import FinetuneSettings, trained_share
     check_output(out, overwrite, "adapter.json")
-    settings = FinetuneSettings(way=way, head=head, epochs=epochs, control=control, token_budget=token_budget, seed=seed)
+    settings = FinetuneSettings(way=way, head=head, epochs=epochs, control=control, token_budget=token_budget, precision=precision, seed=seed)
     a = learn(open_h5ad(reference, backed=False), label, base, settings, layer, max_len, knowledge, cells_a_class, donor=donor, device=chosen_device(device), say=_say)
     a.save(out, overwrite); history = a.card["history"]; best = history[-1] if history[-1]["held_out"] is None else min(history, key=lambda h: h["held_out"])
     print(f"{out}: {len(a.classes)} classes from {a.card['n_cells']:,} cells, {trained_share(a.model)['share_of_encoder']:.2%} of the encoder trained, epoch {best['epoch']} kept, unknown below {a.threshold:.2f}")
@@ -66,7 +66,7 @@ def annotate(
     cells_a_class: Annotated[Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")] = None,
     threshold: Annotated[Optional[float], typer.Option(help="Confidence below which a cell is unknown; 0 names every cell; default: set on held-out labels.")] = None,
     knowledge: Annotated[Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")] = None,
-    donor: Donor = None, max_len: MaxLen = None, layer: Layer = None, device: Device = None, seed: Seed = 0, overwrite: Overwrite = False,
+    donor: Donor = None, max_len: MaxLen = None, layer: Layer = None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Name the cells of a query by a labelled reference, or by a saved adapter.
 
@@ -75,9 +75,9 @@ def annotate(
     from scemb.annotate import annotate_file
     from scemb.embed import chosen_device
     from scemb.finetune import FinetuneSettings
-    given = [f"--{n.replace('_', '-')}" for n in ("label", "way", "epochs", "cells_a_class", "knowledge", "donor", "max_len", "seed") if context.get_parameter_source(n).name == "COMMANDLINE"]
+    given = [f"--{n.replace('_', '-')}" for n in ("label", "way", "epochs", "cells_a_class", "knowledge", "donor", "max_len", "precision", "seed") if context.get_parameter_source(n).name == "COMMANDLINE"]
     if adapter and given: raise ValueError(f"{', '.join(given)}: this says how an adapter is learned, and {adapter} is learned already. Leave it out, or give --reference in place of --adapter.")
-    learning = dict(base=base, device=chosen_device(device)) if adapter else dict(base=base or "scemb-small", settings=FinetuneSettings(way=way, epochs=epochs, seed=seed), max_len=max_len, knowledge=knowledge, cells_a_class=cells_a_class, donor=donor, device=chosen_device(device), say=_say)
+    learning = dict(base=base, device=chosen_device(device)) if adapter else dict(base=base or "scemb-small", settings=FinetuneSettings(way=way, epochs=epochs, precision=precision, seed=seed), max_len=max_len, knowledge=knowledge, cells_a_class=cells_a_class, donor=donor, device=chosen_device(device), say=_say)
     r = annotate_file(query, out, adapter, reference, label, overwrite, threshold, layer, **learning)
     n = r.obs["scemb_label"].value_counts(); print(f"{out}: {r.n_obs:,} cells, {int((r.obs['scemb_label'] == 'unknown').sum()):,} unknown; " + ", ".join(f"{k} {v:,}" for k, v in n[n > 0].head(6).items()))
 
@@ -89,7 +89,7 @@ def integrate(
     out: Annotated[Path, typer.Option(help="A copy of it with obsm['X_scemb_integrated'].")],
     base: Base = "scemb-small", way: Way = "lora",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 150,
-    max_len: MaxLen = None, layer: Layer = None, device: Device = None, seed: Seed = 0, overwrite: Overwrite = False,
+    max_len: MaxLen = None, layer: Layer = None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Fine-tune on the cells at hand so that their batches mix, and say how many neighbours within a batch were kept.
 
@@ -100,5 +100,5 @@ def integrate(
     from scemb.embed import chosen_device
     from scemb.finetune import FinetuneSettings
     check_output(out, overwrite)
-    r = mix(open_h5ad(file, backed=False), batch, base, BatchSettings(FinetuneSettings(way=way, seed=seed), steps=steps), layer, max_len, device=chosen_device(device), say=_say)
+    r = mix(open_h5ad(file, backed=False), batch, base, BatchSettings(FinetuneSettings(way=way, precision=precision, seed=seed), steps=steps), layer, max_len, device=chosen_device(device), say=_say)
     r.write_h5ad(out); i = r.uns["scemb"]["integration"]; print(f"{out}: {i['n_pairs']:,} mutual neighbours, {i['neighbours_kept']:.0%} of the neighbours within a batch kept, beyond chance")

@@ -227,7 +227,7 @@ class SomaSource:
         info = self.census["census_info"] if "census_info" in self.census else {}
         self.build = {k: v for k, v in zip(*(info["summary"].read().concat().to_pandas()[c] for c in ("label", "value")))} if "summary" in info else {}
         self.data_sets = info["datasets"].read().concat().to_pandas().set_index("dataset_id") if "datasets" in info else pd.DataFrame()
-        var = self.experiment.ms["RNA"].var.read().concat().to_pandas().sort_values("soma_joinid")
+        var = self.experiment.ms["RNA"].var.read().concat().to_pandas().sort_values("soma_joinid", kind="stable")
         self.genes = check_overlap(map_genes(var.feature_id.to_numpy(), symbols=var.feature_name if "feature_name" in var else None, duplicates="sum"))
         self.obs_columns = list(self.experiment.obs.keys())
 
