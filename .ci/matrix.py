@@ -83,7 +83,7 @@ def must(command, seconds=3600):
 
 
 def build_venv(python, versions, folder):
-    "A virtual environment with the wanted versions and a wheel of the package; torch first, it is the largest."
+    "A virtual environment with the wanted versions; torch first, it is the largest."
     wanted, options = requirements(versions)
     pip = [folder/"bin"/"python", "-m", "pip"]
     if not (folder/"bin"/"python").exists():
@@ -92,6 +92,11 @@ def build_venv(python, versions, folder):
     torch = [word for word in wanted if Requirement(word).name == "torch"]
     must([*pip, "install", "-q", *options, *torch])
     must([*pip, "install", "-q", *options, *wanted])
+
+
+def install_package(folder):
+    "A wheel of the last commit, as a user gets it."
+    pip = [folder/"bin"/"python", "-m", "pip"]
     with tempfile.TemporaryDirectory() as work:
         tree = Path(work)/"tree"
         tree.mkdir()
@@ -212,6 +217,7 @@ def main():
     folder = Path(args.venv).absolute() if args.venv else Path(kept.name)/"venv"
     if not args.again:
         build_venv(args.python, args.versions, folder)
+    install_package(folder)
     print(installed(folder), flush=True)
     start = time.time()
     with open(args.log, "w", encoding="utf-8") as log:
