@@ -13,7 +13,8 @@ from typing import Annotated, Optional
 import typer
 
 from .adapt_commands import annotate, finetune, integrate
-from .commands import Device, Layer, Model, Overwrite, Precision, Seed, counter, refusing
+from .commands import (
+    Device, Layer, Model, Overwrite, Precision, Seed, counter, loading, refusing)
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -243,7 +244,7 @@ def embed(
 
     Several GPUs: `torchrun --no-python --nproc_per_node 8 scemb embed my_cells.h5ad --out embedded.h5ad`
     """
-    from scemb.embed_files import embed_file
+    with loading(): from scemb.embed_files import embed_file
     r = embed_file(file, out, model, pooling, max_len, layer, gene_column, duplicates, key, device, precision, token_budget, seed, overwrite, progress=counter("cells"))
     print(f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, {r['n_truncated']:,} cells cut at {r['max_len']} genes, {r['n_empty']:,} without genes (NaN)")
 
