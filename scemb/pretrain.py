@@ -18,13 +18,15 @@ import numpy as np
 import torch
 
 from .baselines import ClusterBinTable, adversary_scorer, bin_table, gene_vectors, masked_scores, table_scorer, unigram_prior
-from .batching import as_tensors, masked_batch, unpadded_batches
+from .batching import as_tensors, masked_batch
 from .checkpoint import ASSETS, check_fit, save_checkpoint
 from .counts import check_output
 from .flops import flops_per_token, mfu, peak_flops
 from .model import (
     ScembConfig, ScembForMaskedLM, Segments, attention_kernel, autocast, chosen_precision,
     compile_layers, has_flash)
+from .optimizer import OPTIMIZERS, make_optimizer
+from .orders import packed_batches, unpadded_batches
 from .prefetch import Prefetched
 from .stats import mean_interval
 from .tokenize import SPECIAL, tokenizer_hash
@@ -35,11 +37,15 @@ from .tokens import TokenSet
 class TrainSettings:
     "How a model is trained; defaults from Hsieh et al., Methods, where given."
     steps: int = 100_000            # Optimizer steps
+    optimizer: str = "adamw"        # "adamw", or "muon" for the matrices of the layers and AdamW for the rest
     learning_rate: float = 1e-3     # Peak; the paper prints 1e-1
+    matrix_rate: float = .02        # Peak of Muon
     warmup_steps: int = 10_000      # Linear warm-up, then linear decay (Hsieh et al., Methods)
     weight_decay: float = .001      # Of AdamW (Hsieh et al., Methods)
     max_grad_norm: float = 1.       # Gradient clipping
     token_budget: int = 16_384      # Tokens a batch and device; 8 cells of 2,048 (Hsieh et al., Methods: batch 8)
+    packing: str = "order"          # Which cells share a batch: "order", as they come in random order; "fit", those that fill the budget (several GPUs)
+    blocks: int = 0                 # Shuffle blocks of so many neighbours, then within a pool of a million; 0: every cell by itself
     accumulation: int = 1           # Batches an optimizer step
     max_len: int = 2048             # Genes a cell
     mask_share: float = .15         # Genes hidden (Hsieh et al., Methods)
@@ -64,7 +70,9 @@ class TrainSettings:
         choices = dict(
             start=("corpus", "random"),
             precision=("auto", "fp32", "bf16", "fp16"),
-            inputs=("both", "rank", "bins"))
+            inputs=("both", "rank", "bins"),
+            packing=("order", "fit"),
+            optimizer=OPTIMIZERS)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
@@ -72,10 +80,12 @@ class TrainSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}; a whole number of at least 1 is needed.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes"):
+        for name in ("learning_rate", "matrix_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(f"{name}={value!r}; a number of at least 0 is needed.")
+        if not isinstance(self.blocks, int) or self.blocks < 0:
+            raise ValueError(f"blocks={self.blocks!r}; a number of cells is needed, 0 for none.")
         if not isinstance(self.ahead, int) or self.ahead < -1:
             raise ValueError(f"ahead={self.ahead!r}; a number of batches is needed, 0 for none, -1 to choose by the device.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
@@ -105,8 +115,10 @@ class Batches(torch.utils.data.Dataset):
     def _epoch(self, epoch):
         if epoch not in self.order:
             s = self.settings
-            batches = unpadded_batches(
-                self.lengths, s.token_budget, s.max_len, s.seed, epoch, self.rank, self.world)
+            batches_of = packed_batches if s.packing == "fit" else unpadded_batches
+            batches = batches_of(
+                self.lengths, s.token_budget, s.max_len, s.seed, epoch, self.rank, self.world,
+                blocks=s.blocks)
             self.order = {epoch: batches}
         return self.order[epoch]
 
@@ -340,6 +352,7 @@ def _trainer_class():
         stops at a loss that is no number.
         """
         ahead = 0                                     # batches made ahead
+        settings = None                               # TrainSettings of the run
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -348,6 +361,15 @@ def _trainer_class():
 
         def get_train_dataloader(self):
             return Prefetched(self.train_dataset, self.args.device, self.ahead)
+
+        def create_optimizer(self, *args, **kwargs):
+            if self.is_deepspeed_enabled:             # which makes its own
+                return super().create_optimizer(*args, **kwargs)
+            if self.optimizer is None:
+                s = self.settings
+                self.optimizer = make_optimizer(
+                    self.model, s.optimizer, s.learning_rate, s.matrix_rate, s.weight_decay)
+            return self.optimizer
 
         def get_batch_samples(self, epoch_iterator, num_batches, device): # -> batches of a step, masked genes of all devices
             batches = list(islice(epoch_iterator, num_batches))
@@ -477,6 +499,8 @@ def pretrain(
     rank = int(os.environ.get("RANK", 0))
     out = Path(out) if resume or rank else check_output(out, overwrite, "run.json")
     _check_tokens(tokens, heldout, model, s)
+    if deepspeed and s.optimizer != "adamw":
+        raise ValueError(f"optimizer={s.optimizer!r} does not run under DeepSpeed; leave deepspeed out, or choose optimizer = 'adamw'.")
     if not rank: _same_run(out, _run_record(tokens, model, s), resume)
     if not resume and not rank: shutil.rmtree(out/"steps", ignore_errors=True)
     last = _last_complete(out/"steps") if resume else None
@@ -493,6 +517,7 @@ def pretrain(
     if s.compile:
         compile_layers(model)
     trainer = _trainer_class()(model=model, args=args, train_dataset=batches)
+    trainer.settings = s
     trainer.ahead = s.ahead if s.ahead >= 0 else (4 if device == "cuda" else 0)
     report.trainer = trainer
     from transformers.trainer_callback import PrinterCallback
