@@ -282,7 +282,7 @@ def verdict(p, rival, y)->str: # probabilities of a way and of its rival (cells,
     better = "this way is better" if gain > 0 else "the simple baseline is better: use it, or a larger model"
     return f"{better}, by {abs(gain):.3f} (standard error {error:.3f})"
 
-# %% ../nbs/11d_annotate.ipynb #54949fdc
+# %% ../nbs/11d_annotate.ipynb #b7e8c081
 def learn(
     reference,                  # AnnData with raw counts and labels
     label:str,                  # Column of obs
@@ -399,7 +399,7 @@ def summary(a:Annotator)->list: # Lines
     if not own["n"]:
         return [first + "; too few cells were held out to check it"]
     shown = lambda x: f"accuracy {x['accuracy']:.3f}, macro-F1 {x['macro_f1']:.3f}"
-    weak = [f"{c['label']} {c['promised']:.0%}" for c in card["by_class"] if c["promised"] > .0501]
+    weak = [f"{c['label']} {c['promised']:.1%}" for c in card["by_class"] if c["promised"] > .0501]
     lines = [f"{first}: {shown(own)} on {own['n']:,} cells held out {card['held_out']}"]
     if simple is not None:
         lines.append(f"simple baseline (50 components of log counts, same cells): {shown(simple)}; {card['verdict']}")
