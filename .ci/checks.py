@@ -20,7 +20,7 @@ TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".ini", ".txt", ".csv",
 
 WALK = re.compile(r"(\d+)([a-z]?)_(\w+)\.ipynb")
 ABSOLUTE = re.compile(r"(?<![\w.~)}\]>*-])/(?:work|farm|root|home|tmp|mnt|opt|Users)/\w[\w./-]*")
-PROGRESS = re.compile(r"\d%\|.*\||[\d.]+\s?(?:it/s|s/it)\b|\bWall time:|\bCPU times:")
+PROGRESS = re.compile(r"\d%\|.*\||[\d.]+\s?(?:it/s|s/it)\b|\bWall time:|\bCPU times:|\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 INLINE_IMAGE = re.compile(r"data:image/[\w+.-]+;base64,[A-Za-z0-9+/=\s]+")
 # The package must run without the tools that write it, and load what is slow only where it is used.
 AUTHORING = {"nbdev", "fastcore", "execnb"}
@@ -170,7 +170,7 @@ def shown(output):
 
 
 def check_outputs(root):
-    "A page weighs less than 200 KB and stores no error, widget, progress bar or timing."
+    "A page weighs less than 200 KB and stores no error, widget, progress bar, timing or dated line of a log."
     bad = []
     for p in pages(root):
         size = p.path.stat().st_size
@@ -283,6 +283,48 @@ def long_ones(root, package="scemb"):
     return lines
 
 
+# Names of functions, by their beginning, that return nothing to look at.
+SILENT = ("test_", "assert", "check_", "write", "save", "to_", "close", "cleanup", "rmtree", "remove", "unlink", "copy", "mkdir", "set_")
+
+
+def silent_functions(page):
+    "Functions defined on a page that never return a value."
+    names = set()
+    for _, _, tree in trees(page):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef): continue
+            returns = [n for n in ast.walk(node) if isinstance(n, ast.Return | ast.Yield | ast.YieldFrom) and n.value is not None]
+            if not returns: names.add(node.name)
+    return names
+
+
+def shows_something(node, silent):
+    "Whether a statement leaves something below its cell: a value, or what is printed."
+    if not isinstance(node, ast.Expr): return False
+    if isinstance(node.value, ast.Constant): return False
+    if not isinstance(node.value, ast.Call): return True
+    name = getattr(node.value.func, "attr", getattr(node.value.func, "id", ""))
+    if name == "print": return not any(k.arg == "file" for k in node.value.keywords)
+    return not name.startswith(SILENT) and name not in silent
+
+
+def check_shown(root):
+    "A visible cell that ends in a value has an output."
+    bad = []
+    for p in pages(root):
+        try:
+            cells, silent = list(trees(p)), silent_functions(p)
+        except SyntaxError: continue    # check_order names it
+        for n, cell, tree in cells:
+            flags = {d.split()[0].rstrip(":") for d in directives(cell)}
+            if exported(cell) or flags & {"hide", "gpu", "net"} or not tree.body: continue
+            ends_quietly = text(cell["source"]).rstrip().endswith(";")
+            if ends_quietly or cell.get("outputs") or not shows_something(tree.body[-1], silent): continue
+            last = ast.unparse(tree.body[-1]).splitlines()[0][:60]
+            bad.append(f"nbs/{p.rel} cell {n} ends in `{last}` but stores no output: run the page and save it, or hide the cell.")
+    return bad
+
+
 def snapshot(root, folders=("nbs", "scemb")):
     "Path -> hash of what git would keep below `folders`; two snapshots differ where `git diff` would."
     seen = {}
@@ -302,6 +344,7 @@ STATIC = {
     "page heads": check_heads,
     "parameters cells": check_parameters,
     "page outputs": check_outputs,
+    "values are shown": check_shown,
     "absolute paths": check_paths,
     "modules": check_modules,
     "imports in cells of their own": check_import_cells,

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import docs
+import processors
 from checks import ROOT, STATIC, TAGGED, changed, directives, files, long_ones, pages, snapshot, text
 
 BIN = Path(sys.executable).parent
@@ -248,7 +249,7 @@ def git_status():
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--fast", action="store_true", help="cells without flags only; no documentation, wheel and papermill run")
+    ap.add_argument("--fast", action="store_true", help="cells without flags only; no documentation, wheel, papermill run and processors")
     ap.add_argument("--flags", default="slow", help="flags of the cells to run besides the unflagged ones (default: slow)")
     ap.add_argument("--page", default="*", help="only pages whose path below nbs/ fits this pattern, and no other check")
     args = ap.parse_args()
@@ -272,12 +273,13 @@ def main():
     tally.check("README.md equals nbs/index.ipynb", docs.check_readme, ROOT)
     tally.check("importing scemb is light", light_import)
     test_pages(tally, found, flags)
-    if args.fast: print("      left out of the fast suite: slow cells, papermill, wheel, documentation")
+    if args.fast: print("      left out of the fast suite: slow cells, papermill, processors, wheel, documentation")
     else:
         page = papermill_page(found)
         if page: tally.check(f"papermill sets a parameter of {page.rel}", papermill_wins, page)
         elif any(p.folder in TAGGED for p in found): tally.add("papermill sets a parameter", ["no launch page has `seed = <whole number>` in its parameters cell."])
         else: tally.skip("papermill, there is no launch page yet")
+        tally.check("answers depend neither on the processor nor on threads", processors.same_everywhere)
         tally.check("wheel holds the whole package", wheel)
         tally.check("documentation renders", lambda: succeeds(sys.executable, ROOT/".ci"/"docs.py", "build"))
     after = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "benchmarks"))

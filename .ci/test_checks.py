@@ -7,8 +7,11 @@ import unittest
 import zipfile
 from pathlib import Path
 
+import numpy as np
+
 import checks
 import docs
+import processors
 import suite
 
 SLASH = "/"     # keeps the planted paths below out of this file's own check
@@ -76,6 +79,33 @@ class Planted(unittest.TestCase):
         (self.root/"nbs"/"03_twin.ipynb").rename(self.root/"nbs"/"twin.ipynb")
         self.found(checks.check_order(self.root), "no number")
 
+    def test_processors(self):
+        "an answer that depends on the processor is named, a vector only where it differs by more than the tolerance"
+        exact, close = {"tokens": "a1", "masks": "b2"}, {"scEMB": np.ones((2, 3))}
+        self.assertEqual(processors.differences("here", (exact, {"scEMB": np.ones((2, 3)) + 9e-6}), (exact, close)), [])
+        self.found(processors.differences("here", (exact | {"masks": "c3"}, close), (exact, close)), "here: masks is c3", "b2")
+        self.found(processors.differences("here", ({"tokens": "a1"}, close), (exact, close)), "masks is None")
+        self.found(processors.differences("here", (exact, {"scEMB": np.ones((2, 3)) + 2e-5}), (exact, close)), "scEMB differ by 2.0e-05")
+        self.found(processors.differences("here", (exact, {"scEMB": np.full((2, 3), np.nan)}), (exact, close)), "scEMB differ by nan")
+        self.found(processors.differences("here", (exact, {}), (exact, close)), "scEMB are missing")
+        for found in (["AVX2", "AVX512F", "AVX512_SKX"], ["X86_V3", "X86_V4", "AVX512_ICL"]):    # names of older and newer numpy
+            names = processors.settings(found)
+            self.assertEqual(names["no AVX-512"]["NPY_DISABLE_CPU_FEATURES"].split(), found[1:])
+            self.assertEqual(names["no AVX2"]["NPY_DISABLE_CPU_FEATURES"].split(), found)
+
+    def test_shown(self):
+        "a visible cell that ends in a value and stores no output is named"
+        self.clean(checks.check_shown)
+        for source in ["table", "table.head()", "pd.read_csv('a.csv')", "x = 1\nprint(x)", "#| slow\nlow() + 1", "#| echo: false\nMarkdown('| a |')"]:
+            self.page("03_late.ipynb", cell("#| default_exp late"), cell(source))
+            self.found(checks.check_shown(self.root), "03_late.ipynb cell 1", "stores no output")
+            self.page("03_late.ipynb", cell("#| default_exp late"), cell(source, outputs=[stream("1")]))
+            self.clean(checks.check_shown)
+        for source in ["#| hide\ntable", "#| gpu\ntable", "ax.plot(x);", "test_eq(1, 1)", "shutil.rmtree(folder)", "x = 1", "print('skipped', file=sys.stderr)", "'a comment'",
+                       "def look(x): assert x\nlook(1)", "#| export\ndef late(): return 2"]:
+            self.page("03_late.ipynb", cell("#| default_exp late"), cell(source))
+            self.clean(checks.check_shown)
+
     def test_heads(self):
         "a title cell that holds more than the title and a sentence is refused, and a page of the walk without a module"
         self.clean(checks.check_heads)
@@ -104,7 +134,7 @@ class Planted(unittest.TestCase):
         self.clean(checks.check_outputs)
         widget = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.jupyter.widget-view+json": {}}}
         for out, words in [(stream("x" * 2**18), "weighs"), (stream(" 42%|####      | 21/50"), "progress"), (stream("3.1 it/s"), "progress"), (stream("1\r2"), "progress"),
-                           (stream("Wall time: 2 s"), "progress"), (widget, "widget"), ({"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}, "ValueError: no")]:
+                           (stream("Wall time: 2 s"), "progress"), (stream("[2026-11-23 06:20:42,030] [WARNING] no GPU"), "progress"), (widget, "widget"), ({"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}, "ValueError: no")]:
             self.page("03_late.ipynb", cell("x", outputs=[out]))
             self.found(checks.check_outputs(self.root), "03_late.ipynb", words)
         self.page("03_late.ipynb", cell("x", outputs=[stream("42% of 50 cells\n")]), widgets={"state": {}})

@@ -82,7 +82,8 @@ def far_of(x, batch)->np.ndarray: # directions of some cells (B, D), batches (B,
     return same & (s < np.nanmedian(np.where(same, s, np.nan), 1, keepdims=True)) if same.any(1).all() else same & (s < 0)
 
 # %% ../nbs/11e_adapt_batches.ipynb #8ef7815e
-def _drawn(pairs, n_pairs, rng, anchors, order, start, count): # -> pairs of a step: each anchor alike, however many partners it has
+def _drawn(pairs, n_pairs, rng, anchors, order, start, count): # -> pairs of a step (n, 2)
+    "Each anchor alike, however many partners it has."
     at = rng.choice(len(anchors), min(n_pairs, len(anchors)), replace=False)
     partner = (rng.random(len(at))*count[at]).astype(int)
     return pairs[order[start[at] + partner]]
@@ -110,20 +111,22 @@ def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step,
             except RuntimeError as e:
                 if not out_of_memory(e): raise
                 if len(chosen) < 2:
-                    raise ValueError("Memory does not suffice for two cells at a time; lower max_len.") from e
+                    raise ValueError(
+                        "Memory does not suffice for two cells at a time; lower max_len.") from e
                 chosen = chosen[:len(chosen)//2]
                 n_pairs = len(chosen)
                 warnings.warn(f"Out of memory: going on with {n_pairs} pairs a step.")
         torch.nn.utils.clip_grad_norm_(trained, f.max_grad_norm)
         optimizer.step()
         schedule.step()
-        steps.append(torch.stack([loss.detach() for loss in losses]))          # read now and then, not at each step
+        # read now and then, not at each step
+        steps.append(torch.stack([loss.detach() for loss in losses]))
         if (step + 1) % max(1, s.steps//10) == 0:
             contrast, masked = steps[-1].tolist()
             say(f"step {step + 1} of {s.steps}: contrast {contrast:.3f}, masked genes {masked:.2f}")
     model.eval()
     history = torch.stack(steps).tolist() if steps else []
-    return [dict(step=i, contrast=contrast, masked=masked) for i, (contrast, masked) in enumerate(history, 1)]
+    return [dict(step=i, contrast=c, masked=m) for i, (c, m) in enumerate(history, 1)]
 
 def _losses(model, genes, tokens, cells, x, b, s, step): # -> contrastive, masked-gene
     seed, length, device = s.finetune.seed, tokens.settings.max_len, model.device
@@ -131,7 +134,8 @@ def _losses(model, genes, tokens, cells, x, b, s, step): # -> contrastive, maske
     hidden = np.flatnonzero(batch["labels"][0] != -100)
     longest = int(np.diff(batch["cu_seqlens"]).max(initial=0))
     arrays = {k: torch.from_numpy(batch[k]) for k in ("input_ids", "bins", "cu_seqlens")}
-    batch = sent(arrays | dict(true=torch.from_numpy(batch["labels"][0][hidden]), longest=longest), device)
+    arrays["true"] = torch.from_numpy(batch["labels"][0][hidden])
+    batch = sent(arrays, device)
     batch["cu_seqlens"] = segments(batch["cu_seqlens"], longest)
     far = to_device(far_of(x[cells], b[cells]), device)
     with autocast(device, model.precision):
@@ -167,7 +171,8 @@ def adapt_batches(
     x = directions(pca_embedding(adata, layer=layer, seed=f.seed))
     pairs = full[mutual_pairs(x[full], b[full], s.neighbours)]
     if len(pairs) < s.pairs: raise ValueError(f"Only {len(pairs)} mutual neighbours between the {len(np.unique(b))} batches of obs[{batch!r}]; they share too little to be drawn together. Raise neighbours, or leave them apart.")
-    frozen = predict(CellModel(net.bert, 2, FinetuneSettings(way="probe", token_budget=f.token_budget, precision=f.precision)).to(device), tokens, vectors=True)
+    probe = FinetuneSettings(way="probe", token_budget=f.token_budget, precision=f.precision)
+    frozen = predict(CellModel(net.bert, 2, probe).to(device), tokens, vectors=True)
     model = CellModel(net.bert, 2, f).to(device); put = lambda v: torch.as_tensor(v, dtype=torch.float32, device=device)
     model.head.mean.copy_(put(np.nanmean(frozen, 0))); model.head.spread.copy_(put(np.nanstd(frozen, 0) + 1e-6))
     torch.set_flush_denormal(True)
@@ -213,7 +218,12 @@ def integrate(
     kept = neighbours_kept(got["before"], got["after"], adata.obs[batch].astype(str).to_numpy())
     if kept < .3: warnings.warn(f"Only {kept:.0%} of the neighbours within a batch were kept, beyond chance: this may be over-corrected. Train fewer steps, or lower contrast (now {settings.contrast:g}).")
     adata.obsm[key] = got["after"].astype(np.float32); f = asdict(settings.finetune)
-    record = dict(batch=batch, base="in memory" if isinstance(base, tuple) else str(base), base_hash=got["model"].base, way=f["way"], precision=got["model"].precision, seed=f["seed"], steps=settings.steps, pairs=settings.pairs, temperature=settings.temperature, contrast=settings.contrast,
-                  masked=settings.masked, rate=settings.step_rate, neighbours=settings.neighbours, n_pairs=len(got["pairs"]), neighbours_kept=kept, key=key)
+    record = dict(
+        batch=batch, base="in memory" if isinstance(base, tuple) else str(base),
+        base_hash=got["model"].base, way=f["way"], precision=got["model"].precision,
+        seed=f["seed"], steps=settings.steps, pairs=settings.pairs,
+        temperature=settings.temperature, contrast=settings.contrast, masked=settings.masked,
+        rate=settings.step_rate, neighbours=settings.neighbours, n_pairs=len(got["pairs"]),
+        neighbours_kept=kept, key=key)
     adata.uns["scemb"] = {**adata.uns.get("scemb", {}), "integration": record}
     return adata

@@ -19,7 +19,7 @@ def confusion_grid(
 ):                    # matplotlib figure
     "Row-normalised confusion matrices."
     plt = _plt(); methods = list(dict.fromkeys(table.method)); columns = min(columns, len(methods))
-    n = table[table.method == methods[0]].groupby("true").n.sum().sort_values(ascending=False)
+    n = table[table.method == methods[0]].groupby("true").n.sum().sort_values(ascending=False, kind="stable")
     true = list(order or n.index); guess = true + sorted(set(table.guess) - set(true)); rows = -(-len(methods)//columns)
     fig, axes = plt.subplots(rows, columns, figsize=(size*columns + 1.2, size*rows*max(.7, len(true)/len(guess)) + .8), squeeze=False, layout="constrained", sharey=True)
     for ax, m in zip(axes.flat, methods):
@@ -43,7 +43,7 @@ def learning_curves(
     fig, axes = plt.subplots(1, len(sets), figsize=(3.4*len(sets) + 2, 3), squeeze=False, layout="constrained")
     for ax, name in zip(axes[0], sets):
         for i, m in enumerate(methods):
-            d = t[(t.dataset == name) & (t.method == m)].sort_values("shots")
+            d = t[(t.dataset == name) & (t.method == m)].sort_values("shots", kind="stable")
             if not len(d): continue
             x = d.shots*(1 + .03*(i - len(methods)/2)); spread = np.nan_to_num(np.array([d.value - d.ci_low, d.ci_high - d.value])).clip(0)
             ax.errorbar(x, d.value, spread, marker="o" if m.startswith("scEMB") else "s", ms=4, lw=1.8 if m.startswith("scEMB") else 1, ls="-" if m.startswith("scEMB") else "--", capsize=2, color=PALETTE[i % len(PALETTE)], label=m)

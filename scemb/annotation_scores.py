@@ -9,7 +9,7 @@ __all__ = ['SCORES', 'BASELINES', 'auroc', 'annotation_metrics', 'annotation_row
 # %% ../nbs/17c_annotation_scores.ipynb #cc7d5ba6
 import numpy as np
 
-from .baselines import bag, gene_vectors, pca_embedding
+from .baselines import bag, gene_vectors, pca_embedding, scanpy_module
 from .benchmark import _row, macro_f1
 from .counts import find_counts
 from .labels import compare_names
@@ -172,7 +172,8 @@ def baseline_features(
     layer:str|None=None, dim:int=128, seed:int=0,
 )->dict:                      # PCA (cells, 50), HVG (cells, genes), SVD bag (cells, dim)
     "Features of all cells, made without labels."
-    import anndata as ad, scanpy as sc
+    import anndata as ad
+    sc = scanpy_module()
     fit, (_, matrix, var) = np.asarray(fit, bool), find_counts(adata, layer); work = ad.AnnData(matrix[:].astype(np.float32), var=var[[]].copy())
     sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
     if work.n_vars > 2000: part = work[fit].copy(); sc.pp.highly_variable_genes(part, n_top_genes=2000); work = work[:, part.var.highly_variable.to_numpy()]

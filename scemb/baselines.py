@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLED_CELLS', 'sampled_cells', 'unigram_prior', 'neighbour_bins', 'bin_table', 'table_scorer', 'adversary_scorer',
-           'masked_scores', 'masked_losses', 'gene_vectors', 'bag', 'ClusterBinTable', 'pca_embedding',
+           'masked_scores', 'masked_losses', 'gene_vectors', 'bag', 'ClusterBinTable', 'scanpy_module', 'pca_embedding',
            'random_projection']
 
 # %% ../nbs/08_baselines.ipynb #60695176
@@ -220,23 +220,40 @@ class ClusterBinTable:
         return np.stack([-np.log(own), (p > own[:, None]).sum(1)], 1)
 
 # %% ../nbs/08_baselines.ipynb #228c4f95
+def scanpy_module():
+    "scanpy, or a sentence that says how to get it: embedding, tokens and training do without."
+    try:
+        import scanpy
+    except ImportError as error:
+        raise ImportError("PCA, variable genes and UMAP need scanpy: pip install 'scemb[finetune]'") from error
+    return scanpy
+
 def pca_embedding(
-    adata,                  # AnnData
-    fit=None,               # Boolean mask of the cells to fit on; None: all
+    adata,                     # AnnData
+    fit=None,                  # Boolean mask of the cells to fit on; None: all
     n_top_genes:int|None=2000, # Highly variable genes (scanpy, on the fitted cells); None: all genes
-    n_comps:int=50, layer:str|None=None, seed:int=0,
-)->np.ndarray:              # Shape (cells, n_comps)
+    n_comps:int=50,            # Components at most
+    layer:str|None=None,       # Where the counts are; None: found by itself
+    seed:int=0,                # Of the first vector of the solver
+)->np.ndarray:                 # Shape (cells, n_comps)
     "PCA of log-normalised counts (scanpy's defaults: 10,000 counts a cell, log1p)."
-    import anndata as ad, scanpy as sc
+    import anndata as ad
     from sklearn.decomposition import PCA
     from scemb.counts import find_counts
-    _, x, var = find_counts(adata, layer)
-    work = ad.AnnData(x[:].astype(np.float32), var=var[[]])
-    sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
+    sc = scanpy_module()
+    _, counts, var = find_counts(adata, layer)
+    work = ad.AnnData(counts[:].astype(np.float32), var=var[[]])
+    sc.pp.normalize_total(work, target_sum=1e4)
+    sc.pp.log1p(work)
     fit = np.ones(work.n_obs, bool) if fit is None else np.asarray(fit)
     if n_top_genes and n_top_genes < work.n_vars:
-        part = work[fit].copy(); sc.pp.highly_variable_genes(part, n_top_genes=n_top_genes); work = work[:, part.var.highly_variable.to_numpy()].copy()
-    pca = PCA(min(n_comps, min(fit.sum(), work.n_vars) - 1), random_state=seed, svd_solver="arpack").fit(work.X[fit])
+        fitted = work[fit].copy()
+        sc.pp.highly_variable_genes(fitted, n_top_genes=n_top_genes)
+        variable = fitted.var.highly_variable.to_numpy()
+        work = work[:, variable].copy()
+    most = min(fit.sum(), work.n_vars) - 1
+    pca = PCA(min(n_comps, most), random_state=seed, svd_solver="arpack")
+    pca.fit(work.X[fit])
     return pca.transform(work.X).astype(np.float32)
 
 def random_projection(
@@ -245,7 +262,8 @@ def random_projection(
     "Gaussian random projection of log-normalised counts."
     from sklearn.random_projection import GaussianRandomProjection
     from scemb.counts import find_counts
-    import anndata as ad, scanpy as sc
+    import anndata as ad
+    sc = scanpy_module()
     work = ad.AnnData(find_counts(adata, layer)[1][:].astype(np.float32))
     sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
     return np.asarray(GaussianRandomProjection(n_comps, random_state=seed).fit_transform(work.X), dtype=np.float32)

@@ -18,9 +18,9 @@ from .tokens import TokenSet
 
 # %% ../nbs/07_batching.ipynb #4db2cdbe
 @njit(cache=True, nogil=True)
-def _mask_flat(genes, visible, offsets, cells, key, share, p_mask, p_random, n_special, n_vocab, keep_bin, ids, bins, labels):
+def _mask_flat(genes, visible, offsets, cells, key, below, p_mask, p_random, n_special, n_vocab, keep_bin, ids, bins, labels):
     "Fill ids, bins and labels: what the model sees, and the true genes at hidden places, -100 elsewhere."
-    scale, below = 1.0/18446744073709551616.0, np.uint64(share*18446744073709551616.0)
+    scale = 1.0/18446744073709551616.0
     present, at = np.zeros(n_vocab, np.bool_), np.empty(1 + (np.diff(offsets).max() if offsets.size > 1 else 0), np.int64)
     for i in range(genes.size): ids[i] = genes[i]
     for i in range(genes.size): bins[i] = visible[i]
@@ -64,7 +64,10 @@ def mask_genes(
     "Hide genes of each cell; the same cell, seed and epoch always hide the same genes."
     ids, shown, labels = np.empty((3, len(genes)), np.int64)
     key = _key(seed, epoch)
-    _mask_flat(genes, bins, np.asarray(offsets, np.int64), np.asarray(cells, np.int64), key, share, p_mask, p_random, len(SPECIAL), n_vocab, keep_bin, ids, shown, labels)
+    # A gene is hidden where its 64-bit hash is below this number. 2^64 itself does not fit into
+    # 64 bits, and processors disagree on what to make of it, so share=1 takes the largest one.
+    below = np.uint64(min(int(share*2**64), 2**64 - 1))
+    _mask_flat(genes, bins, np.asarray(offsets, np.int64), np.asarray(cells, np.int64), key, below, p_mask, p_random, len(SPECIAL), n_vocab, keep_bin, ids, shown, labels)
     return ids, shown, labels
 
 # %% ../nbs/07_batching.ipynb #af9166c0

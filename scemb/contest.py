@@ -79,7 +79,7 @@ def stands_out(
     "Say who is best where, and who cannot be told from the best."
     out = []
     for metric in ("bio conservation", "batch correction", "total (.6 bio + .4 batch)", "probe accuracy", "5-shot macro-F1", "20-shot macro-F1", "masked-gene loss"):
-        t = table[(table.metric == metric) & table.value.notna()].sort_values("value", ascending=metric.endswith("loss"))
+        t = table[(table.metric == metric) & table.value.notna()].sort_values("value", ascending=metric.endswith("loss"), kind="stable")
         if not len(t): continue
         near = [m for m, b in zip(t.method[1:], t.best[1:]) if b]
         out.append(f"{metric}: {t.method.iloc[0]} is best ({t.value.iloc[0]:.3f}){', not to be told from ' + ', '.join(near) if near else ''}.")

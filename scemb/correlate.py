@@ -211,7 +211,7 @@ def correlate(
     notes = alias_notes([str(t) for t in shifts.targets]); table["note"] = [notes.get(str(t), "") for t in shifts.targets]
     called = (table.q < alpha).to_numpy()
     table["call"] = np.where(called, np.where(table.cosine < 0, "reversal", "mimic"), "not told apart")
-    return Match(table.sort_values("cosine", ignore_index=True), draws, left, power_statement(state, table, p_min, exact, alpha))
+    return Match(table.sort_values("cosine", ignore_index=True, kind="stable"), draws, left, power_statement(state, table, p_min, exact, alpha))
 
 # %% ../nbs/15_correlate.ipynb #aa981e63
 def kept(shifts, ok): # Shifts without the targets that have no vector, with a warning
@@ -252,4 +252,4 @@ def rankings(
     table,  # Of a `Match`
 )->dict:    # "reversal" and "mimic": the table, strongest first
     "The two rankings: against the disease, and like it."
-    return dict(reversal=table[table.cosine < 0].sort_values("cosine"), mimic=table[table.cosine > 0].sort_values("cosine", ascending=False))
+    return dict(reversal=table[table.cosine < 0].sort_values("cosine", kind="stable"), mimic=table[table.cosine > 0].sort_values("cosine", ascending=False, kind="stable"))

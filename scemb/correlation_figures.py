@@ -21,7 +21,7 @@ def signed_violins(
     title:str="", disease:str="disease",
 ):                    # matplotlib figure
     "All targets by signed cosine."
-    plt = _plt(); t = table.dropna(subset=["cosine"]).sort_values("cosine", ascending=False, ignore_index=True)
+    plt = _plt(); t = table.dropna(subset=["cosine"]).sort_values("cosine", ascending=False, ignore_index=True, kind="stable")
     if len(t) > most: title = f"{title} ({most} of {len(t)} targets: the two ends)".strip(); t = t.iloc[np.r_[0:most//2, len(t) - (most - most//2):len(t)]].reset_index(drop=True)
     fig, ax = plt.subplots(figsize=(5.6, 1 + .22*len(t)), layout="constrained"); y = np.arange(len(t))[::-1]
     if "cosine_needed" in t: ax.fill_betweenx(np.r_[y + .5, y[-1] - .5], *(np.r_[s*t.cosine_needed, s*t.cosine_needed.iloc[-1]] for s in (-1, 1)), step="post", color="#f0f0f0", lw=0, label="p > .05 over donors", zorder=0)
@@ -51,7 +51,7 @@ def link_bars(
     "Scores of methods, side by side."
     plt = _plt(); t = table[table.metric == metric] if "metric" in table else table
     panels, kinds = list(dict.fromkeys(t[panel])), list(dict.fromkeys(t[colour_by]))
-    methods = list(order) if order is not None else list(t.groupby("method").value.mean().sort_values(ascending=False).index)
+    methods = list(order) if order is not None else list(t.groupby("method").value.mean().sort_values(ascending=False, kind="stable").index)
     wide = min(4, len(panels)); deep = -(-len(panels)//wide)
     fig, axes = plt.subplots(deep, wide, figsize=(2.2 + 2.4*wide, deep*(1. + .28*len(methods))), sharey=True, sharex=True, squeeze=False, layout="constrained")
     paint = colours(kinds); y = np.arange(len(methods))[::-1]; [ax.set_axis_off() for ax in axes.flat[len(panels):]]
@@ -82,7 +82,7 @@ def network_drawing(
     for a, b in graph.edges: ax.plot(*zip(place[a], place[b]), color="#cccccc", lw=.6, zorder=1)
     big = t.module.value_counts().index[:8]; paint = {m: PALETTE[k % len(PALETTE)] for k, m in enumerate(big)}
     xy = np.array([place[g] for g in t.index]); ax.scatter(*xy.T, s=12 + 10*t.degree, c=[paint.get(m, "#b0b0b0") for m in t.module], linewidths=.4, edgecolors="white", zorder=2)
-    for g in t.sort_values("degree", ascending=False).index[:named]: ax.annotate(g, place[g], fontsize=7, ha="center", va="bottom", xytext=(0, 3), textcoords="offset points", fontweight="bold" if g in bold else "normal", zorder=3)
+    for g in t.sort_values("degree", ascending=False, kind="stable").index[:named]: ax.annotate(g, place[g], fontsize=7, ha="center", va="bottom", xytext=(0, 3), textcoords="offset points", fontweight="bold" if g in bold else "normal", zorder=3)
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9); [s.set_visible(False) for s in ax.spines.values()]
     handles = [plt.Line2D([], [], marker="o", ls="", ms=5, color=paint[m], label=f"module {m}: {int((t.module == m).sum())} genes") for m in big if (t.module == m).sum() > 2]
     ax.legend(handles=handles, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

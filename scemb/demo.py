@@ -131,7 +131,7 @@ def verdicts(
         how = ("not to be told from" if not apart else "below" if m.value < o.value else "above")
         out.append(f"Masked-gene loss {m.value:.2f} [{m.ci_low:.2f}, {m.ci_high:.2f}]: {how} {other} at {o.value:.2f} [{o.ci_low:.2f}, {o.ci_high:.2f}].")
     for metric in ("k-NN accuracy", "k-NN macro-F1", "NMI", "ARI", "silhouette"):
-        t = table[table.metric == metric].sort_values("value", ascending=False)
+        t = table[table.metric == metric].sort_values("value", ascending=False, kind="stable")
         if len(t): out.append(f"{metric}: best is {t.method.iloc[0]} ({t.value.iloc[0]:.3f}); the model has {t[t.method == 'scEMB (demo)'].value.item():.3f}, rank {1 + int((t.value > t[t.method == 'scEMB (demo)'].value.item()).sum())} of {len(t)}.")
     return out
 

@@ -8,7 +8,7 @@ __all__ = ['POOLINGS', 'layer_outputs', 'to_device', 'budget_batches', 'flat_cel
 
 # %% ../nbs/10_embed.ipynb #967c9fda
 import re, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class CellEncoder:
     vocabulary: Vocabulary
     settings: TokenizerSettings # max_len already cut to what the model can take
     pooling: str = "mean12"
-    precision: str = "auto"     # Once made: fp32 or bf16, what `auto` means on the device of the net
+    precision: str = "auto"     # Once made: what `auto` means on the device of the net
     token_budget: int = 4096
     name: str = "in memory"     # Of the model
 
@@ -162,21 +162,33 @@ def cell_encoder(
     pooling:str="mean12",      # "mean12", "last" or "cls"
     max_len:int|None=None,     # Genes a cell at most; None: as the model was trained
     device:str|None=None,      # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
-    precision:str="auto",      # auto, fp32 or bf16; auto: bf16 on a GPU that has it (Ampere and newer), else fp32
+    precision:str="auto",      # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
     token_budget:int|None=None, # Tokens a forward pass; None: 4,096 on a CPU (more does not fit its cache), 65,536 on a GPU
     seed:int|None=None,        # Of the order of ties; None: the model's
 )->CellEncoder:
     "Open a model for embedding, and check what is asked of it."
-    for name, value, allowed in (("precision", precision, ("auto", "fp32", "bf16")), ("pooling", pooling, POOLINGS)):
-        if value not in allowed: raise ValueError(f"{name}={value!r}; choose one of {allowed}.")
-    if max_len is not None and max_len < 1: raise ValueError(f"max_len={max_len}; at least one gene a cell is needed.")
-    if token_budget is not None and token_budget < 1: raise ValueError(f"token_budget={token_budget}; at least one token is needed.")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision={precision!r}; choose one of {('auto', 'fp32', 'bf16')}.")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r}; choose one of {POOLINGS}.")
+    if max_len is not None and max_len < 1:
+        raise ValueError(f"max_len={max_len}; at least one gene a cell is needed.")
+    if token_budget is not None and token_budget < 1:
+        raise ValueError(f"token_budget={token_budget}; at least one token is needed.")
     net, vocabulary, settings = model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
+    name = "in memory" if isinstance(model, tuple) else str(model)
     ranks = net.config.max_position_embeddings
-    if (max_len or settings.max_len) > ranks: raise ValueError(f"max_len={max_len or settings.max_len}, but the model knows {ranks} ranks; lower max_len.")
-    settings = TokenizerSettings(**{**vars(settings), "max_len": min(max_len or settings.max_len, ranks - (pooling == "cls"))} | ({} if seed is None else dict(seed=seed)))
+    wanted = max_len or settings.max_len
+    if wanted > ranks:
+        raise ValueError(f"max_len={wanted}, but the model knows {ranks} ranks; lower max_len.")
+    genes_at_most = min(wanted, ranks - (pooling == "cls"))           # <cls> takes a rank
+    settings = replace(settings, max_len=genes_at_most)
+    if seed is not None:
+        settings = replace(settings, seed=seed)
     device = chosen_device(device)
-    return CellEncoder(net.to(device).eval(), vocabulary, settings, pooling, precision, token_budget or (65_536 if str(device).startswith("cuda") else 4096), "in memory" if isinstance(model, tuple) else str(model))
+    budget = token_budget or (65_536 if device.startswith("cuda") else 4096)
+    net = net.to(device).eval()
+    return CellEncoder(net, vocabulary, settings, pooling, precision, budget, name)
 
 # %% ../nbs/10_embed.ipynb #0aec7349
 def embed(
@@ -189,25 +201,36 @@ def embed(
     duplicates:str="error",    # Gene names that stand twice: "error" or "sum"
     key:str="X_scemb",         # Key in obsm
     device:str|None=None,      # "cpu", "cuda"; None: a GPU when there is one
-    precision:str="auto",      # auto, fp32 or bf16; auto: bf16 on a GPU that has it (Ampere and newer), else fp32
+    precision:str="auto",      # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
     token_budget:int|None=None, # Tokens a forward pass, the lever for memory; None: 4,096 on a CPU (its cache), 65,536 on a GPU
     progress=None,             # Called with (cells done, cells in all)
 ):                             # The same AnnData, with obsm[key] and uns["scemb"]
     "Embed cells into `adata.obsm`; empty cells become NaN rows, with a warning and a count."
-    encoder = model if isinstance(model, CellEncoder) else cell_encoder(model, pooling, max_len, device, precision, token_budget)
+    encoder = model
+    if not isinstance(model, CellEncoder):
+        encoder = cell_encoder(model, pooling, max_len, device, precision, token_budget)
     counts = read_counts(adata, layer, gene_column, duplicates)
-    out, cut = np.empty((counts.n_cells, encoder.net.config.hidden_size), np.float32), 0
-    for first, e in encoded_chunks(counts, encoder.tokenizer(counts), chunk_size=4096):
-        done = first + len(e["detected"])
-        out[first:done] = encoder(e)
-        cut += int((e["detected"] > encoder.settings.max_len).sum())
-        if progress: progress(done, counts.n_cells)
-    empty = int(np.isnan(out[:, 0]).sum())
-    check_not_all_empty(empty, counts.n_cells)
-    if empty: warnings.warn(f"{empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; their rows in obsm['{key}'] are NaN.")
-    adata.obsm[key], adata.uns["scemb"] = out, encoder.record(counts, empty, cut)
+    vectors = np.empty((counts.n_cells, encoder.net.config.hidden_size), np.float32)
+    n_cut = 0
+    for first, chunk in encoded_chunks(counts, encoder.tokenizer(counts), chunk_size=4096):
+        done = first + len(chunk["detected"])
+        vectors[first:done] = encoder(chunk)
+        n_cut += int((chunk["detected"] > encoder.settings.max_len).sum())
+        if progress:
+            progress(done, counts.n_cells)
+    n_empty = int(np.isnan(vectors[:, 0]).sum())
+    check_not_all_empty(n_empty, counts.n_cells)
+    if n_empty:
+        warnings.warn(
+            f"{n_empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; "
+            f"their rows in obsm['{key}'] are NaN.")
+    adata.obsm[key] = vectors
+    adata.uns["scemb"] = encoder.record(counts, n_empty, n_cut)
     return adata
 
 def check_not_all_empty(n_empty, n_cells): # refuse an embedding of nothing
     "An embedding in which every row is NaN is an error, not a result."
-    if n_empty == n_cells: raise ValueError(f"Not one of the {n_cells} cells has a count in a gene of the vocabulary; see `scemb doctor` for what the file holds.")
+    if n_empty == n_cells:
+        raise ValueError(
+            f"Not one of the {n_cells} cells has a count in a gene of the vocabulary; "
+            "see `scemb doctor` for what the file holds.")

@@ -50,13 +50,17 @@ class FinetuneSettings:
     validation_share: float = .15 # Labelled cells held out for the choice of the epoch, the temperature and the threshold
     refit: int = 500             # With at most so many labelled cells, learn from all of them again once the choices are made; 0: never
     token_budget: int = 16_384   # Tokens a forward pass: the lever for memory; with dropout, other pieces draw other numbers
-    precision: str = "auto"      # "auto", "fp32" or "bf16"; auto: bf16 on a GPU that has it, else fp32
+    precision: str = "auto"      # "fp32", "bf16" or "auto": bf16 on a GPU that has it, else fp32
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("way", WAYS), ("head", HEADS), ("control", ("none", "random", "permuted")),
-                              ("precision", ("auto", "fp32", "bf16"))):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+        choices = dict(
+            way=WAYS, head=HEADS, control=("none", "random", "permuted"),
+            precision=("auto", "fp32", "bf16"))
+        for name, allowed in choices.items():
+            found = getattr(self, name)
+            if found not in allowed:
+                raise ValueError(f"{name}={found!r}; choose one of {', '.join(allowed)}.")
         for name in ("rank", "prefix_tokens", "prefix_width", "batch_cells", "token_budget"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed.")
         if not 0 <= self.gene_dropout < 1: raise ValueError(f"gene_dropout={self.gene_dropout}; a share from 0 to below 1 is needed.")
@@ -103,14 +107,14 @@ def rows_of(
     padded = torch.zeros(real.shape, dtype=x_T.dtype, device=x_T.device)
     return padded.masked_scatter(real, x_T), real
 
-def _flat_places(cells, n_tokens): # where each token of a flat row stands in padded rows laid end to end, (T,)
+def _flat_places(cells, n_tokens): # place of each token in padded rows laid end to end, (T,)
     row_T = owner_of_tokens(cells.cu, n_tokens)
     rank_T = ranks_of_segments(cells, n_tokens)[0]
     return row_T*cells.longest + rank_T
 
 def hidden_states(
     encoder,           # `ScembModel`, or one wrapped by peft
-    batch:dict,        # input_ids, bins (1, T), cu_seqlens (cells + 1,) or Segments; perhaps longest
+    batch:dict,        # input_ids, bins (1, T), cu_seqlens (cells + 1,) or Segments
     prefix:Prefix|None=None,
     knowledge_BK=None, # Knowledge vectors of the cells
 )->tuple:              # Outputs of the embedding and of each layer, each (T, D)

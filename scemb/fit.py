@@ -52,7 +52,7 @@ def cell_batch(
     tokens:TokenSet, cells, # Which of them
     device="cpu",
     knowledge=None,         # Vectors of all cells of the token set, shape (len(tokens), length)
-)->dict:                    # input_ids, bins (1, T), cu_seqlens (cells + 1,), longest and, if given, knowledge (cells, length)
+)->dict:                    # input_ids, bins (1, T), cu_seqlens (cells + 1,), longest, knowledge (cells, length)
     "Gather cells as the model takes them."
     genes, bins, offsets = tokens.gather(cells)
     batch = dict(
@@ -210,12 +210,14 @@ def thinned(
         input_ids=batch["input_ids"][:, keep_T], bins=batch["bins"][:, keep_T],
         cu_seqlens=new_cu.to(batch["cu_seqlens"].dtype), longest=int(new_cu.diff().max()))
 
-def _step(model, tokens, cells, y, w, knowledge, optimizer, budget): # one optimizer step -> losses of its pieces, summed over cells, left on the device
+def _step(model, tokens, cells, y, w, knowledge, optimizer, budget): # -> losses of its pieces
+    "One optimizer step; losses are sums over cells and stay on the device."
     cells = cells[np.argsort(tokens.lengths[cells], kind="stable")]
     target = to_device(y[cells], model.device)
     whole = w[target].sum()
     def work(piece):
-        batch = thinned(cell_batch(tokens, cells[piece], "cpu", knowledge), model.settings.gene_dropout)
+        whole_cells = cell_batch(tokens, cells[piece], "cpu", knowledge)
+        batch = thinned(whole_cells, model.settings.gene_dropout)
         scores = model(sent(batch, model.device))
         loss = F.cross_entropy(scores, target[piece], w, reduction="sum")
         (loss/whole).backward()
@@ -244,18 +246,21 @@ def fit(
 )->list:                  # One dict an epoch: epoch, loss on training cells, loss on held-out cells
     "Fit the head and what the way lets change."
     torch.set_flush_denormal(True)
+    train, validation = np.asarray(train), np.asarray(validation, int)
     with seeded(model.settings.seed, model.device):
-        return _fit(model, tokens, y, np.asarray(train), np.asarray(validation, int), knowledge, say, stop, penalty)
+        return _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty)
 
-def _measure_knowledge(model, known): # centre and scale of the knowledge vectors of the training cells
+def _measure_knowledge(model, known): # knowledge vectors of the training cells (cells, length)
     for name, x in (("mean", known.mean(0)), ("spread", known.std(0) + 1e-6)):
         getattr(model.prefix, name).copy_(torch.as_tensor(x, dtype=torch.float32))
 
-def _optimizer(model, n_steps): # AdamW with a rate for the encoder's part and one for the head; warm-up, then linear decay
+def _optimizer(model, n_steps): # -> AdamW, its schedule
+    "A rate for the encoder's part and one for the head; warm-up, then linear decay."
     s = model.settings
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = []
     for in_head, rate in ((False, s.rate), (True, s.head_rate)):
-        weights = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("head.") == in_head]
+        weights = [p for n, p in trained if n.startswith("head.") == in_head]
         if weights:
             groups.append(dict(params=weights, lr=rate))
     optimizer = torch.optim.AdamW(groups, weight_decay=s.weight_decay)
@@ -291,7 +296,7 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty): # 
         for cells in np.array_split(order, steps_an_epoch):
             losses += _step(model, tokens, cells, y, w, knowledge, optimizer, budget)
             schedule.step()
-        total = sum(torch.stack(losses).tolist())                             # the one reading of an epoch
+        total = sum(torch.stack(losses).tolist())                   # the one reading of an epoch
         if not np.isfinite(total):
             raise FloatingPointError(
                 f"The loss of epoch {epoch + 1} is {total}. Lower encoder_rate (now {s.rate:g}) "

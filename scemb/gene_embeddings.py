@@ -63,7 +63,7 @@ def gene_embeddings(
     if per_cell: return _per_cell_table(rows, tokens, coder, counts)
     return _group_table(total, n, names, tokens, coder, by)
 
-def _token_states(coder, e): # yields (cells of the batch, cell of each token, ids, bins, ranks, states (T, D))
+def _token_states(coder, e): # yields (cells, cell of each token, ids, bins, ranks, states (T, D))
     n_layers = len(coder.net.bert.encoder["layer"])
     for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
         ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells)
@@ -77,7 +77,7 @@ def _token_states(coder, e): # yields (cells of the batch, cell of each token, i
         first = np.repeat(np.cumsum(lengths) - lengths, lengths)
         yield cells, owner, ids, bins, np.arange(len(ids)) - first, x_TD
 
-def _rows_at(x_TD, keep): # states on the device, mask of tokens on the host -> those rows, on the host
+def _rows_at(x_TD, keep): # states on the device, mask of tokens -> those rows, on the host
     at = to_device(np.flatnonzero(keep), x_TD.device)
     return x_TD.index_select(0, at).cpu().numpy()
 
@@ -108,7 +108,9 @@ def _per_cell_table(rows, tokens, coder, counts):
 def _table(x, obs, coder):
     import anndata as ad
     out = ad.AnnData(x, obs=obs); out.obs_names_make_unique()
-    out.uns["scemb"] = dict(model=coder.name, pooling=coder.pooling, max_len=coder.settings.max_len, precision=coder.precision, vocabulary_hash=coder.vocabulary.hash)
+    out.uns["scemb"] = dict(
+        model=coder.name, pooling=coder.pooling, max_len=coder.settings.max_len,
+        precision=coder.precision, vocabulary_hash=coder.vocabulary.hash)
     return out
 
 # %% ../nbs/10b_gene_embeddings.ipynb #74890d95

@@ -43,7 +43,7 @@ def toy_geneformer(
         max_position_embeddings=context or (2048 if version == 1 else 4096), type_vocab_size=2, initializer_range=.1, hidden_dropout_prob=.02, attention_probs_dropout_prob=.02))
     net.save_pretrained(folder)
     if not safe: torch.save(net.state_dict(), folder/"pytorch_model.bin"); (folder/"model.safetensors").unlink()
-    kind = "_gc30M" if version == 1 else "_gc104M"; medians = np.exp(rng.normal(.7, .6, len(genes)))
+    kind = "_gc30M" if version == 1 else "_gc104M"; medians = np.exp(rng.normal(.7, .6, len(genes))).round(6) # the last bits of exp differ between processors
     names = {s: g for s, g in zip(table.symbol, genes) if isinstance(s, str) and s}
     for name, d in (("token_dictionary", tokens), ("gene_median_dictionary", dict(zip(genes, medians))), ("gene_name_id_dict", names)):
         (folder/f"{name}{kind}.pkl").write_bytes(pickle.dumps(d))

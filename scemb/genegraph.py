@@ -124,7 +124,10 @@ def jaccard_neighbours(
         both = dense[here] @ dense.T + (rare[here] @ rare.T).toarray()
         likeness = both/(size[here, None] + size - both)
         likeness[np.arange(len(here)), here] = -1
-        order = likeness + np.float32(1e-5)*((shuffled[here, None] + shuffled) % n)/n
+        # Equally like genes stand in a shuffled order. In single precision the small number would
+        # vanish beside the likeness, and numpy would choose otherwise on another processor.
+        small = np.float32(1e-5)*((shuffled[here, None] + shuffled) % n)/n
+        order = likeness.astype(np.float64) + small
         top = np.argpartition(-order, k - 1, axis=1)[:, :k]
         found.append(np.stack([np.repeat(here, k), top.ravel(), np.take_along_axis(likeness, top, 1).ravel()]))
     i, j, likeness = np.concatenate(found, 1)

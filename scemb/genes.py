@@ -52,7 +52,9 @@ def name_table(
     keep = (step < 3) | ~names.index.isin(names.index[step < 3])
     names, step = names[keep], pd.Series(step[keep], names.index[keep])
     shared = names.index.duplicated(keep=False)
-    candidates = names[shared].groupby(level=0).agg(sorted).to_dict()
+    candidates = {}
+    for name, row in sorted(zip(names.index[shared], names[shared].tolist())):
+        candidates.setdefault(name, []).append(row)
     return names[~shared], step[~shared], candidates
 
 # %% ../nbs/00_genes.ipynb #a7c2b584

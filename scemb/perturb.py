@@ -33,8 +33,9 @@ def states(
     cells = segments(cells)
     layers = net.bert.encoder["layer"]
     total_TD = 0
+    ranks_1T = ranks_of_segments(cells, len(ids))
     with autocast(net.device, precision):
-        x_1TD = first_1TD = net.bert.embeddings(ids[None], bins[None], ranks_of_segments(cells, len(ids)))
+        x_1TD = first_1TD = net.bert.embeddings(ids[None], bins[None], ranks_1T)
         for layer in layers:
             x_1TD = layer(x_1TD, None, cells)[0]
             if pooling == "mean12":
@@ -45,11 +46,13 @@ def states(
 # %% ../nbs/14_perturb.ipynb #d6e8f367
 def _means(x_TD, owner, keep, n): # -> mean over the kept tokens of each of n cells, (n, D)
     weight_T = keep.to(x_TD)
-    total = torch.zeros(n, x_TD.shape[1], device=x_TD.device).index_add_(0, owner, x_TD*weight_T[:, None])
-    count = torch.zeros(n, device=x_TD.device).index_add_(0, owner, weight_T)
-    return total/count[:, None]
+    total_nD = torch.zeros(n, x_TD.shape[1], device=x_TD.device)
+    total_nD.index_add_(0, owner, x_TD*weight_T[:, None])
+    count_n = torch.zeros(n, device=x_TD.device).index_add_(0, owner, weight_T)
+    return total_nD/count_n[:, None]
 
-def _lengths_of_variants(lengths, which, places, tokens, kind): # known to the host -> tokens of each variant (variants,)
+def _lengths_of_variants(lengths, which, places, tokens, kind): # see `shifts_of` -> (variants,)
+    "Tokens of each variant, known without asking the device."
     absent = ((tokens >= 0) & (places < 0)).sum(1)
     gone = (places >= 0).sum(1) if kind == "delete" else 0
     return lengths[which] + absent - gone
@@ -65,7 +68,8 @@ def shifts_of(
     "Exact effect of each variant on its cell."
     device, net = cells.ids.device, coder.net
     if not len(which):
-        return np.empty((0, net.config.hidden_size), np.float32), np.empty(0, np.float32), np.empty(0, np.float32)
+        none = np.empty((0, net.config.hidden_size), np.float32)
+        return none, none[:, 0], none[:, 0]
     n_cells, n_tokens, n_vocabulary = len(cells.lengths), len(cells.ids), net.config.vocab_size
     lengths = cells.lengths.cpu().numpy()
     boundaries = Segments.of(lengths, device)
@@ -76,16 +80,20 @@ def shifts_of(
     out_of = no_gene if outside is None else outside
     gene_of_source = torch.cat([cells.ids, torch.arange(n_vocabulary, device=device)])
     kept = s*~out_of[cells.ids, None]
-    add = lambda x: torch.zeros(n_cells, *x.shape[1:], device=device).index_add_(0, owner, x)
     # of the cells as they are: mean of the inputs, sum of the states, and how many genes are in it
-    bag, total, count = _means(x0, owner, every, n_cells), add(kept), add((~out_of[cells.ids]).float())
+    bag = _means(x0, owner, every, n_cells)
+    total = torch.zeros(n_cells, s.shape[1], device=device).index_add_(0, owner, kept)
+    in_mean = (~out_of[cells.ids]).float()
+    count = torch.zeros(n_cells, device=device).index_add_(0, owner, in_mean)
     size = _lengths_of_variants(lengths, which, places, tokens, kind)
     batches = budget_batches(size + (places >= 0).sum(1)*(kind == "delete"), coder.token_budget)
     shifts, impacts, bag_impacts = [], [], []
     for part in batches:
-        c, p, t = (to_device(np.asarray(a[part], np.int64), device) for a in (which, places, tokens))
+        put = lambda a, part=part: to_device(np.asarray(a[part], np.int64), device)
+        c, p, t = put(which), put(places), put(tokens)
         v = variants(cells, c, p, t, kind, factor, coder.settings.n_bins)
-        y0, y = states(net, v.ids, v.bins, Segments.of(size[part], device), coder.pooling, coder.precision)
+        ends = Segments.of(size[part], device)
+        y0, y = states(net, v.ids, v.bins, ends, coder.pooling, coder.precision)
         at = (cells.first[c][:, None] + p).clamp(min=0)
         own = torch.where((p >= 0)[..., None], kept[at], 0.).sum(1)
         n_own = ((p >= 0) & ~out_of[cells.ids[at]]).sum(1)
@@ -99,9 +107,10 @@ def shifts_of(
         if each:
             moved = (y - s[v.source.clamp(max=len(s) - 1)]).norm(dim=1)
             each(part, v, torch.where(v.target, torch.nan, moved))
-    return _in_order(batches, shifts), _in_order(batches, impacts), _in_order(batches, bag_impacts)
+    return tuple(_in_order(batches, found) for found in (shifts, impacts, bag_impacts))
 
-def _in_order(batches, results): # numbers of the variants of each batch, results on the device -> results on the host, in order
+def _in_order(batches, results): # variants of each batch, their results -> all, in order
+    "Copy what was found batch by batch to the host, at once."
     found = torch.cat(results).cpu().numpy()
     out = np.empty_like(found)
     out[np.concatenate(batches)] = found

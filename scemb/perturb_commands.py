@@ -99,8 +99,9 @@ def correlate(
     import json
     from scemb.correlation_figures import signed_violins
     from scemb.counts import check_output, open_h5ad
-    from scemb.figures import save_figure
+    from scemb.figures import _plt, save_figure
     from scemb.match import enrichment, match_files
+    _plt()     # the picture needs matplotlib: said now, not after an hour
     check_output(out, overwrite, "correlation.csv")
     listed = [line.strip() for line in genes.read_text().splitlines() if line.strip()] if genes else []
     match = match_files(open_h5ad(disease, backed=False), open_h5ad(screen, backed=False), group, case, control, donor, target, guide, reference, None if key else model, key or "X_scemb",

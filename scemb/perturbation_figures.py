@@ -18,7 +18,7 @@ def target_bars(
     second:str=None, # Column with the values of a second model, and its name
 ):                   # matplotlib figure
     "A bar a target with interval, null band and significance."
-    plt = _plt(); t = table.dropna(subset="value").sort_values("value").reset_index(drop=True); y = np.arange(len(t))
+    plt = _plt(); t = table.dropna(subset="value").sort_values("value", kind="stable").reset_index(drop=True); y = np.arange(len(t))
     fig, ax = plt.subplots(figsize=(5, .24*len(t) + .9), layout="constrained")
     if {"null_low", "null_high"} <= set(t): ax.barh(y, t.null_high - t.null_low, left=t.null_low, color=".9", height=.95, label="null, middle 95 %")
     found = (t.q < alpha).to_numpy() if "q" in t else np.zeros(len(t), bool)

@@ -25,6 +25,7 @@ from .flops import flops_per_token, mfu, peak_flops
 from .model import (
     ScembConfig, ScembForMaskedLM, Segments, attention_kernel, autocast, chosen_precision,
     compile_layers, has_flash)
+from .optimizer import OPTIMIZERS, make_optimizer
 from .orders import packed_batches, unpadded_batches
 from .prefetch import Prefetched
 from .stats import mean_interval
@@ -36,7 +37,9 @@ from .tokens import TokenSet
 class TrainSettings:
     "How a model is trained; defaults from Hsieh et al., Methods, where given."
     steps: int = 100_000            # Optimizer steps
+    optimizer: str = "adamw"        # "adamw", or "muon" for the matrices of the layers and AdamW for the rest
     learning_rate: float = 1e-3     # Peak; the paper prints 1e-1
+    matrix_rate: float = .02        # Peak of Muon
     warmup_steps: int = 10_000      # Linear warm-up, then linear decay (Hsieh et al., Methods)
     weight_decay: float = .001      # Of AdamW (Hsieh et al., Methods)
     max_grad_norm: float = 1.       # Gradient clipping
@@ -68,7 +71,8 @@ class TrainSettings:
             start=("corpus", "random"),
             precision=("auto", "fp32", "bf16", "fp16"),
             inputs=("both", "rank", "bins"),
-            packing=("order", "fit"))
+            packing=("order", "fit"),
+            optimizer=OPTIMIZERS)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
@@ -76,7 +80,7 @@ class TrainSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}; a whole number of at least 1 is needed.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes"):
+        for name in ("learning_rate", "matrix_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(f"{name}={value!r}; a number of at least 0 is needed.")
@@ -348,6 +352,7 @@ def _trainer_class():
         stops at a loss that is no number.
         """
         ahead = 0                                     # batches made ahead
+        settings = None                               # TrainSettings of the run
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -356,6 +361,15 @@ def _trainer_class():
 
         def get_train_dataloader(self):
             return Prefetched(self.train_dataset, self.args.device, self.ahead)
+
+        def create_optimizer(self, *args, **kwargs):
+            if self.is_deepspeed_enabled:             # which makes its own
+                return super().create_optimizer(*args, **kwargs)
+            if self.optimizer is None:
+                s = self.settings
+                self.optimizer = make_optimizer(
+                    self.model, s.optimizer, s.learning_rate, s.matrix_rate, s.weight_decay)
+            return self.optimizer
 
         def get_batch_samples(self, epoch_iterator, num_batches, device): # -> batches of a step, masked genes of all devices
             batches = list(islice(epoch_iterator, num_batches))
@@ -485,6 +499,8 @@ def pretrain(
     rank = int(os.environ.get("RANK", 0))
     out = Path(out) if resume or rank else check_output(out, overwrite, "run.json")
     _check_tokens(tokens, heldout, model, s)
+    if deepspeed and s.optimizer != "adamw":
+        raise ValueError(f"optimizer={s.optimizer!r} does not run under DeepSpeed; leave deepspeed out, or choose optimizer = 'adamw'.")
     if not rank: _same_run(out, _run_record(tokens, model, s), resume)
     if not resume and not rank: shutil.rmtree(out/"steps", ignore_errors=True)
     last = _last_complete(out/"steps") if resume else None
@@ -501,6 +517,7 @@ def pretrain(
     if s.compile:
         compile_layers(model)
     trainer = _trainer_class()(model=model, args=args, train_dataset=batches)
+    trainer.settings = s
     trainer.ahead = s.ahead if s.ahead >= 0 else (4 if device == "cuda" else 0)
     report.trainer = trainer
     from transformers.trainer_callback import PrinterCallback

@@ -36,7 +36,7 @@ def tokens_at_once(
     if free is None:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
-    bytes_a_token = 4*4*n_heads*n_tokens                           # P, R and two in the making, float32
+    bytes_a_token = 4*4*n_heads*n_tokens                    # P, R and two in the making, float32
     return int(min(1024, max(64, free//2//bytes_a_token)))
 
 def response(
@@ -51,10 +51,10 @@ def response(
     K = len(g)
     one = torch.ones(H, L, 1, device=k.device)
     wide = lambda x: torch.cat([x, one], 2)
-    k, k_new, v, v_new = wide(k), wide(k_new), wide(v), wide(v_new)            # (H, L, d + 1)
+    k, k_new, v, v_new = wide(k), wide(k_new), wide(v), wide(v_new)     # (H, L, d + 1)
     q = torch.cat([q, -lse[..., None]], 2)
     g = torch.cat([g, -(g*o).sum(-1, keepdim=True)], 3)
-    g_HLe = g.permute(1, 2, 0, 3).flatten(2)                                   # e: directions side by side
+    g_HLe = g.permute(1, 2, 0, 3).flatten(2)                # e: directions side by side
     old_HLe, new_HLe = torch.zeros_like(g_HLe), torch.zeros_like(g_HLe)
     for a in range(0, L, block):
         rows = slice(a, min(a + block, L))
@@ -64,10 +64,11 @@ def response(
         inverse = (R - P).add_(1).clamp_(min=1e-6).reciprocal_()
         P *= inverse
         R *= inverse
-        P[:, own, a + own] = R[:, own, a + own] = 0                            # a token's effect on itself is its own path
+        P[:, own, a + own] = 0                              # a token's effect on itself is its own path
+        R[:, own, a + own] = 0
         old_HLe.baddbmm_(P.transpose(1, 2), g_HLe[:, rows])
         new_HLe.baddbmm_(R.transpose(1, 2), g_HLe[:, rows])
-    apart = lambda x: x.unflatten(2, (K, d + 1))                               # (H, L, K, d + 1)
+    apart = lambda x: x.unflatten(2, (K, d + 1))            # (H, L, K, d + 1)
     change = apart(new_HLe)*v_new[:, :, None] - apart(old_HLe)*v[:, :, None]
     return change.sum((0, 3)).T
 
@@ -82,11 +83,12 @@ def _rest(layer, o_HLd, x): # attention output and input of a layer -> its outpu
 
 @torch.no_grad()
 def _up(net, ids, bins): # -> of each layer: input (L, D), lse (H, L), o, k', v' (H, L, d)
-    "Walk the cell as it is (x) and every gene as if it were masked (y) up the layers, side by side."
+    "Walk the cell as it is (x) and every gene as if masked (y) up the layers, side by side."
     embeddings = net.bert.embeddings
     rank = torch.arange(len(ids), device=ids.device)
     x = embeddings(ids[None], bins[None], rank[None])[0]
-    y = embeddings(torch.full_like(ids, MASK)[None], torch.zeros_like(bins)[None], rank[None])[0]
+    masked, no_bin = torch.full_like(ids, MASK), torch.zeros_like(bins)
+    y = embeddings(masked[None], no_bin[None], rank[None])[0]
     kept = []
     for layer in net.bert.encoder["layer"]:
         own = layer.attention["self"]
@@ -117,7 +119,8 @@ def screened(
     block = block or tokens_at_once(net.config.num_attention_heads, L, ids.device)
     share = directions/len(layers) if pooling == "mean12" else directions
     total = 0.
-    G = share[:, None].expand(-1, L, -1)                            # gradients by the output of a layer, (directions, L, D)
+    # gradients by the output of a layer, (directions, L, D)
+    G = share[:, None].expand(-1, L, -1)
     for layer, (x, lse, o, k_new, v_new) in zip(reversed(layers), reversed(kept)):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -158,7 +161,9 @@ def trust(
 class Screen:
     "Effects of masking genes on directions."
     table: object # DataFrame: direction, gene, symbol, group, n_cells, effect, sd, exact (bool), screened; largest effects first
-    trust: object # DataFrame: direction, spearman, relative_rmse, refined_rmse, n: against exact runs on a sample; products: fp32 or tf32
+    # DataFrame, against exact runs on a sample: direction, spearman, relative_rmse, refined_rmse, n;
+    # products: fp32 or tf32
+    trust: object
     def __repr__(self):
         t = self.trust; return f"Screen of {len(self.table):,} rows, {int(self.table.exact.sum()):,} exact; " + (f"the others against exact runs: Spearman {t.spearman.min():.3f}, relative error {t.relative_rmse.max():.3f} ({int(t.n.iloc[0])} pairs)" if len(t) else "the others not checked")
 
@@ -197,13 +202,15 @@ def screen(
     work = lambda first: _sums(p, U, window, first, sample, products)
     parts = resumed(folder, -(-n//window), work, progress and (lambda done: progress(done, n)))
     table = _refined(_effects(p, names, parts, min_cells), p, names, U, refine, folder, window)
-    at, s, x = (np.concatenate([part[k] for part in parts], -1) for k in ("at_checked", "screened", "checked"))
+    joined = lambda key: np.concatenate([part[key] for part in parts], -1)
+    at, s, x = joined("at_checked"), joined("screened"), joined("checked")
     rows = []
     for i, name in enumerate(names if len(at) else ()):
         refined = table["at"][table.exact & (table.direction == name)]
         after = np.where(np.isin(at, refined), x[i], s[i])
-        refined_rmse = trust(after, x[i])["relative_rmse"]
-        rows.append(dict(direction=name, **trust(s[i], x[i]), refined_rmse=refined_rmse, products=products))
+        row = dict(direction=name, **trust(s[i], x[i]))
+        row["refined_rmse"] = trust(after, x[i])["relative_rmse"]
+        rows.append(row | dict(products=products))
     columns = ["direction", "spearman", "relative_rmse", "refined_rmse", "n", "products"]
     return Screen(table.drop(columns="at"), pd.DataFrame(rows, columns=columns))
 
@@ -225,8 +232,10 @@ def products_in(
     "Set how float32 matrices are multiplied, and set it back."
     former = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-    try: yield
-    finally: torch.set_float32_matmul_precision(former)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(former)
 
 TOLERANCE = dict(spearman=.005, relative_rmse=.01) # What cut factors may cost in `trust`
 
@@ -247,20 +256,23 @@ def chosen_products(
         exact.append(_exact_effects(p, cell, ids, some, U))
         for kind, effects in found.items():
             with products_in(kind):
-                effects.append(screened(p.coder.net, cell.ids, cell.bins, u, p.coder.pooling)[:, some])
+                effect = screened(p.coder.net, cell.ids, cell.bins, u, p.coder.pooling)
+            effects.append(effect[:, some])
     if not exact:
         return "fp32"
     exact = np.concatenate(exact, 1)
     full, cut = (np.concatenate(found[kind], 1) for kind in ("fp32", "tf32"))
     for e, f, c in zip(exact, full, cut):
         of_full, of_cut = trust(f, e), trust(c, e)
-        within = (of_cut["spearman"] >= of_full["spearman"] - TOLERANCE["spearman"]
-                  and of_cut["relative_rmse"] <= of_full["relative_rmse"] + TOLERANCE["relative_rmse"])
+        lost_order = of_full["spearman"] - of_cut["spearman"]
+        more_error = of_cut["relative_rmse"] - of_full["relative_rmse"]
+        within = (lost_order <= TOLERANCE["spearman"]) and (more_error <= TOLERANCE["relative_rmse"])
         if not within:
             warnings.warn(
-                f"With factors cut to ten bits the screen matches exact runs by Spearman {of_cut['spearman']:.3f} "
-                f"and relative error {of_cut['relative_rmse']:.3f}, in full precision by {of_full['spearman']:.3f} "
-                f"and {of_full['relative_rmse']:.3f}; it goes on in full precision.")
+                "With factors cut to ten bits the screen matches exact runs by Spearman "
+                f"{of_cut['spearman']:.3f} and relative error {of_cut['relative_rmse']:.3f}, "
+                f"in full precision by {of_full['spearman']:.3f} and {of_full['relative_rmse']:.3f}; "
+                "it goes on in full precision.")
             return "fp32"
     return "tf32"
 
@@ -273,32 +285,38 @@ def _kept_choice(folder, choose): # the choice of a job that was stopped holds f
     return note.read_text()
 
 # %% ../nbs/14a_screen.ipynb #1fa13156
-def _cells_of_chunk(p, chunk): # counts of some cells -> yields (place in the chunk, Cells of that one on the device, its tokens on the host)
+def _cells_of_chunk(p, chunk): # counts -> yields (place in the chunk, Cells, tokens on the host)
+    "Cells with two genes or more, one at a time."
     e = p.encoder(chunk)
     values = token_values(chunk, e, p.encoder)
     for c in np.flatnonzero(np.diff(e["offsets"]) > 1):
         ids = e["genes"][e["offsets"][c]:e["offsets"][c + 1]].astype(np.int64)
         yield c, cells_on(p.coder.net.device, e, values, np.array([c])), ids
 
-def _cells_of_screen(p, size, numbers): # yields (number, Cells, tokens) of the cells asked for, read as windows are
+def _cells_of_screen(p, size, numbers): # yields (number, Cells, tokens on the host)
+    "The cells asked for, read as windows are."
     for window in sorted({number//size for number in numbers}):
         first, chunk = next(p.counts.chunks(size, window*size))
         for c, cell, ids in _cells_of_chunk(p, chunk):
             if first + c in numbers:
                 yield first + c, cell, ids
 
-def _exact_effects(p, cell, ids, some, U): # one cell, its tokens, places of some genes -> (directions, genes), always in full precision
+def _exact_effects(p, cell, ids, some, U): # `some`: places of genes -> (directions, genes)
+    "Exact runs, always in full precision."
     coder = replace(p.coder, precision="fp32")
-    shift = shifts_of(coder, cell, np.zeros(len(some), int), some[:, None], ids[some, None])[0]
+    same_cell = np.zeros(len(some), int)
+    shift, _, _ = shifts_of(coder, cell, same_cell, some[:, None], ids[some, None])
     return U @ shift.T
 
-def _sums(p, U, size, start, sample, products): # yields (cells done, sums of a window); `at` is group x vocabulary + token
+def _sums(p, U, size, start, sample, products): # yields (cells done, sums of a window)
+    "Screen window after window; `at` is group x vocabulary + token."
     coder, K, n_places = p.coder, len(U), len(p.groups)*len(p.coder.vocabulary)
     u = torch.tensor(U, dtype=torch.float32, device=coder.net.device)
     for first, chunk in p.counts.chunks(size, start*size):
         total, square = np.zeros((K, n_places)), np.zeros((K, n_places))
         n = np.zeros(n_places, int)
-        at_checked, of_screen, of_exact = [np.zeros(0, int)], [np.zeros((K, 0))], [np.zeros((K, 0))]
+        at_checked = [np.zeros(0, int)]
+        of_screen, of_exact = [np.zeros((K, 0))], [np.zeros((K, 0))]
         for c, cell, ids in _cells_of_chunk(p, chunk):
             with products_in(products):
                 effect = screened(coder.net, cell.ids, cell.bins, u, coder.pooling)
@@ -314,7 +332,8 @@ def _sums(p, U, size, start, sample, products): # yields (cells done, sums of a 
         at = np.flatnonzero(n)
         checked = dict(at_checked=at_checked, screened=of_screen, checked=of_exact)
         checked = {name: np.concatenate(parts, -1) for name, parts in checked.items()}
-        yield first + chunk.shape[0], dict(at=at, total=total[:, at], square=square[:, at], n=n[at], **checked)
+        sums = dict(at=at, total=total[:, at], square=square[:, at], n=n[at])
+        yield first + chunk.shape[0], sums | checked
 
 def _effects(p, names, parts, min_cells): # sums of windows -> table
     import pandas as pd
@@ -335,7 +354,8 @@ def _refined(table, p, names, U, k, folder, window): # run the largest effects e
     while k:
         head = table.groupby(["direction", "group"], sort=False).head(k); todo = np.unique(head["at"][~head.exact] % V)
         if not len(todo): break
-        q = replace(p, coder=replace(p.coder, precision="fp32"), sets=Sets(list(symbols[todo]), todo[:, None], [""]*len(todo)), per_cell=True)
+        sets = Sets(list(symbols[todo]), todo[:, None], [""]*len(todo))
+        q = replace(p, coder=replace(p.coder, precision="fp32"), sets=sets, per_cell=True)
         parts = resumed(folder and open_job(folder/f"exact_{int(table.exact.sum())}", todo.tolist()), n, lambda first, q=q: _projected(q, U, window, first))
         at, effect = (np.concatenate([x[key] for x in parts]) for key in ("at", "effect")); rows, owner = np.unique(at, return_inverse=True); m = np.bincount(owner)
         for i, name in enumerate(names):
@@ -357,7 +377,7 @@ def screen_file(
     model="scemb-small",       # As for `embed`, or a CellEncoder
     cells:int=200,             # Of each state at most
     refine:int=20, min_cells:int=5, seed:int=0, # See `screen`; the seed also draws the cells
-    layer:str|None=None, device:str|None=None, precision:str="auto", # As for `embed`; `TOLERANCE` guards a screen
+    layer:str|None=None, device:str|None=None, precision:str="auto", # As for `embed`
     window:int=16,             # Cells a window: what a stop can lose
     overwrite:bool=False, progress=None, # Replace an earlier result; called with (cells done, cells in all)
 )->Screen:
@@ -367,7 +387,9 @@ def screen_file(
     states, rng = adata.obs[label].astype(str).to_numpy(), np.random.default_rng(seed)
     if missing := [s for s in (start, goal) if not (states == s).any()]: raise ValueError(f"No cell of {path} has {label} = {missing[0]!r}; there are {', '.join(sorted(set(states))[:8])}.")
     keep = [np.sort(rng.permutation(np.flatnonzero(states == s))[:cells]) for s in (start, goal)]
-    coder = model if isinstance(model, CellEncoder) else cell_encoder(model, device=device, precision=precision)
+    coder = model
+    if not isinstance(model, CellEncoder):
+        coder = cell_encoder(model, device=device, precision=precision)
     folder = open_job(out.with_name(f".{out.name}.partial"), job_of(coder, path, label, start, goal, cells, layer, seed, window)); kept = folder/"direction.npy"
     if not kept.exists():
         both = adata[np.concatenate(keep)].copy(); embed(both, coder, layer=layer)

@@ -61,7 +61,10 @@ def open_counts(
         if kind == ".zarr": matrix, obs, var = _open_zarr(path)
         elif kind == ".h5": matrix, obs, var = _open_10x_h5(path)
         elif path.is_dir() and _is_mtx(path):
-            import scanpy as sc
+            try:
+                import scanpy as sc
+            except ImportError as error:
+                raise ImportError("Reading a folder with matrix.mtx needs scanpy: pip install scanpy") from error
             adata = sc.read_10x_mtx(path); matrix, obs, var = adata.X, adata.obs, adata.var
         else: raise ValueError(f"{path} is none of .h5ad, .zarr, 10x .h5, or a folder with matrix.mtx.")
         if 0 in matrix.shape: raise ValueError(f"{path} is empty ({matrix.shape[0]} cells x {matrix.shape[1]} genes).")
@@ -227,7 +230,7 @@ class SomaSource:
         info = self.census["census_info"] if "census_info" in self.census else {}
         self.build = {k: v for k, v in zip(*(info["summary"].read().concat().to_pandas()[c] for c in ("label", "value")))} if "summary" in info else {}
         self.data_sets = info["datasets"].read().concat().to_pandas().set_index("dataset_id") if "datasets" in info else pd.DataFrame()
-        var = self.experiment.ms["RNA"].var.read().concat().to_pandas().sort_values("soma_joinid")
+        var = self.experiment.ms["RNA"].var.read().concat().to_pandas().sort_values("soma_joinid", kind="stable")
         self.genes = check_overlap(map_genes(var.feature_id.to_numpy(), symbols=var.feature_name if "feature_name" in var else None, duplicates="sum"))
         self.obs_columns = list(self.experiment.obs.keys())
 

@@ -84,7 +84,9 @@ def peak_gb():
 
 
 def forget_memory():
-    "Give cached GPU memory back and begin a new peak."
+    "Give cached GPU memory back and begin a new peak; what was compiled is let go as well."
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
