@@ -282,7 +282,7 @@ def verdict(p, rival, y)->str: # probabilities of a way and of its rival (cells,
     better = "this way is better" if gain > 0 else "the simple baseline is better: use it, or a larger model"
     return f"{better}, by {abs(gain):.3f} (standard error {error:.3f})"
 
-# %% ../nbs/11d_annotate.ipynb #454a8041
+# %% ../nbs/11d_annotate.ipynb #b7e8c081
 def learn(
     reference,                  # AnnData with raw counts and labels
     label:str,                  # Column of obs
@@ -342,11 +342,18 @@ def learn(
         label=label, n_cells=len(y), n_held_out=len(held.cells), held_out=held.how, refitted=again,
         automatic=automatic, tried=tried, scores=scores, precision=a.model.precision,
         tokenizer=tokenizer_hash(a.tokenizing, vocabulary))
-    if rival and len(held.cells) >= 10:
+    if rival and len(held.cells) >= 10 and _has_scanpy():
         simple = rival_of(lesson, held, len(classes), settings, layer)
         a.card["simple_scores"] = probe_scores(simple, lesson.y[held.cells])
         a.card["verdict"] = verdict(held.p, simple, lesson.y[held.cells])
     return a
+
+def _has_scanpy(): # the log counts of the simple baseline are scanpy's
+    from importlib.util import find_spec
+    if find_spec("scanpy") is not None:
+        return True
+    warnings.warn("scanpy is not installed, so the simple baseline is left out: pip install scanpy")
+    return False
 
 def _try_lora(a, lesson, v, by_probe, new_model, say): # LoRA beside the probe -> held, history, again, tried; `a` gets the better model
     held, history = by_probe
@@ -389,14 +396,14 @@ def summary(a:Annotator)->list: # Lines
     card, s = a.card, a.model.settings
     first = f"{s.way}, {a.tokenizing.max_len} genes a cell, {card['n_cells']:,} labelled cells of {len(a.classes)} classes"
     own, simple = card["scores"], card.get("simple_scores")
-    if simple is None:
+    if not own["n"]:
         return [first + "; too few cells were held out to check it"]
     shown = lambda x: f"accuracy {x['accuracy']:.3f}, macro-F1 {x['macro_f1']:.3f}"
-    weak = [f"{c['label']} {c['promised']:.0%}" for c in card["by_class"] if c["promised"] > .0501]
-    lines = [
-        f"{first}: {shown(own)} on {own['n']:,} cells held out {card['held_out']}",
-        f"simple baseline (50 components of log counts, same cells): {shown(simple)}; {card['verdict']}",
-        f"unknown below {min(a.thresholds):.2f} to {max(a.thresholds):.2f}, by class"]
+    weak = [f"{c['label']} {c['promised']:.1%}" for c in card["by_class"] if c["promised"] > .0501]
+    lines = [f"{first}: {shown(own)} on {own['n']:,} cells held out {card['held_out']}"]
+    if simple is not None:
+        lines.append(f"simple baseline (50 components of log counts, same cells): {shown(simple)}; {card['verdict']}")
+    lines.append(f"unknown below {min(a.thresholds):.2f} to {max(a.thresholds):.2f}, by class")
     if weak:
         lines.append(
             "too few cells were held out to promise a loss of at most 5 % for: " + ", ".join(weak))

@@ -29,7 +29,7 @@ def promised_loss(
     below = cells_to_lose(n, names, loss) + np.asarray(names)
     return np.minimum(below/(np.asarray(n) + 1), 1.)
 
-# %% ../nbs/08c_unknown.ipynb #2e0375c1
+# %% ../nbs/08c_unknown.ipynb #9f5f48cd
 def class_thresholds(
     confidence,     # Of each held-out cell in the name that it was given, shape (cells,)
     guess,          # Class that it was called, shape (cells,)
@@ -53,15 +53,21 @@ def class_thresholds(
             lost[is_of] += 1
         else:
             threshold[called] = confidence[cell]
-    stopped = threshold[~np.isnan(threshold)]
-    lowest = stopped.min() if len(stopped) else 0.
-    threshold = np.where(np.isnan(threshold), lowest, threshold)
+    promised = promised_loss(held_out, names, loss)
+    threshold = _bounded(threshold, promised <= loss + 1e-9)
     below = confidence < threshold[guess]
     return pd.DataFrame(dict(
         threshold=threshold,
         held_out=held_out,
         lost=np.bincount(true[below], minlength=n_classes),
-        promised=promised_loss(held_out, names, loss)))
+        promised=promised))
+
+def _bounded(threshold, sure): # thresholds, NaN where nothing stopped them; whether a class keeps the loss -> thresholds
+    found = ~np.isnan(threshold)
+    trusted = threshold[found & sure] if (found & sure).any() else threshold[found]
+    lowest = trusted.min() if len(trusted) else 0.
+    lower = np.fmin(threshold, lowest)
+    return np.where(sure & found, threshold, lower)
 
 def called_unknown(
     p,          # Probabilities, shape (cells, classes)
