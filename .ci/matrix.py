@@ -1,6 +1,6 @@
 """Install the package with another Python and another set of versions, run pages and commands, and write one row of a table.
 
-    matrix.py --python PATH --versions lowest|newest|tested [--venv FOLDER] [--again] [--page GLOB ...]
+    matrix.py --python PATH --versions lowest|newest|tested [--venv FOLDER] [--again] [--failed] [--page GLOB ...]
 
 `lowest` takes every lower bound of settings.ini literally, `newest` lets pip choose, `tested` is constraints.txt.
 One row at a time: two would share the cores and their minutes would mean nothing.
@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT/"benchmarks"/"matrix.csv"
 # What the pages below need besides the base: peft, matplotlib and accelerate, and the reader of the Census.
 EXTRAS = ("finetune", "demo", "census")
-# nbdev runs the pages; its own bounds are bounds of the development tools, never a user's.
-PAGE_TOOLS = ("nbdev", "execnb", "fastcore")
+# Tools of the development that pages use; no user needs them.
+PAGE_TOOLS = ("nbdev", "execnb", "fastcore", "zarr", "hypothesis")
 PAGES = ("00_*", "01_*", "02*", "03_*", "04*", "05*", "06*", "07*", "08*", "09*", "10*", "11*", "18a_*", "99_*")
 PAGE_SECONDS = 900
 COMMAND_SECONDS = 600
 SHOWN = ("numpy", "pandas", "scipy", "torch", "transformers", "anndata", "scanpy", "numba", "h5py", "pyarrow", "datasets",
          "peft", "scikit-learn", "typer", "rich")
 COLUMNS = ("python", "set", *SHOWN, "pages_passed", "pages_failed", "failed", "first_error", "commands_passed",
-           "commands_failed", "skipped", "minutes")
+           "commands_failed", "minutes")
 
 
 def settings():
@@ -123,8 +123,9 @@ def first_error(output):
 
 
 def page_environment(folder):
-    "Pages see this tree and one thread; nothing is downloaded."
-    env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
+    "Pages see this tree, the cells inside the package and one thread; nothing is downloaded."
+    kept_out = ("IN_TEST", "SCEMB_DATA")
+    env = {name: value for name, value in os.environ.items() if name not in kept_out}
     env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", NUMBA_NUM_THREADS="1",
                HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PATH=f"{folder/'bin'}{os.pathsep}{os.environ['PATH']}")
     return env
@@ -189,14 +190,28 @@ def run_commands(folder, log):
     return passed, failed
 
 
+def read_rows():
+    "The table as it stands."
+    if not TABLE.exists():
+        return []
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def former_row(python, versions):
+    "The row of this Python and set, or the end with what there is instead."
+    rows = read_rows()
+    for row in rows:
+        if (row["python"], row["set"]) == (python, versions):
+            return row
+    there = ", ".join(f"{row['python']} {row['set']}" for row in rows) or "no row"
+    sys.exit(f"{TABLE.name} has no row {python} {versions} to mend; it has {there}. Leave --failed away.")
+
+
 def write_row(row):
     "Put a row into the table in place of the one with the same Python and set."
-    rows = []
-    if TABLE.exists():
-        with TABLE.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
     key = row["python"], row["set"]
-    rows = [old for old in rows if (old["python"], old["set"]) != key] + [row]
+    rows = [old for old in read_rows() if (old["python"], old["set"]) != key] + [row]
     rows.sort(key=lambda r: ([int(part) for part in r["python"].split(".")], r["set"]))
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -210,6 +225,7 @@ def main():
     parser.add_argument("--versions", required=True, choices=("lowest", "newest", "tested"))
     parser.add_argument("--venv", help="folder of the environment, kept afterwards; default: a temporary one")
     parser.add_argument("--again", action="store_true", help="the environment in --venv stands: install nothing")
+    parser.add_argument("--failed", action="store_true", help="run only the pages that failed in the row of the table")
     parser.add_argument("--page", nargs="*", default=PAGES, help="patterns of pages below nbs/")
     parser.add_argument("--log", default=os.devnull, help="file for the whole output of what failed")
     args = parser.parse_args()
@@ -219,16 +235,23 @@ def main():
         build_venv(args.python, args.versions, folder)
     install_package(folder)
     print(installed(folder), flush=True)
+    version = call([folder/"bin"/"python", "-c", "import platform; print(platform.python_version())"], 60)[1].strip()
+    before, minutes, globs = 0, 0., args.page
+    if args.failed:
+        former = former_row(version, args.versions)
+        before, minutes = int(former["pages_passed"]), float(former["minutes"])
+        globs = [f"{name}.ipynb" for name in former["failed"].split()]
     start = time.time()
     with open(args.log, "w", encoding="utf-8") as log:
         commands_passed, commands_failed = run_commands(folder, log)
-        pages_passed, pages_failed, skipped = run_pages(folder, args.page, log)
+        pages_passed, pages_failed, skipped = run_pages(folder, globs, log)
+    pages_passed += before
+    minutes += (time.time() - start)/60
     errors = {**commands_failed, **pages_failed}
-    version = call([folder/"bin"/"python", "-c", "import platform; print(platform.python_version())"], 60)[1].strip()
     row = dict(python=version, set=args.versions, **installed(folder))
     row.update(pages_passed=pages_passed, pages_failed=len(pages_failed), failed=" ".join(pages_failed),
                first_error=next(iter(errors.values()), ""), commands_passed=commands_passed,
-               commands_failed=len(commands_failed), skipped=skipped, minutes=round((time.time() - start)/60, 1))
+               commands_failed=len(commands_failed), minutes=round(minutes, 1))
     write_row(row)
     print(f"{commands_passed + pages_passed} passed, {len(errors)} failed, {skipped} skipped")
     return 1 if errors else 0

@@ -165,7 +165,7 @@ def wheel(root=ROOT):
 # --- pages ----------------------------------------------------------------------------------------------------------
 
 def test_page(page, flags, root=ROOT, timeout=TIMEOUT):
-    "(complaints, seconds, skipped lines) of one page, run in a process of its own."
+    "(complaints, seconds, processor seconds, skipped lines) of one page, run in a process of its own."
     start = time.time()
     rc, out, err = run([sys.executable, ROOT/".ci"/"one_page.py", page.path, *flags], cwd=root, timeout=timeout)
     skips = [s.strip() for s in err.split("\n") if s.strip().startswith("skipped: ")]
@@ -174,7 +174,17 @@ def test_page(page, flags, root=ROOT, timeout=TIMEOUT):
         cell = re.search(r"While Executing Cell #(\d+)", err)
         where = f"nbs/{page.rel}" + (f" cell {int(cell[1]) - 1}" if cell else "")
         complaints = [f"{where} failed (exit code {rc}):", tail(f"{out}\n{err}")]
-    return complaints, time.time() - start, skips
+    spent = re.findall(r"^processor seconds: ([\d.]+)$", err, re.M)
+    return complaints, time.time() - start, float(spent[-1]) if spent else None, skips
+
+
+def slowest(spent, n=10):
+    "Lines that name the pages which take most processor time; wall time depends on what else runs."
+    known = {page: s for page, s in spent.items() if s is not None}
+    top = sorted(known, key=known.get, reverse=True)[:n]
+    share = sum(known[p] for p in top)/max(sum(known.values()), 1e-9)
+    return [f"{len(known)} pages took {sum(known.values()):.0f} s of processor time, the {len(top)} slowest {share:.0%} of it:",
+            *(f"  {known[p]:6.1f} s  {p}" for p in top)]
 
 
 def longest_first(found, flags):
@@ -190,9 +200,10 @@ def longest_first(found, flags):
 
 def test_pages(tally, found, flags):
     order, seconds, known = longest_first(found, flags)
+    spent = {}
 
     def one(page):
-        complaints, took, skips = test_page(page, flags)
+        complaints, took, spent[page.rel], skips = test_page(page, flags)
         seconds[page.rel] = round(took, 1)
         tally.add(f"page {page.rel}", complaints, took, skips)
     pool = ThreadPoolExecutor(WORKERS)
@@ -200,6 +211,7 @@ def test_pages(tally, found, flags):
     finally: pool.shutdown(wait=False, cancel_futures=True)
     HISTORY.parent.mkdir(exist_ok=True)
     HISTORY.write_text(json.dumps(known, indent=1))
+    if spent: print("      " + "\n      ".join(slowest(spent)), flush=True)
 
 
 PARAMETRISED = """

@@ -93,6 +93,13 @@ class Planted(unittest.TestCase):
             self.assertEqual(names["no AVX-512"]["NPY_DISABLE_CPU_FEATURES"].split(), found[1:])
             self.assertEqual(names["no AVX2"]["NPY_DISABLE_CPU_FEATURES"].split(), found)
 
+    def test_slowest(self):
+        "the slowest pages are named by processor time, a page that was stopped is left out"
+        lines = suite.slowest({"a.ipynb": 1., "b.ipynb": 30., "c.ipynb": None, "d.ipynb": 9.}, n=2)
+        self.assertEqual([line.split()[-1] for line in lines[1:]], ["b.ipynb", "d.ipynb"])
+        self.assertIn("3 pages took 40 s", lines[0])
+        self.assertIn("98%", lines[0])
+
     def test_shown(self):
         "a visible cell that ends in a value and stores no output is named"
         self.clean(checks.check_shown)
@@ -219,12 +226,13 @@ class Planted(unittest.TestCase):
     def test_pages(self):
         "a failing cell, a page that hangs and a skipped line are told; slow cells run only with their flag"
         good = self.page("03_late.ipynb", cell("import sys; print('skipped: no data', file=sys.__stderr__)"), cell("#| slow\nassert False, 'slow cell ran'"))
-        complaints, _, skips = suite.test_page(good, [], self.root)
+        complaints, _, spent, skips = suite.test_page(good, [], self.root)
+        self.assertGreater(spent, 0)
         self.assertEqual((complaints, skips), ([], ["skipped: no data"]))
         complaints, *_ = suite.test_page(good, ["slow"], self.root)
         self.assertIn("nbs/03_late.ipynb cell 1", complaints[0])
         self.assertIn("slow cell ran", complaints[1])
-        complaints, seconds, _ = suite.test_page(self.page("04_hangs.ipynb", cell("import time; time.sleep(60)")), [], self.root, timeout=6)
+        complaints, seconds, *_ = suite.test_page(self.page("04_hangs.ipynb", cell("import time; time.sleep(60)")), [], self.root, timeout=6)
         self.assertIn("stopped after 6 seconds", complaints[1])
         self.assertLess(seconds, 20)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARLEN', 'FLASH', 'PRECISIONS', 'ScembConfig', 'Embeddings', 'Segments', 'segments', 'has_flash', 'owner_of_tokens',
            'attention_kernel', 'SelfAttention', 'AddNorm', 'Layer', 'ranks_of_segments', 'chosen_precision', 'autocast',
-           'compile_layers', 'ScembPreTrainedModel', 'ScembModel', 'PredictionHead', 'ScembForMaskedLM']
+           'compile_layers', 'ScembPreTrainedModel', 'ScembModel', 'Decoder', 'PredictionHead', 'ScembForMaskedLM']
 
 # %% ../nbs/06_model.ipynb #6fabaea7
 import math
@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrained
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from .chunked_loss import hidden_gene_loss
 
 # %% ../nbs/06_model.ipynb #9e98eb16
 class ScembConfig(PreTrainedConfig):
@@ -365,15 +367,29 @@ class ScembModel(ScembPreTrainedModel):
         return BaseModelOutput(last_hidden_state=x_BLD, hidden_states=states if output_hidden_states else None, attentions=weights if output_attentions else None)
 
 # %% ../nbs/06_model.ipynb #76e31611
+class Decoder(nn.Linear):
+    "Scores of all genes; or, given the true ones, their loss without the scores."
+    def forward(self, x_HD, true=None): # (hidden, D), and (hidden,) tokens -> (hidden, V), or the summed loss
+        if true is None:
+            return super().forward(x_HD)
+        # what is worked off at a time fits a processor's cache; a GPU wants larger products
+        chunk = 4096 if x_HD.is_cuda else 256
+        return hidden_gene_loss(x_HD, self.weight, self.bias, true, chunk)
+
 class PredictionHead(nn.Module):
     "Transform, then score every gene of the vocabulary."
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
-        self.transform = nn.ModuleDict(dict(dense=nn.Linear(D, D), LayerNorm=nn.LayerNorm(D, eps=config.layer_norm_eps)))
-        self.decoder, self.bias = nn.Linear(D, config.vocab_size), nn.Parameter(torch.zeros(config.vocab_size))
+        norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.transform = nn.ModuleDict(dict(dense=nn.Linear(D, D), LayerNorm=norm))
+        self.decoder = Decoder(D, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.act = _activation(config.hidden_act)
-    def forward(self, x): return self.decoder(self.transform["LayerNorm"](self.act(self.transform["dense"](x))))
+
+    def forward(self, x, true=None): # see `Decoder`
+        x = self.transform["LayerNorm"](self.act(self.transform["dense"](x)))
+        return self.decoder(x, true)
 
 class ScembForMaskedLM(ScembPreTrainedModel):
     "The encoder with the masked-gene head."
@@ -394,7 +410,7 @@ class ScembForMaskedLM(ScembPreTrainedModel):
         num_items_in_batch=None, # Masked genes of the whole (accumulated, distributed) batch; None: of this one
         cell_weight=0.,          # Weight of the cell term, see below (unpadded input with labels); 0: the paper's objective
         hidden=None,             # (hidden,) int64: flat places of the masked genes, where the host knows; saves a wait on a GPU
-        **kwargs):               # -> MaskedLMOutput; logits (B, L, V) without labels, (masked, V) with them
+        **kwargs):               # -> MaskedLMOutput; logits (B, L, V) without labels, (masked, V) with them, None in training
         "Score genes; with labels, only at masked positions, and return the loss."
         if cell_weight:
             if labels is None or kwargs.get("cu_seqlens") is None:
@@ -408,9 +424,13 @@ class ScembForMaskedLM(ScembPreTrainedModel):
         if hidden is None:
             hidden = (labels.flatten() != -100).nonzero()[:, 0]
         true = labels.flatten().index_select(0, hidden)
-        logits = head(out.last_hidden_state.flatten(0, 1).index_select(0, hidden))
+        x_HD = out.last_hidden_state.flatten(0, 1).index_select(0, hidden)
         n = num_items_in_batch if num_items_in_batch is not None else max(len(hidden), 1)
-        loss = F.cross_entropy(logits.float(), true, reduction="sum")/n
+        logits = None if self.training else head(x_HD)
+        if self.training:
+            loss = head(x_HD, true)/n
+        else:
+            loss = F.cross_entropy(logits.float(), true, reduction="sum")/n
         if cell_weight:
             cu = kwargs["cu_seqlens"]
             loss = loss + cell_weight*self.cell_loss(out.hidden_states, true, hidden, cu)/n

@@ -17,7 +17,7 @@ def epoch_order(
     n_cells:int, # Cells in the token set
     seed:int=0,  # Of the run
     epoch:int=0, # Each epoch has its own order
-    blocks:int=0, # Consecutive cells that stay near each other; 0: none, any order is equally likely
+    blocks:int=0, # Consecutive cells that stay near each other; 0: none
     pool:int=1_048_576, # Cells that are shuffled together, where there are blocks
 )->np.ndarray:   # A permutation of the cells, int32 (int64 from 2^31 cells)
     "The random order in which an epoch visits the cells."
@@ -53,7 +53,8 @@ class RankBatches:
 
 def _check_rank(rank, world):
     if not 0 <= rank < world:
-        raise ValueError(f"rank={rank} of world={world} devices; ranks count from 0 to {world - 1}.")
+        raise ValueError(f"rank={rank} of world={world} devices; "
+                         f"ranks count from 0 to {world - 1}.")
 
 def _dealt(order, bounds, rank, world): # bounds (batches + 1,) -> RankBatches of this rank
     _check_rank(rank, world)
@@ -62,8 +63,8 @@ def _dealt(order, bounds, rank, world): # bounds (batches + 1,) -> RankBatches o
     return RankBatches(order, bounds[:-1][mine], bounds[1:][mine])
 
 # %% ../nbs/06b_orders.ipynb #93cd8e1b
-def _compiled(f, keep=True):
-    "By numba where it is installed (kept on disk or not); without it the loop is a hundred times slower."
+def _compiled(f, keep=True): # keep: on disk, for the next process
+    "By numba where it is installed; without it the loop is a hundred times slower."
     try:
         from numba import njit
     except ImportError:
@@ -162,7 +163,7 @@ def _fill_gaps(room, n_drawn, drawn, owner, cell, waiting, later, oldest):
 
 @_inner
 def _write_step(n_drawn, drawn, owner, done, packed, bounds):
-    "Write the batches of a step one behind the other; bounds has a place for each batch and the end."
+    "Write the batches of a step one behind the other, and where each begins and the last ends."
     world = bounds.size - 1
     bounds[:] = 0
     for i in range(n_drawn):
@@ -179,9 +180,9 @@ def _write_step(n_drawn, drawn, owner, done, packed, bounds):
 # %% ../nbs/06b_orders.ipynb #a4packed
 @_compiled
 def _pack(lengths, order, budget, limit, world, window, packed, bounds):
-    "Write the cells batch by batch into packed, where batches begin into bounds -> number of batches."
+    "Write the cells batch by batch into packed, where they begin into bounds -> batches."
     n_cells, places = order.size, max(1, min(window, order.size))
-    cell, size, later = np.zeros((3, places), np.int64)        # later: the next one of the same length
+    cell, size, later = np.zeros((3, places), np.int64)    # later: the next one of this length
     waiting = np.zeros(places, np.bool_)
     oldest, newest = np.full((2, limit + 1), -1, np.int64)     # of each length, the longest waiting
     drawn, drawn_size, owner = np.empty((3, n_cells), np.int64) # cells of a step, lengths, batches
@@ -201,11 +202,11 @@ def _pack(lengths, order, budget, limit, world, window, packed, bounds):
             n_drawn += 1
             n_tokens += length
         longest_first = np.argsort(-drawn_size[:n_drawn], kind="mergesort")
-        for i in longest_first:                  # 2. deal them, each to the batch with the most room
+        for i in longest_first:                  # 2. deal each to the batch with the most room
             roomiest = np.argmax(room)
             owner[i] = roomiest
             room[roomiest] -= drawn_size[i]
-        while True:                              # 3. draw and deal one by one, until one does not fit
+        while True:                              # 3. draw and deal until one does not fit
             head, tail = _refill(head, tail, lengths, order, limit,
                                  cell, size, waiting, later, oldest, newest)
             length, roomiest = size[head % places], np.argmax(room)
