@@ -240,7 +240,7 @@ def learn_by_fit(model:CellModel, lesson:Lesson, say)->tuple: # `Held`; history,
     history = [{k: None if value != value else value for k, value in h.items()} for h in history]
     return Held(cells, probabilities(scores, temperature), temperature, how), history, again
 
-# %% ../nbs/11d_annotate.ipynb #074cb118
+# %% ../nbs/11d_annotate.ipynb #1263cd95
 def named_once(vectors, lesson:Lesson, cells, n_classes:int, settings)->np.ndarray: # cells held out once -> probabilities (cells, classes)
     "A probe that learns from the other cells."
     train = np.setdiff1d(np.arange(len(lesson.y)), cells)
@@ -279,8 +279,10 @@ def verdict(p, rival, y)->str: # probabilities of a way and of its rival (cells,
     gain, error = paired(p.argmax(1) == y, rival.argmax(1) == y)
     if abs(gain) <= error:
         return "no difference beyond the standard error"
-    better = "this way is better" if gain > 0 else "the simple baseline is better: use it, or a larger model"
-    return f"{better}, by {abs(gain):.3f} (standard error {error:.3f})"
+    size = f"by {abs(gain):.3f} (standard error {error:.3f})"
+    if gain > 0:
+        return f"this way is better, {size}"
+    return f"the simple baseline is better, {size}: prefer it, or a larger model"
 
 # %% ../nbs/11d_annotate.ipynb #b7e8c081
 def learn(
