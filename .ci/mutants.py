@@ -64,7 +64,7 @@ FAULTS = [
     Fault("curate", '("min_genes", m["n_genes"] >= filters.min_genes)', '("min_genes", m["n_genes"] > filters.min_genes)',
           "off by one in a filter"),
     Fault("curate", "if mito[g]: m += v", "if mito[g]: m += 1", "mitochondrial genes are counted, not their counts"),
-    Fault("leakage", "theirs[enough >= min_genes]) & (n >= min_genes)", "theirs[enough >= min_genes])",
+    Fault("leakage", "theirs[enough >= min_genes]) & (n >= min_genes)", "theirs)",
           "cells with too few genes count as leaked"),
     # vectors
     Fault("embed", "index_add_(0, owner, x_TD)/n[:, None]", "index_add_(0, owner, x_TD)/n.max()", "mean over padding"),
