@@ -131,24 +131,23 @@ def page_environment(folder):
     return env
 
 
-def run_pages(folder, globs, log):
-    "(passed, {page: first error}, number of skipped lines) of the fast cells, one page after the other."
+def chosen_pages(globs):
+    "Pages of the walk whose names fit one of the patterns."
     names = [path.name for path in sorted((ROOT/"nbs").glob("*.ipynb"))]
-    chosen = [name for name in names if any(fnmatch.fnmatch(name, glob) for glob in globs)]
-    passed, failed, skipped = 0, {}, 0
-    for name in chosen:
-        start = time.time()
-        command = [folder/"bin"/"python", ROOT/".ci"/"one_page.py", ROOT/"nbs"/name]
-        rc, output = call(command, PAGE_SECONDS, env=page_environment(folder))
-        skipped += sum(line.strip().startswith("skipped: ") for line in output.split("\n"))
-        if rc:
-            failed[name.removesuffix(".ipynb")] = first_error(output)
-            log.write(f"=== {name}\n{output}\n")
-            log.flush()
-        else:
-            passed += 1
-        print(f"{'FAIL' if rc else 'ok  '}  {name}  {time.time() - start:.0f} s  {first_error(output) if rc else ''}", flush=True)
-    return passed, failed, skipped
+    return [name for name in names if any(fnmatch.fnmatch(name, glob) for glob in globs)]
+
+
+def run_page(folder, name, log):
+    "The first error of the fast cells of a page, or nothing."
+    start = time.time()
+    command = [folder/"bin"/"python", ROOT/".ci"/"one_page.py", ROOT/"nbs"/name]
+    rc, output = call(command, PAGE_SECONDS, env=page_environment(folder))
+    error = first_error(output) if rc else ""
+    if rc:
+        log.write(f"=== {name}\n{output}\n")
+        log.flush()
+    print(f"{'FAIL' if rc else 'ok  '}  {name}  {time.time() - start:.0f} s  {error}", flush=True)
+    return error
 
 
 CELLS = """
@@ -234,26 +233,31 @@ def main():
     if not args.again:
         build_venv(args.python, args.versions, folder)
     install_package(folder)
-    print(installed(folder), flush=True)
     version = call([folder/"bin"/"python", "-c", "import platform; print(platform.python_version())"], 60)[1].strip()
-    before, minutes, globs = 0, 0., args.page
+    passed, minutes, failed, globs = 0, 0., [], args.page
     if args.failed:
         former = former_row(version, args.versions)
-        before, minutes = int(former["pages_passed"]), float(former["minutes"])
-        globs = [f"{name}.ipynb" for name in former["failed"].split()]
+        passed, minutes = int(former["pages_passed"]), float(former["minutes"])
+        failed = former["failed"].split()
+        globs = [f"{name}.ipynb" for name in failed]
     start = time.time()
-    with open(args.log, "w", encoding="utf-8") as log:
-        commands_passed, commands_failed = run_commands(folder, log)
-        pages_passed, pages_failed, skipped = run_pages(folder, globs, log)
-    pages_passed += before
-    minutes += (time.time() - start)/60
-    errors = {**commands_failed, **pages_failed}
     row = dict(python=version, set=args.versions, **installed(folder))
-    row.update(pages_passed=pages_passed, pages_failed=len(pages_failed), failed=" ".join(pages_failed),
-               first_error=next(iter(errors.values()), ""), commands_passed=commands_passed,
-               commands_failed=len(commands_failed), minutes=round(minutes, 1))
-    write_row(row)
-    print(f"{commands_passed + pages_passed} passed, {len(errors)} failed, {skipped} skipped")
+    with open(args.log, "w", encoding="utf-8") as log:
+        commands_passed, errors = run_commands(folder, log)
+        row.update(commands_passed=commands_passed, commands_failed=len(errors))
+        for name in chosen_pages(globs):
+            page = name.removesuffix(".ipynb")
+            failed = [other for other in failed if other != page]
+            error = run_page(folder, name, log)
+            if error:
+                errors[page] = error
+                failed.append(page)
+            else:
+                passed += 1
+            row.update(pages_passed=passed, pages_failed=len(failed), failed=" ".join(failed),
+                       first_error=next(iter(errors.values()), ""), minutes=round(minutes + (time.time() - start)/60, 1))
+            write_row(row)     # after each page: a run that is stopped leaves what it knows
+    print(f"{commands_passed + passed} passed, {len(errors)} failed")
     return 1 if errors else 0
 
 

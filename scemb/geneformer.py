@@ -18,7 +18,7 @@ from .embed import cell_encoder
 from .genes import gene_table, protein_coding
 from .model import ScembConfig, ScembForMaskedLM
 from .peers import Peer, fill, local_folder, read_json, read_pickle, read_weights
-from .tokenize import SPECIAL, Encoder, TokenizerSettings, Vocabulary, _TOP, _mix64, _tie_keys
+from .tokenize import SPECIAL, Encoder, TokenizerSettings, Vocabulary, _TOP, _mix64, _tie_keys, kernel_arrays
 
 # %% ../nbs/18a_geneformer.ipynb #f4db2180
 SIZES = {"V1-10M": dict(version=1, layers=6, width=256, heads=4), "V2-104M": dict(version=2, layers=12, width=768, heads=12)} # As published
@@ -171,7 +171,7 @@ class MedianEncoder(Encoder):
         if self.shared: chunk = self._summed(chunk)
         n = chunk.shape[0]; bound = int(np.minimum(np.diff(chunk.indptr), s.max_len).sum())
         out = dict(genes=np.empty(bound, np.uint16), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32), total=np.empty(n, np.int64), cut=np.empty(n, np.int64))
-        size = _by_median(chunk.indptr, chunk.indices, chunk.data, self.token, self.mixed, self.scale, self.seed, s.max_len, *out.values())
+        size = _by_median(*kernel_arrays(chunk), self.token, self.mixed, self.scale, self.seed, s.max_len, *out.values())
         return {**out, "genes": out["genes"][:size], "bins": np.ones(size, np.uint8), "rescued": np.zeros(n, np.int32)}
 
 # %% ../nbs/18a_geneformer.ipynb #f20fe6ba

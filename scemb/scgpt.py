@@ -19,7 +19,7 @@ from .embed import cell_encoder
 from .genes import gene_table, map_genes, protein_coding
 from .model import ScembConfig, ScembModel, ScembPreTrainedModel
 from .peers import Peer, fill, local_folder, read_json, read_weights
-from .tokenize import Encoder, SPECIAL, TokenizerSettings, Vocabulary, _mix64, _tie_keys
+from .tokenize import Encoder, SPECIAL, TokenizerSettings, Vocabulary, _mix64, _tie_keys, kernel_arrays
 
 # %% ../nbs/18b_scgpt.ipynb #b43896ef
 SIZE = dict(layers=12, width=512, heads=8, hidden=512) # Of the published whole-human model
@@ -89,7 +89,7 @@ class ValueEncoder(Encoder):
         if self.shared: chunk = self._summed(chunk)
         n, limit = chunk.shape[0], self.settings.max_len; bound = int(np.minimum(np.diff(chunk.indptr), limit).sum())
         out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32), total=np.empty(n, np.int64), cut=np.empty(n, np.int64))
-        size = _values(chunk.indptr, chunk.indices, chunk.data, self.token, self.mixed, QUANTILES, self.seed, limit, *out.values())
+        size = _values(*kernel_arrays(chunk), self.token, self.mixed, QUANTILES, self.seed, limit, *out.values())
         return {**out, "genes": out["genes"][:size], "bins": out["bins"][:size], "rescued": np.zeros(n, np.int32)}
 
 # %% ../nbs/18b_scgpt.ipynb #c57f7797

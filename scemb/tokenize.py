@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'PAD', 'MASK', 'CLS', 'UNK', 'Vocabulary', 'protein_vocabulary', 'rank_bins', 'cpm', 'TokenizerSettings',
-           'tokenizer_hash', 'Encoder', 'cell_table', 'gene_medians']
+           'tokenizer_hash', 'kernel_arrays', 'Encoder', 'cell_table', 'gene_medians']
 
 # %% ../nbs/05_tokenize.ipynb #3be54d07
 import hashlib, json
@@ -269,6 +269,16 @@ def tokenizer_hash(settings:TokenizerSettings, vocabulary:Vocabulary)->str:
     return _hash([asdict(settings), vocabulary.hash])
 
 # %% ../nbs/05_tokenize.ipynb #0b57e0b9
+def kernel_arrays(
+    chunk, # CSR of counts, of any integer types
+)->tuple:  # indptr int64, indices int32, data int32
+    "The arrays of a chunk in one set of types: numba compiles a kernel anew for each set it meets."
+    if chunk.data.dtype != np.int32 and chunk.nnz and chunk.data.max() > _TOP:
+        raise ValueError(f"The largest count is {chunk.data.max():,}, over 2^31 - 1; check what the matrix holds.")
+    indptr = chunk.indptr.astype(np.int64, copy=False)
+    indices = chunk.indices.astype(np.int32, copy=False)
+    return indptr, indices, chunk.data.astype(np.int32, copy=False)
+
 class Encoder:
     "Counts of a chunk of cells -> tokens. Made once for a data set, called for each chunk, in any thread."
     def __init__(self,
@@ -294,7 +304,7 @@ class Encoder:
         bound = int(np.minimum(np.diff(chunk.indptr), s.max_len + int(self.protected.sum())).sum())
         out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32),
                    total=np.empty(n, np.int64), cut=np.empty(n, np.int64), rescued=np.empty(n, np.int32))
-        size = _encode(chunk.indptr, chunk.indices, chunk.data, self.token, self.mixed, self.scale, self.seed, s.max_len, s.n_bins, s.bins_over == "window", s.ties == "index", self.protected, *out.values())
+        size = _encode(*kernel_arrays(chunk), self.token, self.mixed, self.scale, self.seed, s.max_len, s.n_bins, s.bins_over == "window", s.ties == "index", self.protected, *out.values())
         return out | {k: out[k][:size] for k in ("genes", "bins")}
 
     def _summed(self, chunk): # counts of all names of a gene are added, so that no gene stands twice in a cell
@@ -337,7 +347,7 @@ def gene_medians(
     for s in sources if isinstance(sources, (list, tuple)) else [sources]:
         counts = s if isinstance(s, Counts) else read_counts(s)
         token = vocabulary.token_of_rows(counts.genes.rows)
-        for _, chunk in counts.chunks(): _fill(chunk.indptr, chunk.indices, chunk.data, token, hist)
+        for _, chunk in counts.chunks(): _fill(*kernel_arrays(chunk), token, hist)
     n, upto = hist.sum(1), hist.cumsum(1)
     at = (upto*2 >= n[:, None]).argmax(1)
     below = np.take_along_axis(upto, at[:, None], 1)[:, 0] - np.take_along_axis(hist, at[:, None], 1)[:, 0]
