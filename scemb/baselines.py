@@ -31,7 +31,7 @@ def sampled_cells(
     random = np.random.default_rng([seed, 5])
     return np.sort(random.choice(n_cells, wanted, replace=False, shuffle=False))
 
-def _pieces(tokens, max_len, size=2048, cells=None): # flat genes, bins, offsets of `size` cells each
+def _pieces(tokens, max_len, size=2048, cells=None): # flat genes, bins, offsets of some cells
     from scemb.batching import truncated
     cells = np.arange(len(tokens)) if cells is None else cells
     for first in range(0, len(cells), size):
@@ -139,7 +139,8 @@ def gene_vectors(
     from sklearn.utils.extmath import randomized_svd
     n_vocab = len(tokens.vocabulary)
     parts = []
-    for genes, bins, offsets in _pieces(tokens, max_len, cells=sampled_cells(len(tokens), n_cells, seed)):
+    chosen = sampled_cells(len(tokens), n_cells, seed)
+    for genes, bins, offsets in _pieces(tokens, max_len, cells=chosen):
         height = bins.astype(np.float32)/tokens.settings.n_bins
         shape = (len(offsets) - 1, n_vocab)
         parts.append(sp.csr_matrix((height, genes.astype(np.int32), offsets), shape=shape))
@@ -149,7 +150,8 @@ def gene_vectors(
                          f"{cells_x_genes.shape[0]}. Lower the width or give more cells.")
     cells_with = np.asarray((cells_x_genes > 0).sum(0)).ravel()
     weight = (1/np.sqrt(np.maximum(cells_with, 10))).astype(np.float32)     # rare genes count more
-    _, strengths, components = randomized_svd(cells_x_genes @ sp.diags(weight), dim, n_iter=5, random_state=seed)
+    weighted = cells_x_genes @ sp.diags(weight)
+    _, strengths, components = randomized_svd(weighted, dim, n_iter=5, random_state=seed)
     vectors = (components.T*np.sqrt(strengths)).astype(np.float32)
     vectors[cells_with == 0] = 0
     return vectors/np.sqrt((vectors[cells_with > 0]**2).mean())
