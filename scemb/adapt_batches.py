@@ -18,8 +18,10 @@ from .baselines import pca_embedding
 from .batching import masked_batch
 from .checkpoint import load_checkpoint
 from .counts import read_counts
-from .finetune import CellModel, FinetuneSettings, hidden_states
-from .fit import out_of_memory, predict
+from .embed import to_device
+from .finetune import CellModel, FinetuneSettings, hidden_states, seeded
+from .fit import out_of_memory, predict, sent
+from .model import autocast, segments
 from .tokens import tokenize
 
 # %% ../nbs/11e_adapt_batches.ipynb #7caf5f71
@@ -80,39 +82,68 @@ def far_of(x, batch)->np.ndarray: # directions of some cells (B, D), batches (B,
     return same & (s < np.nanmedian(np.where(same, s, np.nan), 1, keepdims=True)) if same.any(1).all() else same & (s < 0)
 
 # %% ../nbs/11e_adapt_batches.ipynb #8ef7815e
-@torch.random.fork_rng(devices=[])
+def _drawn(pairs, n_pairs, rng, anchors, order, start, count): # -> pairs of a step (n, 2)
+    "Each anchor alike, however many partners it has."
+    at = rng.choice(len(anchors), min(n_pairs, len(anchors)), replace=False)
+    partner = (rng.random(len(at))*count[at]).astype(int)
+    return pairs[order[start[at] + partner]]
+
 def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step, contrast, masked
-    f, rng, history, n_pairs = s.finetune, np.random.default_rng([s.finetune.seed, 3]), [], s.pairs
-    torch.set_flush_denormal(True); torch.manual_seed(f.seed)
+    f, rng, steps, n_pairs = s.finetune, np.random.default_rng([s.finetune.seed, 3]), [], s.pairs
     trained = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]
-    optimizer = torch.optim.AdamW(trained, lr=s.step_rate, weight_decay=f.weight_decay); warm = max(1, round(f.warmup*s.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1)/warm, max(0., (s.steps - i)/max(1, s.steps - warm))))
-    anchors = np.unique(pairs[:, 0]); order = np.argsort(pairs[:, 0], kind="stable"); count = np.bincount(pairs[:, 0])[anchors]; start = np.concatenate([[0], np.cumsum(count)[:-1]])
+    optimizer = torch.optim.AdamW(trained, lr=s.step_rate, weight_decay=f.weight_decay)
+    warm = max(1, round(f.warmup*s.steps))
+    factor = lambda i: min((i + 1)/warm, max(0., (s.steps - i)/max(1, s.steps - warm)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    anchors, count = np.unique(pairs[:, 0], return_counts=True)
+    order = np.argsort(pairs[:, 0], kind="stable")
+    start = np.cumsum(count) - count
     model.train()
     for step in range(s.steps):
-        at = rng.choice(len(anchors), min(n_pairs, len(anchors)), replace=False); chosen = pairs[order[start[at] + (rng.random(len(at))*count[at]).astype(int)]]   # each anchor alike, however many partners it has
+        chosen = _drawn(pairs, n_pairs, rng, anchors, order, start, count)
         while True:
             cells = np.concatenate([chosen[:, 0], chosen[:, 1]])
             try:
-                optimizer.zero_grad(set_to_none=True); losses = _losses(model, genes, tokens, cells, x, b, s, step)
-                (s.contrast*losses[0] + s.masked*losses[1]).backward(); break
+                optimizer.zero_grad(set_to_none=True)
+                losses = _losses(model, genes, tokens, cells, x, b, s, step)
+                (s.contrast*losses[0] + s.masked*losses[1]).backward()
+                break
             except RuntimeError as e:
                 if not out_of_memory(e): raise
-                if len(chosen) < 2: raise ValueError("Memory does not suffice for two cells at a time; lower max_len.") from e
-                chosen = chosen[:len(chosen)//2]; n_pairs = len(chosen); warnings.warn(f"Out of memory: going on with {n_pairs} pairs a step.")
-        torch.nn.utils.clip_grad_norm_(trained, f.max_grad_norm); optimizer.step(); schedule.step()
-        history.append(dict(step=step + 1, contrast=float(losses[0].detach()), masked=float(losses[1].detach())))
-        if (step + 1) % max(1, s.steps//10) == 0: say(f"step {step + 1} of {s.steps}: contrast {history[-1]['contrast']:.3f}, masked genes {history[-1]['masked']:.2f}")
+                if len(chosen) < 2:
+                    raise ValueError(
+                        "Memory does not suffice for two cells at a time; lower max_len.") from e
+                chosen = chosen[:len(chosen)//2]
+                n_pairs = len(chosen)
+                warnings.warn(f"Out of memory: going on with {n_pairs} pairs a step.")
+        torch.nn.utils.clip_grad_norm_(trained, f.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        # read now and then, not at each step
+        steps.append(torch.stack([loss.detach() for loss in losses]))
+        if (step + 1) % max(1, s.steps//10) == 0:
+            contrast, masked = steps[-1].tolist()
+            say(f"step {step + 1} of {s.steps}: contrast {contrast:.3f}, masked genes {masked:.2f}")
     model.eval()
-    return history
+    history = torch.stack(steps).tolist() if steps else []
+    return [dict(step=i, contrast=c, masked=m) for i, (c, m) in enumerate(history, 1)]
 
 def _losses(model, genes, tokens, cells, x, b, s, step): # -> contrastive, masked-gene
-    batch = {k: torch.from_numpy(v).to(model.device) for k, v in masked_batch(tokens, cells, tokens.settings.max_len, seed=s.finetune.seed, epoch=step, share=s.mask_share).items()}
-    states = hidden_states(model.encoder, batch, model.prefix)
-    v = model.head.pool(torch.stack(states[1:]).mean(0), batch["cu_seqlens"])
-    u, far = F.normalize((v - model.head.mean)/model.head.spread, dim=1), torch.from_numpy(far_of(x[cells], b[cells])).to(model.device)
-    at = batch["labels"][0] != -100
-    masked = F.cross_entropy(genes(states[-1][at]).float(), batch["labels"][0][at]) if s.masked else u.new_zeros(())
+    seed, length, device = s.finetune.seed, tokens.settings.max_len, model.device
+    batch = masked_batch(tokens, cells, length, seed=seed, epoch=step, share=s.mask_share)
+    hidden = np.flatnonzero(batch["labels"][0] != -100)
+    longest = int(np.diff(batch["cu_seqlens"]).max(initial=0))
+    arrays = {k: torch.from_numpy(batch[k]) for k in ("input_ids", "bins", "cu_seqlens")}
+    arrays["true"] = torch.from_numpy(batch["labels"][0][hidden])
+    batch = sent(arrays, device)
+    batch["cu_seqlens"] = segments(batch["cu_seqlens"], longest)
+    far = to_device(far_of(x[cells], b[cells]), device)
+    with autocast(device, model.precision):
+        states = hidden_states(model.encoder, batch, model.prefix)
+        v = model.head.pool(torch.stack(states[1:]).mean(0), batch["cu_seqlens"])
+        scores = genes(states[-1].index_select(0, to_device(hidden, device))) if s.masked else None
+    u = F.normalize((v - model.head.mean)/model.head.spread, dim=1)
+    masked = F.cross_entropy(scores.float(), batch["true"]) if s.masked else u.new_zeros(())
     return contrastive_loss(u, far, s.temperature), masked
 
 # %% ../nbs/11e_adapt_batches.ipynb #fcb25d26
@@ -140,10 +171,13 @@ def adapt_batches(
     x = directions(pca_embedding(adata, layer=layer, seed=f.seed))
     pairs = full[mutual_pairs(x[full], b[full], s.neighbours)]
     if len(pairs) < s.pairs: raise ValueError(f"Only {len(pairs)} mutual neighbours between the {len(np.unique(b))} batches of obs[{batch!r}]; they share too little to be drawn together. Raise neighbours, or leave them apart.")
-    frozen = predict(CellModel(net.bert, 2, FinetuneSettings(way="probe", token_budget=f.token_budget)).to(device), tokens, vectors=True)
+    probe = FinetuneSettings(way="probe", token_budget=f.token_budget, precision=f.precision)
+    frozen = predict(CellModel(net.bert, 2, probe).to(device), tokens, vectors=True)
     model = CellModel(net.bert, 2, f).to(device); put = lambda v: torch.as_tensor(v, dtype=torch.float32, device=device)
     model.head.mean.copy_(put(np.nanmean(frozen, 0))); model.head.spread.copy_(put(np.nanstd(frozen, 0) + 1e-6))
-    history = _train(model, net.cls["predictions"].to(device), tokens, pairs, x, b, s, say)
+    torch.set_flush_denormal(True)
+    with seeded(f.seed, model.device):
+        history = _train(model, net.cls["predictions"].to(device), tokens, pairs, x, b, s, say)
     return dict(before=unit_vectors(model, frozen), after=unit_vectors(model, predict(model, tokens, vectors=True)), model=model, history=history, pairs=pairs)
 
 # %% ../nbs/11e_adapt_batches.ipynb #4502d461
@@ -184,7 +218,12 @@ def integrate(
     kept = neighbours_kept(got["before"], got["after"], adata.obs[batch].astype(str).to_numpy())
     if kept < .3: warnings.warn(f"Only {kept:.0%} of the neighbours within a batch were kept, beyond chance: this may be over-corrected. Train fewer steps, or lower contrast (now {settings.contrast:g}).")
     adata.obsm[key] = got["after"].astype(np.float32); f = asdict(settings.finetune)
-    record = dict(batch=batch, base="in memory" if isinstance(base, tuple) else str(base), base_hash=got["model"].base, way=f["way"], seed=f["seed"], steps=settings.steps, pairs=settings.pairs, temperature=settings.temperature, contrast=settings.contrast,
-                  masked=settings.masked, rate=settings.step_rate, neighbours=settings.neighbours, n_pairs=len(got["pairs"]), neighbours_kept=kept, key=key)
+    record = dict(
+        batch=batch, base="in memory" if isinstance(base, tuple) else str(base),
+        base_hash=got["model"].base, way=f["way"], precision=got["model"].precision,
+        seed=f["seed"], steps=settings.steps, pairs=settings.pairs,
+        temperature=settings.temperature, contrast=settings.contrast, masked=settings.masked,
+        rate=settings.step_rate, neighbours=settings.neighbours, n_pairs=len(got["pairs"]),
+        neighbours_kept=kept, key=key)
     adata.uns["scemb"] = {**adata.uns.get("scemb", {}), "integration": record}
     return adata

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'BASELINES', 'auroc', 'annotation_metrics', 'annotation_rows', 'against', 'confusion', 'unknown_roc',
-           'baseline_features', 'baseline_probabilities', 'few_labelled']
+           'leave_types_out', 'refused_and_lost', 'baseline_features', 'baseline_probabilities', 'few_labelled']
 
 # %% ../nbs/17c_annotation_scores.ipynb #cc7d5ba6
 import numpy as np
 
-from .baselines import bag, gene_vectors, pca_embedding
+from .baselines import bag, gene_vectors, pca_embedding, scanpy_module
 from .benchmark import _row, macro_f1
 from .counts import find_counts
-from .annotate import compare_names
+from .labels import compare_names
 from .fit import calibration_error, chosen_penalty, class_weights, fit_temperature, probabilities, split_labelled
+from .probe import probed
 from .stats import bootstrap_units, min_units, sign_flip_test
 from .tokens import TokenSet
+from .unknown import called_unknown, class_thresholds, loss_table
 
 # %% ../nbs/17c_annotation_scores.ipynb #f5791355
 def auroc(score, positive)->float: # numbers (cells,), booleans (cells,) -> chance that a positive scores above a negative; NaN without both
@@ -100,6 +102,66 @@ def unknown_roc(
     table = pd.DataFrame(dict(method=method, kept_unknown=[(confidence[~known] >= x).mean() for x in t], kept_known=[(confidence[known] >= x).mean() for x in t], threshold=t))
     return table, bootstrap_units(lambda i: auroc(confidence[i], known[i]), np.arange(len(known)), "cell", groups=known.astype(int), method="percentile", n_resamples=199, seed=seed)
 
+# %% ../nbs/17c_annotation_scores.ipynb #cdunkn01
+def leave_types_out(
+    labels,        # Cell types, shape (cells,)
+    fit,           # Mask of the reference; the other cells are the query
+    vectors:dict,  # Method -> function(mask of cells to fit on) that gives vectors of all cells, (cells, D)
+    units=None,    # Donors of all cells: with three or more in the reference, whole ones are held out in turn
+    absent=None,   # Types to leave out in turn; None: all with 20 cells in reference and query
+    loss:float=.05, # Share of each known class that may be lost
+    seed:int=0,
+):                 # DataFrame, a row a method, absent type and label: cells, lost (share called unknown), low, high, promised, right (share named rightly)
+    "Ask who is called unknown when one type after another is missing."
+    import pandas as pd
+    labels, fit = np.asarray(labels).astype(str), np.asarray(fit, bool)
+    if absent is None:
+        names = np.unique(labels)
+        absent = [t for t in names if min((labels[fit] == t).sum(), (labels[~fit] == t).sum()) >= 20]
+    tables = []
+    for gone in ["", *absent]:
+        for method, make in vectors.items():
+            own = fit & (labels != gone)
+            table = _named_or_refused(labels, own, ~fit, make(own), units, loss, seed)
+            tables.append(table.assign(method=method, absent=gone))
+    first = ["method", "absent", "label"]
+    found = pd.concat(tables, ignore_index=True)
+    return found[first + [c for c in found if c not in first]]
+
+def _named_or_refused(labels, fit, query, v, units, loss, seed): # one method, one reference -> a row a label of the query
+    classes, y = np.unique(labels[fit], return_inverse=True)
+    donors = None if units is None else np.asarray(units)[fit]
+    found = probed(v[fit], y, len(classes), donors, seed=seed)
+    unseen = found.probabilities()[found.checked]
+    limits = class_thresholds(unseen.max(1), unseen.argmax(1), y[found.checked], len(classes), loss)
+    p = probabilities(found.probe.scores(v[query]), found.temperature)
+    unknown = called_unknown(p, limits.threshold.to_numpy())
+    right = ~unknown & (classes[p.argmax(1)] == labels[query])
+    table = loss_table(labels[query], unknown)
+    table["promised"] = table.label.map(dict(zip(classes, limits.promised)))
+    table["right"] = [right[labels[query] == name].mean() for name in table.label]
+    return table
+
+# %% ../nbs/17c_annotation_scores.ipynb #cdunkn04
+def refused_and_lost(
+    table, # From `leave_types_out`, with a column dataset
+):         # DataFrame, a row a data set and method
+    "Put the answers of `leave_types_out` into a few numbers."
+    rows = []
+    for (dataset, method), own in table.groupby(["dataset", "method"], sort=False):
+        nothing_gone = own[own.absent == ""]
+        gone = own[own.absent == own.label]
+        known = nothing_gone[nothing_gone.promised.notna()]
+        rows.append(dict(
+            dataset=dataset, method=method, types_left_out=len(gone), cells_of_them=int(gone.cells.sum()),
+            refused=gone.lost.mean(),
+            known_cells=int(known.cells.sum()), known_lost=float(np.average(known.lost, weights=known.cells)),
+            known_right=float(np.average(known.right, weights=known.cells)),
+            worst_class=known.loc[known.lost.idxmax(), "label"], worst_lost=known.lost.max(),
+            beyond_promise=int((known.low > known.promised).sum()), classes=len(known)))
+    import pandas as pd
+    return pd.DataFrame(rows)
+
 # %% ../nbs/17c_annotation_scores.ipynb #305ad37a
 BASELINES = ("logistic regression, PCA", "logistic regression, HVG", "logistic regression, SVD bag", "k-NN, PCA")
 
@@ -110,7 +172,8 @@ def baseline_features(
     layer:str|None=None, dim:int=128, seed:int=0,
 )->dict:                      # PCA (cells, 50), HVG (cells, genes), SVD bag (cells, dim)
     "Features of all cells, made without labels."
-    import anndata as ad, scanpy as sc
+    import anndata as ad
+    sc = scanpy_module()
     fit, (_, matrix, var) = np.asarray(fit, bool), find_counts(adata, layer); work = ad.AnnData(matrix[:].astype(np.float32), var=var[[]].copy())
     sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
     if work.n_vars > 2000: part = work[fit].copy(); sc.pp.highly_variable_genes(part, n_top_genes=2000); work = work[:, part.var.highly_variable.to_numpy()]

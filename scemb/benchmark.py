@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .labels import has_label
 from .stats import bootstrap_units, mean_interval
 
 # %% ../nbs/17_benchmark.ipynb #158c1510
@@ -52,7 +53,7 @@ def cluster_scores(
 
 def _usable(x, labels): # finite rows with a label
     labels = np.asarray(labels).astype(str)
-    ok = np.isfinite(x).all(1) & ~np.isin(labels, ["nan", "None", ""])
+    ok = np.isfinite(x).all(1) & has_label(labels)
     if not ok.any(): raise ValueError("No cell has both a finite embedding and a label.")
     return np.asarray(x)[ok], labels[ok]
 
@@ -123,7 +124,7 @@ def leave_batch_out(
 
 def usable(x, labels): # -> mask of cells with a finite embedding and a label
     "Cells that can be scored."
-    return np.isfinite(x).all(1) & ~np.isin(np.asarray(labels).astype(str), ["nan", "None", ""])
+    return np.isfinite(x).all(1) & has_label(labels)
 
 # %% ../nbs/17_benchmark.ipynb #b2b7095f
 def few_shot_scores(

@@ -13,7 +13,8 @@ from typing import Annotated, Optional
 import typer
 
 from .adapt_commands import annotate, finetune, integrate
-from .commands import Device, Layer, Model, Overwrite, Seed, counter, loading, refusing
+from .commands import (
+    Device, Layer, Model, Overwrite, Precision, Seed, counter, loading, refusing)
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -174,7 +175,7 @@ def tokenize(
 def pretrain(
     tokens: Annotated[Path, typer.Argument(help="A token data set (scemb tokenize).")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
-    config: Annotated[Optional[Path], typer.Option(help="TOML file with fields of TrainSettings and layers, width, heads, dropout.")] = None,
+    config: Annotated[Optional[Path], typer.Option(help="TOML file with fields of TrainSettings and layers, width, heads, dropout, attention_dropout.")] = None,
     heldout: Annotated[Optional[Path], typer.Option(help="Token data set of held-out cells; default: validation_share of the tokens.")] = None,
     start_from: Annotated[Optional[str], typer.Option(help="Checkpoint whose weights to start from, with a new optimizer.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimizer steps (overrides the file).")] = None,
@@ -215,9 +216,9 @@ def _train_settings(config, given): # TOML file and command line -> TrainSetting
     try: values = tomllib.loads(config.read_text()) if config else {}
     except tomllib.TOMLDecodeError as e: raise ValueError(f"{config} is not TOML: {e}") from e
     values |= {k: v for k, v in given.items() if v is not None}
-    size = {k: values.pop(k) for k in ("layers", "width", "heads", "dropout") if k in values}
+    size = {k: values.pop(k) for k in ("layers", "width", "heads", "dropout", "attention_dropout") if k in values}
     known = [f.name for f in fields(TrainSettings)]; unknown = sorted(set(values) - set(known))
-    if unknown: raise ValueError(f"{config} has unknown keys {unknown}; known are layers, width, heads, dropout, {', '.join(known)}.")
+    if unknown: raise ValueError(f"{config} has unknown keys {unknown}; known are layers, width, heads, dropout, attention_dropout, {', '.join(known)}.")
     return TrainSettings(**values), size
 
 @app.command()
@@ -233,7 +234,7 @@ def embed(
     duplicates: Annotated[str, typer.Option(help="Gene names that stand twice: error or sum.")] = "error",
     key: Annotated[str, typer.Option(help="Key in obsm.")] = "X_scemb",
     device: Device = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: Precision = "auto",
     token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory; default: 4,096 on a CPU, 65,536 on a GPU.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")] = None, overwrite: Overwrite = False,
 ):

@@ -25,8 +25,8 @@ class Finding:
     found: str        # The value found
     way_out: str = "" # What to do
 
-EXTRAS = dict(train=("accelerate", "deepspeed"), census=("tiledbsoma", "cellxgene_census"), finetune=("peft",), graph=("torch_geometric",),
-              bench=("scib_metrics", "harmonypy"), demo=("nbconvert", "ipykernel", "matplotlib", "sklearn"))
+EXTRAS = dict(train=("accelerate", "deepspeed"), census=("tiledbsoma", "cellxgene_census"), finetune=("peft", "scanpy"), graph=("torch_geometric",),
+              bench=("scib_metrics", "harmonypy", "scanpy"), demo=("nbconvert", "ipykernel", "matplotlib", "scanpy"))
 
 # %% ../nbs/02b_doctor.ipynb #b127292f
 def examine_installation(
@@ -34,7 +34,7 @@ def examine_installation(
 )->list:        # Findings
     "Versions, devices, threads, disk, extras."
     out = []
-    for p in ("scemb", "torch", "transformers", "anndata", "scanpy", "numba", "datasets"):
+    for p in ("scemb", "torch", "transformers", "anndata", "scikit-learn", "numba", "datasets"):
         try: out.append(Finding(p, "ok", version(p)))
         except PackageNotFoundError: out.append(Finding(p, "note" if p == "scemb" else "fix", "not installed", "pip install scemb"))
     import torch

@@ -147,7 +147,7 @@ def embed_file(
     pooling:str="mean12", max_len:int|None=None, # See `embed`
     layer:str|None=None, gene_column:str|None=None, duplicates:str="error", # See `read_counts`
     key:str="X_scemb",         # Key in obsm
-    device:str|None=None, precision:str="fp32", token_budget:int|None=None, # See `embed`
+    device:str|None=None, precision:str="auto", token_budget:int|None=None, # See `embed`
     seed:int|None=None,        # Of the order of ties; None: the model's
     overwrite:bool=False,      # Replace an earlier result
     window:int=2048,           # Cells read, embedded and written at a time: the unit of memory, and what a stop can lose

@@ -8,7 +8,7 @@ __all__ = ['harmony_embedding', 'scvi_embedding', 'token_bag', 'own_bag']
 # %% ../nbs/08a_embedding_baselines.ipynb #b7c6815d
 import numpy as np
 
-from .baselines import bag, gene_vectors, pca_embedding
+from .baselines import bag, gene_vectors, pca_embedding, scanpy_module
 from .model import ScembForMaskedLM
 from .tokens import TokenSet
 
@@ -36,7 +36,8 @@ def scvi_embedding(
     "scVI's latent mean, trained on highly variable genes of these cells."
     try: import scvi
     except ImportError as e: raise ImportError("scVI is not installed: pip install scvi-tools") from e
-    import anndata as ad, scanpy as sc
+    import anndata as ad
+    sc = scanpy_module()
     from scemb.counts import find_counts
     x = find_counts(adata, layer)[1]
     work = ad.AnnData(x[:].astype(np.float32), obs=adata.obs[[batch]].astype(str)); scvi.settings.seed = seed

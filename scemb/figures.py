@@ -29,7 +29,9 @@ def umap_coordinates(
     n_neighbors:int=15, seed:int=0,
 )->np.ndarray:          # Shape (cells, 2)
     "UMAP of an embedding by scanpy, seeded."
-    import anndata as ad, scanpy as sc
+    import anndata as ad
+    from scemb.baselines import scanpy_module
+    sc = scanpy_module()
     work = ad.AnnData(np.zeros((len(x), 1), np.float32), obsm=dict(x=np.asarray(x, np.float32)))
     sc.pp.neighbors(work, n_neighbors=min(n_neighbors, len(x) - 1), use_rep="x", random_state=seed)
     sc.tl.umap(work, random_state=seed)

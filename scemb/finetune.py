@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'HEADS', 'RATES', 'FinetuneSettings', 'Prefix', 'rows_of', 'hidden_states', 'Head', 'adapted', 'base_hash',
-           'CellModel', 'trained_share', 'saved_names', 'save_adapter', 'load_adapter']
+           'seeded', 'CellModel', 'trained_share', 'saved_names', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/11_finetune.ipynb #7ba76883
 import copy, hashlib, json, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from torch import nn
 from .checkpoint import load_checkpoint
 from .counts import check_output
 from .embed import segment_means
-from .model import Layer, ScembConfig, ScembModel
+from .model import (
+    Layer, ScembConfig, ScembModel, autocast, chosen_precision, owner_of_tokens,
+    ranks_of_segments, segments)
 
 # %% ../nbs/11_finetune.ipynb #72a374f2
 WAYS, HEADS = ("full", "freeze", "lora", "prefix", "probe"), ("linear", "mlp", "transformer")
@@ -47,11 +50,17 @@ class FinetuneSettings:
     validation_share: float = .15 # Labelled cells held out for the choice of the epoch, the temperature and the threshold
     refit: int = 500             # With at most so many labelled cells, learn from all of them again once the choices are made; 0: never
     token_budget: int = 16_384   # Tokens a forward pass: the lever for memory; with dropout, other pieces draw other numbers
+    precision: str = "auto"      # "fp32", "bf16" or "auto": bf16 on a GPU that has it, else fp32
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("way", WAYS), ("head", HEADS), ("control", ("none", "random", "permuted"))):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+        choices = dict(
+            way=WAYS, head=HEADS, control=("none", "random", "permuted"),
+            precision=("auto", "fp32", "bf16"))
+        for name, allowed in choices.items():
+            found = getattr(self, name)
+            if found not in allowed:
+                raise ValueError(f"{name}={found!r}; choose one of {', '.join(allowed)}.")
         for name in ("rank", "prefix_tokens", "prefix_width", "batch_cells", "token_budget"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed.")
         if not 0 <= self.gene_dropout < 1: raise ValueError(f"gene_dropout={self.gene_dropout}; a share from 0 to below 1 is needed.")
@@ -87,25 +96,44 @@ class Prefix(nn.Module):
         return cache
 
 # %% ../nbs/11_finetune.ipynb #be1313de
-def rows_of(x_T, cu): # flat values (T,), bounds of cells (cells + 1,) -> (cells, longest), 0 where there is nothing; mask of what is real
+def rows_of(
+    x_T,   # Flat values (T,)
+    cells, # Where the cells begin, (cells + 1,) integers or Segments
+):         # Values (cells, longest), 0 where there is nothing; mask of what is real
     "Lay an unpadded row of cells out as padded rows."
-    lengths = cu[1:] - cu[:-1]
-    real = torch.arange(int(lengths.max()), device=cu.device) < lengths[:, None]
-    return torch.zeros(real.shape, dtype=x_T.dtype, device=x_T.device).masked_scatter(real, x_T), real
+    cells = segments(cells)
+    places = torch.arange(cells.longest, device=x_T.device)
+    real = places < cells.cu.diff()[:, None]
+    padded = torch.zeros(real.shape, dtype=x_T.dtype, device=x_T.device)
+    return padded.masked_scatter(real, x_T), real
+
+def _flat_places(cells, n_tokens): # place of each token in padded rows laid end to end, (T,)
+    row_T = owner_of_tokens(cells.cu, n_tokens)
+    rank_T = ranks_of_segments(cells, n_tokens)[0]
+    return row_T*cells.longest + rank_T
 
 def hidden_states(
     encoder,           # `ScembModel`, or one wrapped by peft
-    batch:dict,        # input_ids, bins (1, T), cu_seqlens (cells + 1,)
+    batch:dict,        # input_ids, bins (1, T), cu_seqlens (cells + 1,) or Segments
     prefix:Prefix|None=None,
     knowledge_BK=None, # Knowledge vectors of the cells
 )->tuple:              # Outputs of the embedding and of each layer, each (T, D)
     "Run the encoder on an unpadded batch, with or without prefixes."
-    ids, bins, cu = batch["input_ids"], batch["bins"], batch["cu_seqlens"]
-    if prefix is None: return tuple(x[0] for x in encoder(input_ids=ids, bins=bins, cu_seqlens=cu, output_hidden_states=True).hidden_states)
-    (ids, real), (bins, _) = rows_of(ids[0], cu), rows_of(bins[0], cu)
-    mask = torch.cat([real.new_ones(len(real), prefix.n_tokens), real], 1).long()
-    out = encoder(input_ids=ids, bins=bins, attention_mask=mask, past_key_values=prefix(len(real), knowledge_BK), output_hidden_states=True)
-    return tuple(x[real] for x in out.hidden_states)
+    ids_1T, bins_1T = batch["input_ids"], batch["bins"]
+    cells = segments(batch["cu_seqlens"], batch.get("longest"))
+    if prefix is None:
+        out = encoder(input_ids=ids_1T, bins=bins_1T, cu_seqlens=cells, output_hidden_states=True)
+        return tuple(x_1TD[0] for x_1TD in out.hidden_states)
+    ids_BL, real = rows_of(ids_1T[0], cells)
+    bins_BL, _ = rows_of(bins_1T[0], cells)
+    in_front = real.new_ones(len(real), prefix.n_tokens)
+    mask = torch.cat([in_front, real], 1).long()
+    cache = prefix(len(real), knowledge_BK)
+    out = encoder(
+        input_ids=ids_BL, bins=bins_BL, attention_mask=mask, past_key_values=cache,
+        output_hidden_states=True)
+    place_T = _flat_places(cells, ids_1T.shape[1])
+    return tuple(x_BLD.flatten(0, 1).index_select(0, place_T) for x_BLD in out.hidden_states)
 
 # %% ../nbs/11_finetune.ipynb #ae2893df
 class Head(nn.Module):
@@ -120,8 +148,10 @@ class Head(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=config.initializer_range); nn.init.zeros_(m.bias)
 
-    def pool(self, x_TD, cu): # mean over layers of each gene (T, D) -> cells (B, D)
-        return segment_means(x_TD if self.layer is None else self.layer(x_TD[None], None, cu)[0][0], cu)
+    def pool(self, x_TD, cells): # mean over layers of each gene (T, D), Segments -> cells (B, D)
+        if self.layer is not None:
+            x_TD = self.layer(x_TD[None], None, segments(cells))[0][0]
+        return segment_means(x_TD.float(), cells)
     def forward(self, v_BD): return self.out(self.dropout(self.inner((v_BD - self.mean)/self.spread))) # -> (B, classes)
 
 # %% ../nbs/11_finetune.ipynb #7cad1d29
@@ -149,6 +179,22 @@ def base_hash(encoder)->str: # 16 hexadecimal digits
     for name, p in sorted(encoder.state_dict().items()): h.update(name.encode()); h.update(p.detach().cpu().float().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/11_finetune.ipynb #7cad1d2b
+@contextmanager
+def seeded(
+    seed:int,
+    device="cpu",  # Where chance is used beside the CPU
+):                 # Context manager
+    "Draw from a seed inside the block; after it, generators go on as if it had not been."
+    device = torch.device(device)
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked):
+        torch.default_generator.manual_seed(seed)
+        for gpu in forked:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
 # %% ../nbs/11_finetune.ipynb #4d8729aa
 class CellModel(nn.Module):
     "An adapted encoder with a head: cells in, scores of classes out."
@@ -161,18 +207,23 @@ class CellModel(nn.Module):
         super().__init__()
         if n_knowledge and settings.way != "prefix": raise ValueError(f"Knowledge vectors enter through prefixes, but way={settings.way!r}; use way='prefix', or leave them out.")
         self.settings, self.n_classes, self.n_knowledge, self.base = settings, n_classes, n_knowledge, base_hash(encoder)
-        with torch.random.fork_rng(devices=[]):                       # seeded, and nobody else's chance is touched
-            torch.manual_seed(settings.seed)
+        with seeded(settings.seed):
             self.encoder = adapted(encoder, settings)
             self.prefix = Prefix(encoder.config, settings.prefix_tokens, n_knowledge, settings.prefix_width) if settings.way == "prefix" else None
             self.head = Head(encoder.config, n_classes, settings.head, settings.dropout)
 
     def vectors(self, batch): # -> (cells, D): what the head classifies
-        states = hidden_states(self.encoder, batch, self.prefix, batch.get("knowledge"))
-        return self.head.pool(torch.stack(states[1:]).mean(0), batch["cu_seqlens"])
+        cells = segments(batch["cu_seqlens"], batch.get("longest"))
+        batch = batch | dict(cu_seqlens=cells)
+        with autocast(self.device, self.precision):
+            states = hidden_states(self.encoder, batch, self.prefix, batch.get("knowledge"))
+            return self.head.pool(torch.stack(states[1:]).mean(0), cells)
     def forward(self, batch): return self.head(self.vectors(batch)) # -> (cells, classes)
     @property
     def device(self): return self.head.mean.device
+    @property
+    def precision(self): # fp32 or bf16: what the encoder computes in, here and now
+        return chosen_precision(self.settings.precision, self.device)
 
 # %% ../nbs/11_finetune.ipynb #19c736f9
 def trained_share(
@@ -203,7 +254,10 @@ def save_adapter(
     folder = check_output(folder, overwrite, "adapter.json"); folder.mkdir(parents=True, exist_ok=True)
     names = saved_names(model)
     save_file({n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n in names}, folder/"adapter.safetensors")
-    record = dict(base=str(base), base_hash=model.base, settings=asdict(model.settings), n_knowledge=model.n_knowledge, classes=list(map(str, classes)), **(card or {}))
+    record = dict(
+        base=str(base), base_hash=model.base, settings=asdict(model.settings),
+        precision=model.precision, n_knowledge=model.n_knowledge,
+        classes=list(map(str, classes)), **(card or {}))
     (folder/"adapter.json").write_text(json.dumps(record, indent=1))
     return folder
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from .counts import read_counts
-from .embed import budget_batches, cell_encoder, flat_cells, layer_outputs
+from .embed import budget_batches, cell_encoder, flat_cells, layer_outputs, to_device
 from .genes import map_genes
+from .model import autocast
 from .tokens import encoded_chunks
 
 # %% ../nbs/10b_gene_embeddings.ipynb #ea7c3ef6
@@ -40,7 +41,7 @@ def gene_embeddings(
     by:str|None=None,        # Column of obs: average within its groups; None: over all cells
     per_cell:bool=False,     # A row for each cell that expresses the gene, nothing averaged; needs `genes`
     pooling:str="last",      # "last": the last layer; "mean12": mean over layers
-    layer:str|None=None, max_len:int|None=None, device:str|None=None, precision:str="fp32", # As for `embed`
+    layer:str|None=None, max_len:int|None=None, device:str|None=None, precision:str="auto", # As for `embed`
 ):                           # AnnData: X the vectors, obs gene, symbol and group with n_cells, or cell with rank and bin
     "Vectors of genes in the context of their cells."
     if per_cell and genes is None: raise ValueError("per_cell makes a row for each gene of each cell; name the genes wanted.")
@@ -55,21 +56,30 @@ def gene_embeddings(
     for first, e in encoded_chunks(counts, coder.tokenizer(counts)):
         for cells, at, ids, bins, rank, x in _token_states(coder, e):
             keep = place[ids] >= 0
-            if per_cell: rows.append((first + cells[at[keep]], place[ids[keep]], rank[keep], bins[keep], x[torch.from_numpy(keep)].cpu().numpy()))
+            if per_cell: rows.append((first + cells[at[keep]], place[ids[keep]], rank[keep], bins[keep], _rows_at(x, keep)))
             else:
                 slot = code[first + cells[at[keep]]]*len(tokens) + place[ids[keep]]
-                _add_rows(total, slot, x[torch.from_numpy(keep)].cpu().numpy()); np.add.at(n, slot, 1)
+                _add_rows(total, slot, _rows_at(x, keep)); np.add.at(n, slot, 1)
     if per_cell: return _per_cell_table(rows, tokens, coder, counts)
     return _group_table(total, n, names, tokens, coder, by)
 
-def _token_states(coder, e): # yields (cells of the batch, cell of each token, ids, bins, ranks, states (T, D))
+def _token_states(coder, e): # yields (cells, cell of each token, ids, bins, ranks, states (T, D))
+    n_layers = len(coder.net.bert.encoder["layer"])
     for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
         ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells)
-        total = 0
-        with torch.autocast(coder.net.device.type, torch.bfloat16, enabled=coder.precision == "bf16"):
-            for _, _, x_1TD, _ in layer_outputs(coder.net, ids, bins, lengths): total = total + x_1TD[0].float() if coder.pooling == "mean12" else x_1TD[0].float()
-        x_TD = total/len(coder.net.bert.encoder["layer"]) if coder.pooling == "mean12" else total
-        yield cells, np.repeat(np.arange(len(cells)), lengths), ids, bins, np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths), x_TD
+        total_TD = 0
+        with autocast(coder.net.device, coder.precision):
+            for _, _, x_1TD, _ in layer_outputs(coder.net, ids, bins, lengths):
+                if coder.pooling == "mean12":
+                    total_TD = total_TD + x_1TD[0].float()
+        x_TD = total_TD/n_layers if coder.pooling == "mean12" else x_1TD[0].float()
+        owner = np.repeat(np.arange(len(cells)), lengths)
+        first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        yield cells, owner, ids, bins, np.arange(len(ids)) - first, x_TD
+
+def _rows_at(x_TD, keep): # states on the device, mask of tokens -> those rows, on the host
+    at = to_device(np.flatnonzero(keep), x_TD.device)
+    return x_TD.index_select(0, at).cpu().numpy()
 
 def _add_rows(total, slot, x): # total[slot] += x, where a slot may come several times
     order = np.argsort(slot, kind="stable"); slots, begin = np.unique(slot[order], return_index=True)
@@ -98,7 +108,9 @@ def _per_cell_table(rows, tokens, coder, counts):
 def _table(x, obs, coder):
     import anndata as ad
     out = ad.AnnData(x, obs=obs); out.obs_names_make_unique()
-    out.uns["scemb"] = dict(model=coder.name, pooling=coder.pooling, max_len=coder.settings.max_len, vocabulary_hash=coder.vocabulary.hash)
+    out.uns["scemb"] = dict(
+        model=coder.name, pooling=coder.pooling, max_len=coder.settings.max_len,
+        precision=coder.precision, vocabulary_hash=coder.vocabulary.hash)
     return out
 
 # %% ../nbs/10b_gene_embeddings.ipynb #74890d95
@@ -123,7 +135,7 @@ def attention_map(
     layer:str|None=None, max_len:int|None=None, device:str|None=None,
 )->AttentionMap:
     "Attention between chosen genes, averaged over the cells that express both."
-    coder, counts = cell_encoder(model, "last", max_len, device), read_counts(adata, layer)
+    coder, counts = cell_encoder(model, "last", max_len, device, "fp32"), read_counts(adata, layer)
     tokens = tokens_of_genes(genes, coder.vocabulary); G, c = len(tokens), coder.net.config
     place = np.full(len(coder.vocabulary), -1); place[tokens] = np.arange(G)
     total, n = np.zeros((c.num_hidden_layers, c.num_attention_heads, G, G)), np.zeros((G, G), np.int64)

@@ -17,24 +17,45 @@ from scipy import sparse
 
 from .counts import Counts, check_output, read_counts
 from .edits import Cells, Sets, cells_on, gene_sets, token_values, variants
-from .embed import CellEncoder, budget_batches, cell_encoder
-from .model import ranks_of_segments, segments
+from .embed import CellEncoder, budget_batches, cell_encoder, to_device
+from .model import Segments, autocast, owner_of_tokens, ranks_of_segments, segments
 from .tokenize import Encoder
 
 # %% ../nbs/14_perturb.ipynb #2a092f1d
-def states(net, ids, bins, lengths, pooling="mean12", precision="fp32"): # flat tokens on the device -> input embeddings (T, D), pooled layers (T, D)
+def states(
+    net,                   # ScembForMaskedLM in evaluation mode
+    ids, bins,             # Flat tokens and bins on the device, (T,)
+    cells,                 # Their Segments (or boundaries, (cells + 1,))
+    pooling:str="mean12",  # "mean12" or "last"
+    precision:str="fp32",  # fp32 or bf16
+):                         # Input embeddings (T, D), pooled layers (T, D), float32
     "Run the encoder on an unpadded batch: its first and its pooled states."
-    cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]); cells = segments(cu); total = 0
-    with torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        x = first = net.bert.embeddings(ids[None], bins[None], ranks_of_segments(cu))
-        for layer in net.bert.encoder["layer"]:
-            x = layer(x, None, cells)[0]
-            if pooling == "mean12": total = total + x[0].float()
-    return first[0].float(), total/len(net.bert.encoder["layer"]) if pooling == "mean12" else x[0].float()
+    cells = segments(cells)
+    layers = net.bert.encoder["layer"]
+    total_TD = 0
+    ranks_1T = ranks_of_segments(cells, len(ids))
+    with autocast(net.device, precision):
+        x_1TD = first_1TD = net.bert.embeddings(ids[None], bins[None], ranks_1T)
+        for layer in layers:
+            x_1TD = layer(x_1TD, None, cells)[0]
+            if pooling == "mean12":
+                total_TD = total_TD + x_1TD[0].float()
+    pooled_TD = total_TD/len(layers) if pooling == "mean12" else x_1TD[0].float()
+    return first_1TD[0].float(), pooled_TD
 
 # %% ../nbs/14_perturb.ipynb #d6e8f367
-def _means(x, owner, keep, n): # (T, D) -> mean over the kept tokens of each of n cells
-    k = keep.to(x); return torch.zeros(n, x.shape[1], device=x.device).index_add_(0, owner, x*k[:, None])/torch.zeros(n, device=x.device).index_add_(0, owner, k)[:, None]
+def _means(x_TD, owner, keep, n): # -> mean over the kept tokens of each of n cells, (n, D)
+    weight_T = keep.to(x_TD)
+    total_nD = torch.zeros(n, x_TD.shape[1], device=x_TD.device)
+    total_nD.index_add_(0, owner, x_TD*weight_T[:, None])
+    count_n = torch.zeros(n, device=x_TD.device).index_add_(0, owner, weight_T)
+    return total_nD/count_n[:, None]
+
+def _lengths_of_variants(lengths, which, places, tokens, kind): # see `shifts_of` -> (variants,)
+    "Tokens of each variant, known without asking the device."
+    absent = ((tokens >= 0) & (places < 0)).sum(1)
+    gone = (places >= 0).sum(1) if kind == "delete" else 0
+    return lengths[which] + absent - gone
 
 @torch.no_grad()
 def shifts_of(
@@ -46,25 +67,54 @@ def shifts_of(
 )->tuple:                  # shift (variants, D), impact (variants,), bag_impact (variants,)
     "Exact effect of each variant on its cell."
     device, net = cells.ids.device, coder.net
-    x0, s = states(net, cells.ids, cells.bins, cells.lengths, coder.pooling, coder.precision)
-    owner = torch.repeat_interleave(torch.arange(len(cells.lengths), device=device), cells.lengths); every = torch.ones_like(owner, dtype=torch.bool)
-    out_of = torch.zeros(net.config.vocab_size, dtype=torch.bool, device=device) if outside is None else outside; kept = s*~out_of[cells.ids, None]
-    add = lambda x: torch.zeros(len(cells.lengths), *x.shape[1:], device=device).index_add_(0, owner, x)
-    bag, total, count = _means(x0, owner, every, len(cells.lengths)), add(kept), add((~out_of[cells.ids]).float())
-    out, impact, moved = np.empty((len(which), s.shape[1]), np.float32), np.empty(len(which), np.float32), np.empty(len(which), np.float32)
-    put = lambda a: torch.as_tensor(np.asarray(a, np.int64), device=device)
-    size = cells.lengths.cpu().numpy()[which] + ((tokens >= 0) & (places < 0)).sum(1)
-    for part in budget_batches(size, coder.token_budget):
-        c, p, t = put(which[part]), put(places[part]), put(tokens[part])
+    if not len(which):
+        none = np.empty((0, net.config.hidden_size), np.float32)
+        return none, none[:, 0], none[:, 0]
+    n_cells, n_tokens, n_vocabulary = len(cells.lengths), len(cells.ids), net.config.vocab_size
+    lengths = cells.lengths.cpu().numpy()
+    boundaries = Segments.of(lengths, device)
+    x0, s = states(net, cells.ids, cells.bins, boundaries, coder.pooling, coder.precision)
+    owner = owner_of_tokens(boundaries.cu, n_tokens)
+    every = torch.ones_like(owner, dtype=torch.bool)
+    no_gene = torch.zeros(n_vocabulary, dtype=torch.bool, device=device)
+    out_of = no_gene if outside is None else outside
+    gene_of_source = torch.cat([cells.ids, torch.arange(n_vocabulary, device=device)])
+    kept = s*~out_of[cells.ids, None]
+    # of the cells as they are: mean of the inputs, sum of the states, and how many genes are in it
+    bag = _means(x0, owner, every, n_cells)
+    total = torch.zeros(n_cells, s.shape[1], device=device).index_add_(0, owner, kept)
+    in_mean = (~out_of[cells.ids]).float()
+    count = torch.zeros(n_cells, device=device).index_add_(0, owner, in_mean)
+    size = _lengths_of_variants(lengths, which, places, tokens, kind)
+    batches = budget_batches(size + (places >= 0).sum(1)*(kind == "delete"), coder.token_budget)
+    shifts, impacts, bag_impacts = [], [], []
+    for part in batches:
+        put = lambda a, part=part: to_device(np.asarray(a[part], np.int64), device)
+        c, p, t = put(which), put(places), put(tokens)
         v = variants(cells, c, p, t, kind, factor, coder.settings.n_bins)
-        y0, y = states(net, v.ids, v.bins, v.lengths, coder.pooling, coder.precision)
-        at = (cells.first[c][:, None] + p).clamp(min=0); own = torch.where((p >= 0)[..., None], kept[at], 0.).sum(1)
-        before = (total[c] - own)/(count[c] - ((p >= 0) & ~out_of[cells.ids[at]]).sum(1))[:, None]
-        d = _means(y, v.owner, ~v.target & ~out_of[torch.cat([cells.ids, torch.arange(len(out_of), device=device)])[v.source]], len(part)) - before
-        out[part], impact[part] = d.cpu().numpy(), d.norm(dim=1).cpu().numpy()
-        moved[part] = (_means(y0, v.owner, torch.ones_like(v.target), len(part)) - bag[c]).norm(dim=1).cpu().numpy()
-        if each: each(part, v, torch.where(v.target, torch.nan, (y - s[v.source.clamp(max=len(s) - 1)]).norm(dim=1)))
-    return out, impact, moved
+        ends = Segments.of(size[part], device)
+        y0, y = states(net, v.ids, v.bins, ends, coder.pooling, coder.precision)
+        at = (cells.first[c][:, None] + p).clamp(min=0)
+        own = torch.where((p >= 0)[..., None], kept[at], 0.).sum(1)
+        n_own = ((p >= 0) & ~out_of[cells.ids[at]]).sum(1)
+        before = (total[c] - own)/(count[c] - n_own)[:, None]
+        others = ~v.target & ~out_of[gene_of_source[v.source]]
+        shift = _means(y, v.owner, others, len(part)) - before
+        bag_shift = _means(y0, v.owner, torch.ones_like(v.target), len(part)) - bag[c]
+        shifts.append(shift)
+        impacts.append(shift.norm(dim=1))
+        bag_impacts.append(bag_shift.norm(dim=1))
+        if each:
+            moved = (y - s[v.source.clamp(max=len(s) - 1)]).norm(dim=1)
+            each(part, v, torch.where(v.target, torch.nan, moved))
+    return tuple(_in_order(batches, found) for found in (shifts, impacts, bag_impacts))
+
+def _in_order(batches, results): # variants of each batch, their results -> all, in order
+    "Copy what was found batch by batch to the host, at once."
+    found = torch.cat(results).cpu().numpy()
+    out = np.empty_like(found)
+    out[np.concatenate(batches)] = found
+    return out
 
 # %% ../nbs/14_perturb.ipynb #0b3c905c
 KINDS = ("mask", "delete", "shift", "overexpress")
@@ -79,7 +129,7 @@ class Plan:
     outside: object    # Tokens that stay out of every mean, or None
 
 def plan(adata, model="scemb-small", genes=None, kind="mask", factor=.2, by=None, per_cell=False, pooling="mean12", min_cells=20, missing="error",
-         outside=None, max_len=None, layer=None, device=None, precision="fp32", token_budget=None, seed=None)->Plan: # see `perturb`
+         outside=None, max_len=None, layer=None, device=None, precision="auto", token_budget=None, seed=None)->Plan: # see `perturb`
     "Check what was asked for before any long work starts."
     if kind not in KINDS: raise ValueError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}.")
     if kind == "shift" and not 0 < factor < 1: raise ValueError(f"factor is {factor}; a knock-down leaves a share of the counts between 0 and 1 (delete takes all).")
@@ -186,7 +236,7 @@ def perturb(
     min_cells:int=20,          # Of genes=None
     missing:str="error",       # A gene outside the vocabulary: "error", or "nan" for an empty row with its reason
     outside=None,              # Genes that stay out of every mean beside the target, such as all other candidates of a screen
-    max_len:int|None=None, layer:str|None=None, device:str|None=None, precision:str="fp32", token_budget:int|None=None, seed:int|None=None, # As for `embed`
+    max_len:int|None=None, layer:str|None=None, device:str|None=None, precision:str="auto", token_budget:int|None=None, seed:int|None=None, # As for `embed`
     progress=None,             # Called with (cells done, cells in all)
 ):                             # AnnData: X the mean shifts; obs perturbation, gene, symbol, kind, group, n_cells, n_undetected, impact, bag_impact, reason
     "Shift of cells when genes are perturbed."

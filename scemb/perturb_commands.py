@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Device, Layer, Model, Overwrite, Seed, counter, refusing
+from .commands import Device, Layer, Model, Overwrite, Precision, Seed, counter, refusing
 
 # %% ../nbs/97b_perturb_commands.ipynb #d7adbb33
 @refusing
@@ -30,7 +30,7 @@ def perturb(
     missing: Annotated[str, typer.Option(help="A gene outside the vocabulary: error, or nan for an empty row.")] = "error",
     layer: Layer = None,
     device: Device = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: Precision = "auto",
     token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")] = None, overwrite: Overwrite = False,
 ):
@@ -58,6 +58,7 @@ def screen(
     min_cells: Annotated[int, typer.Option(min=1, help="Cells that must express a gene.")] = 5,
     layer: Layer = None,
     device: Device = None,
+    precision: Precision = "auto",
     seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Mask every expressed gene of one state, and rank genes by how far that moves its cells towards another; the same command goes on where an interrupted one stopped.
@@ -65,7 +66,7 @@ def screen(
     Example: `scemb screen cells.h5ad --label condition --start disease --goal healthy --out screen.csv`
     """
     from scemb.screen import screen_file
-    found = screen_file(file, out, label, start, goal, model, cells, refine, min_cells, seed, layer, device, overwrite=overwrite, progress=counter("cells"))
+    found = screen_file(file, out, label, start, goal, model, cells, refine, min_cells, seed, layer, device, precision, overwrite=overwrite, progress=counter("cells"))
     print(f"{out}: {found}"); t = found.trust
     if len(t) and (t.spearman.min() < .95 or t.relative_rmse.max() > .05): print("On a sample, screened sizes are off by more than 5 %: quote sizes from rows marked exact" + (", and do not trust the order of the others." if t.spearman.min() < .95 else "; the order of the others stands."), file=sys.stderr)
 
@@ -98,8 +99,9 @@ def correlate(
     import json
     from scemb.correlation_figures import signed_violins
     from scemb.counts import check_output, open_h5ad
-    from scemb.figures import save_figure
+    from scemb.figures import _plt, save_figure
     from scemb.match import enrichment, match_files
+    _plt()     # the picture needs matplotlib: said now, not after an hour
     check_output(out, overwrite, "correlation.csv")
     listed = [line.strip() for line in genes.read_text().splitlines() if line.strip()] if genes else []
     match = match_files(open_h5ad(disease, backed=False), open_h5ad(screen, backed=False), group, case, control, donor, target, guide, reference, None if key else model, key or "X_scemb",

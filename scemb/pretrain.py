@@ -4,22 +4,30 @@
 
 # %% auto #0
 __all__ = ['GENE_SCALE', 'SCORED_SHARE', 'TrainSettings', 'Batches', 'shown', 'held_out', 'new_model', 'model_scorer',
-           'baseline_scorers', 'score_summary', 'return_memory', 'pretrain', 'deepspeed_config', 'versions']
+           'baseline_scorers', 'score_summary', 'return_memory', 'LossWatch', 'Clock', 'pretrain', 'slow_attention',
+           'one_gpu_a_process', 'deepspeed_config', 'versions']
 
 # %% ../nbs/09_pretrain.ipynb #fbe46b77
-import json, os, platform, shutil, sys, time
+import json, os, platform, shutil, sys, time, warnings
+from collections import deque
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .baselines import ClusterBinTable, adversary_scorer, bin_table, gene_vectors, masked_scores, table_scorer, unigram_prior
-from .batching import masked_batch, unpadded_batches
+from .batching import as_tensors, masked_batch
 from .checkpoint import ASSETS, check_fit, save_checkpoint
 from .counts import check_output
 from .flops import flops_per_token, mfu, peak_flops
-from .model import ScembConfig, ScembForMaskedLM
+from .model import (
+    ScembConfig, ScembForMaskedLM, Segments, attention_kernel, autocast, chosen_precision,
+    compile_layers, has_flash)
+from .optimizer import OPTIMIZERS, make_optimizer
+from .orders import packed_batches, unpadded_batches
+from .prefetch import Prefetched
 from .stats import mean_interval
 from .tokenize import SPECIAL, tokenizer_hash
 from .tokens import TokenSet
@@ -29,11 +37,15 @@ from .tokens import TokenSet
 class TrainSettings:
     "How a model is trained; defaults from Hsieh et al., Methods, where given."
     steps: int = 100_000            # Optimizer steps
+    optimizer: str = "adamw"        # "adamw", or "muon" for the matrices of the layers and AdamW for the rest
     learning_rate: float = 1e-3     # Peak; the paper prints 1e-1
+    matrix_rate: float = .02        # Peak of Muon
     warmup_steps: int = 10_000      # Linear warm-up, then linear decay (Hsieh et al., Methods)
     weight_decay: float = .001      # Of AdamW (Hsieh et al., Methods)
     max_grad_norm: float = 1.       # Gradient clipping
     token_budget: int = 16_384      # Tokens a batch and device; 8 cells of 2,048 (Hsieh et al., Methods: batch 8)
+    packing: str = "order"          # Which cells share a batch: "order", as they come in random order; "fit", those that fill the budget (several GPUs)
+    blocks: int = 0                 # Shuffle blocks of so many neighbours, then within a pool of a million; 0: every cell by itself
     accumulation: int = 1           # Batches an optimizer step
     max_len: int = 2048             # Genes a cell
     mask_share: float = .15         # Genes hidden (Hsieh et al., Methods)
@@ -44,21 +56,38 @@ class TrainSettings:
     eval_every: int = 0             # Steps between scores on held-out cells; 0: only at the end
     eval_cells: int = 500           # Held-out cells scored (the first of a seeded order)
     start: str = "corpus"           # "corpus": gene embedding from the SVD of the training cells, output bias from their frequency; or "random"
-    precision: str = "fp32"         # fp32, bf16 or fp16
-    compile: bool = False           # torch.compile the model
+    precision: str = "auto"         # fp32, bf16, fp16; auto: bf16 on a GPU that has it, else fp32
+    compile: bool = False           # Compile each layer (a GPU gains, most CPUs do not)
     save_every: int = 1000          # Steps between checkpoints
+    save_minutes: float = 0.        # Minutes between checkpoints instead; 0: by steps
+    ahead: int = -1                 # Batches made ahead by a thread; -1: 4 on a GPU, none on a CPU
     seed: int = 0
     allow_paper_lr: bool = False    # Accept a learning rate of 1e-2 or more
 
     def __post_init__(self):
         if isinstance(self.learning_rate, (int, float)) and self.learning_rate >= 1e-2 and not self.allow_paper_lr:
             raise ValueError(f"learning_rate={self.learning_rate:g} diverges for a post-LayerNorm BERT; the paper's 1e-1 is read as a slip for 1e-3. Use about 1e-3, or set allow_paper_lr = true.")
-        for name, allowed in (("start", ("corpus", "random")), ("precision", ("fp32", "bf16", "fp16")), ("inputs", ("both", "rank", "bins"))):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
+        choices = dict(
+            start=("corpus", "random"),
+            precision=("auto", "fp32", "bf16", "fp16"),
+            inputs=("both", "rank", "bins"),
+            packing=("order", "fit"),
+            optimizer=OPTIMIZERS)
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
         for name in ("steps", "token_budget", "accumulation", "max_len", "save_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)!r}; a whole number of at least 1 is needed.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight"):
-            if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) < 0: raise ValueError(f"{name}={getattr(self, name)!r}; a number of at least 0 is needed.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; a whole number of at least 1 is needed.")
+        for name in ("learning_rate", "matrix_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(f"{name}={value!r}; a number of at least 0 is needed.")
+        if not isinstance(self.blocks, int) or self.blocks < 0:
+            raise ValueError(f"blocks={self.blocks!r}; a number of cells is needed, 0 for none.")
+        if not isinstance(self.ahead, int) or self.ahead < -1:
+            raise ValueError(f"ahead={self.ahead!r}; a number of batches is needed, 0 for none, -1 to choose by the device.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
         if not 0 < self.mask_share < 1: raise ValueError(f"mask_share={self.mask_share}; a share between 0 and 1 is needed.")
         if not 0 <= self.warmup_steps < self.steps: raise ValueError(f"warmup_steps={self.warmup_steps} with steps={self.steps}: the rate would never reach its peak. Set warmup_steps to about a tenth of the steps.")
@@ -66,27 +95,45 @@ class TrainSettings:
 # %% ../nbs/09_pretrain.ipynb #05dac0b7
 class Batches(torch.utils.data.Dataset):
     "The batches of a run, in order: element i is a masked, unpadded batch."
-    def __init__(self, tokens:TokenSet, settings:TrainSettings, start:int=0, rank:int=0, world:int=1, cells:np.ndarray|None=None):
-        self.tokens, self.settings, self.start, self.rank, self.world = tokens, settings, start, rank, world
-        self.cells = np.arange(len(tokens)) if cells is None else np.asarray(cells)      # those trained on
+    def __init__(self,
+        tokens:TokenSet,
+        settings:TrainSettings,
+        start:int=0,                  # First batch of this part of the run
+        rank:int=0, world:int=1,      # This device, and how many there are
+        cells:np.ndarray|None=None,   # Cells trained on; None: all
+    ):
+        self.tokens, self.settings, self.start = tokens, settings, start
+        self.rank, self.world = rank, world
+        self.cells = np.arange(len(tokens)) if cells is None else np.asarray(cells)
         self.lengths = tokens.lengths if cells is None else tokens.lengths[self.cells]
         self.epochs = [0]           # first batch of each epoch seen so far
         self.order = {}             # batches of the current epoch
-        self.n_tokens = self.n_cells = 0                                                 # handed out so far
-    def __len__(self): return self.settings.steps*self.settings.accumulation - self.start
+
+    def __len__(self):
+        return self.settings.steps*self.settings.accumulation - self.start
+
     def _epoch(self, epoch):
         if epoch not in self.order:
             s = self.settings
-            self.order = {epoch: unpadded_batches(self.lengths, s.token_budget, s.max_len, s.seed, epoch, self.rank, self.world)}
+            batches_of = packed_batches if s.packing == "fit" else unpadded_batches
+            batches = batches_of(
+                self.lengths, s.token_budget, s.max_len, s.seed, epoch, self.rank, self.world,
+                blocks=s.blocks)
+            self.order = {epoch: batches}
         return self.order[epoch]
+
     def __getitem__(self, i):
         i += self.start
-        while self.epochs[-1] <= i: self.epochs.append(self.epochs[-1] + len(self._epoch(len(self.epochs) - 1)))
+        while self.epochs[-1] <= i:
+            self.epochs.append(self.epochs[-1] + len(self._epoch(len(self.epochs) - 1)))
         epoch = int(np.searchsorted(self.epochs, i, side="right") - 1)
-        s, cells = self.settings, self.cells[self._epoch(epoch)[i - self.epochs[epoch]]]
-        batch = shown(masked_batch(self.tokens, cells, s.max_len, seed=s.seed, epoch=epoch, share=s.mask_share, keep_bin=s.keep_bin), s.inputs)
-        self.n_tokens += batch["input_ids"].size; self.n_cells += len(cells)
-        return {k: torch.from_numpy(np.asarray(v)) for k, v in batch.items()} | ({"cell_weight": s.cell_weight} if s.cell_weight else {})
+        s = self.settings
+        cells = self.cells[self._epoch(epoch)[i - self.epochs[epoch]]]
+        batch = masked_batch(
+            self.tokens, cells, s.max_len, seed=s.seed, epoch=epoch,
+            share=s.mask_share, keep_bin=s.keep_bin)
+        batch = as_tensors(shown(batch, s.inputs))
+        return batch | (dict(cell_weight=s.cell_weight) if s.cell_weight else {})
 
 def shown(batch, inputs): # a masked batch without its bins ("rank") or without its ranks ("bins"), for ablations
     "Leave out what an ablated model must not see."
@@ -110,22 +157,34 @@ def new_model(
     tokens:TokenSet,          # Training cells
     settings:TrainSettings,   # max_len, seed and start are used
     layers:int=12, width:int=768, heads:int=12, # The paper's size
-    dropout:float=.1,         # Of hidden states and attention weights
+    dropout:float=.1,         # Of hidden states, and of attention weights unless said otherwise
+    attention_dropout:float|None=None, # Of attention weights; 0 is faster everywhere, on a GPU more than twice
     **config,                 # Other fields of ScembConfig
 )->ScembForMaskedLM:          # Fresh weights, seeded
     "Make an untrained model for a token set."
     if min(layers, width, heads) < 1: raise ValueError(f"layers={layers}, width={width}, heads={heads}; each must be at least 1.")
     if not len(tokens): raise ValueError("There are no cells to train on.")
     torch.manual_seed(settings.seed)
-    model = ScembForMaskedLM(ScembConfig(vocab_size=len(tokens.vocabulary), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=config.pop("intermediate_size", 4*width), max_position_embeddings=min(settings.max_len, tokens.settings.max_len),
-        type_vocab_size=tokens.settings.n_bins + 1, vocabulary_hash=tokens.vocabulary.hash, **dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout) | config))
+    shape = dict(
+        vocab_size=len(tokens.vocabulary),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4*width,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout if attention_dropout is None else attention_dropout,
+        max_position_embeddings=min(settings.max_len, tokens.settings.max_len),
+        type_vocab_size=tokens.settings.n_bins + 1,
+        vocabulary_hash=tokens.vocabulary.hash)
+    model = ScembForMaskedLM(ScembConfig(**shape | config))
     if settings.start == "corpus":
         vectors = torch.from_numpy(gene_vectors(tokens, width, settings.seed, settings.max_len))
-        weight, seen = model.bert.embeddings.word_embeddings.weight, vectors.abs().sum(1) > 0
+        frequency = np.log(unigram_prior(tokens, settings.max_len).clip(1e-9))
+        weight = model.bert.embeddings.word_embeddings.weight
+        seen = vectors.abs().sum(1) > 0
         with torch.no_grad():
             weight[seen] = vectors[seen]*model.config.initializer_range*GENE_SCALE
-            model.cls["predictions"].bias.copy_(torch.from_numpy(np.log(unigram_prior(tokens, settings.max_len).clip(1e-9))).float())
+            model.cls["predictions"].bias.copy_(torch.from_numpy(frequency).float())
     return model.eval()
 
 # %% ../nbs/09_pretrain.ipynb #401edfca
@@ -133,21 +192,30 @@ def model_scorer(
     model:ScembForMaskedLM,   # In evaluation mode
     token_budget:int=32_768,  # Tokens a forward pass
     inputs:str="both",        # As the model was trained (see `TrainSettings`)
+    precision:str="fp32",     # Of the forward pass: fp32, bf16, fp16
 ):                            # batch -> (hidden, 2): nll of each hidden gene and how many genes scored higher; special tokens are no candidates
     "Score hidden genes by a model."
+    def scored(part, cells): # arrays (1, t) of some cells, and their lengths -> (hidden, 2)
+        hidden = np.flatnonzero(part["labels"][0] >= 0)
+        part = as_tensors(part | dict(hidden=hidden), model.device)
+        with autocast(model.device, precision):
+            logits = model(**part, cu_seqlens=Segments.of(cells, model.device)).logits.float()
+        logits[:, :len(SPECIAL)] = -torch.inf
+        true = part["labels"][0, part["hidden"]]
+        above = (logits > logits.gather(1, true[:, None])).sum(1)
+        nll = torch.nn.functional.cross_entropy(logits, true, reduction="none")
+        return torch.stack([nll, above.float()], 1).cpu().numpy()
+
     @torch.no_grad()
     def score(batch):
-        batch = shown(batch, inputs); out, cu = [], np.asarray(batch["cu_seqlens"])
-        first = 0
+        batch = shown(batch, inputs)
+        cu, first, out = np.asarray(batch["cu_seqlens"], np.int64), 0, []
         while first < len(cu) - 1:
-            last = max(first + 1, int(np.searchsorted(cu, cu[first] + token_budget, side="right") - 1))
-            s = slice(cu[first], cu[last])
-            part = {k: torch.from_numpy(v[:, s]).to(model.device) for k, v in batch.items() if k != "cu_seqlens"}
-            logits = model(**part, cu_seqlens=torch.from_numpy(cu[first:last + 1] - cu[first]).to(model.device)).logits.float()
-            logits[:, :len(SPECIAL)] = -torch.inf
-            true = part["labels"][part["labels"] != -100]
-            above = (logits > logits.gather(1, true[:, None])).sum(1)
-            out.append(torch.stack([torch.nn.functional.cross_entropy(logits, true, reduction="none"), above.float()], 1).cpu().numpy())
+            full = int(np.searchsorted(cu, cu[first] + token_budget, side="right") - 1)
+            last = max(first + 1, full)
+            names = ("input_ids", "bins", "labels", "position_ids")
+            part = {k: batch[k][:, cu[first]:cu[last]] for k in names if k in batch}
+            out.append(scored(part, np.diff(cu[first:last + 1])))
             first = last
         return np.concatenate(out)
     return score
@@ -178,19 +246,33 @@ SCORED_SHARE = .15 # Genes hidden when a model is scored, whatever it was traine
 def _heldout_log(heldout, tokens, cells, s, out, step, args): # -> function(step, model) that scores and writes heldout.csv
     import pandas as pd
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
-    if heldout is None or (args.process_index and not zero3): return lambda *_: None
-    heldout, path = heldout.subset(np.arange(min(len(heldout), s.eval_cells))), out/"heldout.csv"
+    if heldout is None or (args.process_index and not zero3):
+        return lambda *_: None
+    heldout = heldout.subset(np.arange(min(len(heldout), s.eval_cells)))
+    path = out/"heldout.csv"
+    asked = dict(max_len=s.max_len, seed=1, share=SCORED_SHARE)      # the same question for all
     if not args.process_index and not (out/"baselines.csv").exists():
         chosen = np.sort(np.random.default_rng(s.seed).permutation(cells)[:50_000])
-        score_summary(masked_scores(heldout, baseline_scorers(tokens.subset(chosen), s.max_len, s.seed, n_clusters=min(40, 1 + len(chosen)//50)), s.max_len, seed=1, share=SCORED_SHARE), s.seed).to_csv(out/"baselines.csv", index=False)
-    rows = [r for r in pd.read_csv(path).to_dict("records") if r["step"] <= step] if path.exists() and step else []
+        clusters = min(40, 1 + len(chosen)//50)
+        guesses = baseline_scorers(tokens.subset(chosen), s.max_len, s.seed, n_clusters=clusters)
+        scores = masked_scores(heldout, guesses, **asked)
+        score_summary(scores, s.seed).to_csv(out/"baselines.csv", index=False)
+    before = pd.read_csv(path).to_dict("records") if path.exists() and step else []
+    rows = [r for r in before if r["step"] <= step]
+
     def score(step, model):
-        training = model.training; model.eval()
-        row = score_summary(masked_scores(heldout, dict(model=model_scorer(model, inputs=s.inputs)), s.max_len, seed=1, share=SCORED_SHARE, keep_bin=s.keep_bin), s.seed).iloc[0].to_dict()
-        model.train(training); rows.append(dict(step=step) | row)
-        if not args.process_index: pd.DataFrame(rows).to_csv(path, index=False)
+        training = model.training
+        model.eval()
+        scorer = model_scorer(model, inputs=s.inputs, precision=s.precision)
+        scores = masked_scores(heldout, dict(model=scorer), **asked, keep_bin=s.keep_bin)
+        model.train(training)
+        row = score_summary(scores, s.seed).iloc[0].to_dict()
+        rows.append(dict(step=step) | row)
+        if not args.process_index:
+            pd.DataFrame(rows).to_csv(path, index=False)
         return row["loss"]
     return score
+
 
 # %% ../nbs/09_pretrain.ipynb #d4d31ca3
 def return_memory()->None:
@@ -200,52 +282,200 @@ def return_memory()->None:
     try: ctypes.CDLL(None).malloc_trim(0)
     except AttributeError: pass
 
+# %% ../nbs/09_pretrain.ipynb #aac25783
+class LossWatch:
+    "Finds the first loss that is no number, without waiting for the device."
+    def __init__(self, lag:int=4): # Steps that may be open before it does wait
+        self.lag = lag
+        self.open = deque()        # (step, loss, batch, answer on the host, event)
+
+    def add(self, step, loss, batch): # number of the step, its loss (0-d tensor), its inputs
+        "Ask whether the loss is a number; the answer comes later."
+        answer, arrived = torch.isfinite(loss.detach()), None
+        if answer.is_cuda:
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            host.copy_(answer, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            answer = host
+        self.open.append((step, loss.detach(), batch, answer, arrived))
+
+    def failed(self, wait:bool=False): # -> (step, loss, batch) of the first bad loss, or None
+        "Look at the answers that have arrived; `wait` waits for all of them."
+        while self.open:
+            step, loss, batch, answer, arrived = self.open[0]
+            if arrived is not None:
+                if wait or len(self.open) > self.lag:
+                    arrived.synchronize()
+                elif not arrived.query():
+                    return None
+            self.open.popleft()
+            if not bool(answer):
+                return step, loss, batch
+        return None
+
+class Clock:
+    "Time between the starts of steps: by events in the queue of a GPU, by the clock on a CPU."
+    def __init__(self, device, keep:int=2000): # Steps remembered
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.ticks = deque(maxlen=keep)
+
+    def tick(self):
+        if not self.on_gpu:
+            self.ticks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.ticks.append(event)
+
+    def seconds(self, skip:int=20)->np.ndarray: # Steps left out at the start, where there are enough
+        "Seconds of each step."
+        ticks = list(self.ticks)
+        ticks = ticks[skip if len(ticks) > 2*skip else min(1, max(len(ticks) - 2, 0)):]
+        if not self.on_gpu:
+            return np.diff(ticks)
+        torch.cuda.synchronize()
+        return np.array([a.elapsed_time(b)/1000 for a, b in zip(ticks, ticks[1:])])
+
 # %% ../nbs/09_pretrain.ipynb #fc757d01
 def _trainer_class():
-    try: from transformers import Trainer; import accelerate  # noqa: F401
-    except ImportError as e: raise ImportError("Training needs accelerate: pip install 'scemb[train]'") from e
+    try:
+        from transformers import Trainer
+        import accelerate  # noqa: F401
+    except ImportError as e:
+        raise ImportError("Training needs accelerate: pip install 'scemb[train]'") from e
 
     class ScembTrainer(Trainer):
-        "Trainer whose batches come ready-made, in order, already on their rank; stops at a loss that is no number."
+        """Trainer whose batches come ready-made, in order, already on their rank.
+
+        It counts the masked genes on the host, never waits for the device within a step, and
+        stops at a loss that is no number.
+        """
+        ahead = 0                                     # batches made ahead
+        settings = None                               # TrainSettings of the run
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.watch = LossWatch()
+            self.n_tokens = self.n_cells = 0          # trained on so far, on this device
+
+        def get_train_dataloader(self):
+            return Prefetched(self.train_dataset, self.args.device, self.ahead)
+
+        def create_optimizer(self, *args, **kwargs):
+            if self.is_deepspeed_enabled:             # which makes its own
+                return super().create_optimizer(*args, **kwargs)
+            if self.optimizer is None:
+                s = self.settings
+                self.optimizer = make_optimizer(
+                    self.model, s.optimizer, s.learning_rate, s.matrix_rate, s.weight_decay)
+            return self.optimizer
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device): # -> batches of a step, masked genes of all devices
+            batches = list(islice(epoch_iterator, num_batches))
+            n_hidden = sum(len(b["hidden"]) for b in batches)
+            self.n_tokens += sum(b["input_ids"].shape[1] for b in batches)
+            self.n_cells += sum(len(b["cu_seqlens"]) - 1 for b in batches)
+            if self.args.world_size > 1:
+                n_hidden = torch.full((), n_hidden, dtype=torch.int64, device=device)
+                torch.distributed.all_reduce(n_hidden)
+            return batches, n_hidden
+
         def training_step(self, model, inputs, *args, **kwargs):
+            self.stop_at_no_number()
             loss = super().training_step(model, inputs, *args, **kwargs)
-            if not torch.isfinite(loss):
-                where = Path(self.args.output_dir).parent/f"nan_batch_step{self.state.global_step}_rank{self.args.process_index}.npz"
-                np.savez(where, **{k: v.cpu().numpy() for k, v in inputs.items()})
-                raise FloatingPointError(f"The loss of step {self.state.global_step + 1} is {float(loss)}. Its batch is saved as {where.name}. Lower learning_rate (now {self.args.learning_rate:g}), "
-                                         "lengthen warmup_steps, or use precision fp32 or bf16; then resume from the last checkpoint.")
+            self.watch.add(self.state.global_step, loss, inputs)
+            if not loss.is_cuda:
+                self.stop_at_no_number()
             return loss
-        def get_train_dataloader(self): # a generator of its own: starting the loader must not move the one that dropout uses
-            return torch.utils.data.DataLoader(self.train_dataset, batch_size=None, shuffle=False, generator=torch.Generator())
+
+        def _save_checkpoint(self, *args, **kwargs):
+            self.stop_at_no_number(wait=True)         # no checkpoint after a bad step
+            return super()._save_checkpoint(*args, **kwargs)
+
+        def stop_at_no_number(self, wait=False):
+            found = self.watch.failed(wait)
+            if found is None:
+                return
+            step, loss, batch = found
+            name = f"nan_batch_step{step}_rank{self.args.process_index}.npz"
+            arrays = {k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in batch.items()}
+            np.savez(Path(self.args.output_dir).parent/name, **arrays)
+            raise FloatingPointError(
+                f"The loss of step {step + 1} is {float(loss)}. Its batch is saved as {name}. "
+                f"Lower learning_rate (now {self.args.learning_rate:g}), lengthen warmup_steps, or "
+                "use precision fp32 or bf16; then resume from the last checkpoint.")
     return ScembTrainer
 
-def _progress(settings, start, batches, world, quiet, score):
-    "A Trainer callback: a line with rate and time left on stderr, the loss of logged steps, and scores on held-out cells."
+def _progress(settings, start, world, quiet, score):
+    "A Trainer callback: rate and time left on stderr, losses, scores on held-out cells, and when to save."
     from transformers import TrainerCallback
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     class Report(TrainerCallback):
-        def __init__(self): self.losses, self.bar, self.scored = [], None, None
+        def __init__(self):
+            self.losses, self.bar, self.scored, self.trainer, self.clock = [], None, None, None, None
+
         def on_train_begin(self, args, state, control, **_):
-            self.began = time.monotonic()
+            self.began = self.saved = time.monotonic()
+            self.clock = Clock(args.device)
             if not quiet and not args.process_index and sys.stderr.isatty():
-                self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=Console(stderr=True))
-                self.bar.start(); self.task = self.bar.add_task("", total=settings.steps, completed=start, note="")
+                columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(),
+                           TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+                self.bar = Progress(*columns, console=Console(stderr=True))
+                self.bar.start()
+                self.task = self.bar.add_task("", total=settings.steps, completed=start, note="")
+
+        def on_step_begin(self, *_, **__):
+            self.clock.tick()
+
         def on_log(self, args, state, control, logs=None, **_):
-            if logs and "loss" in logs: self.losses.append(dict(step=state.global_step, loss=logs["loss"], learning_rate=logs.get("learning_rate")))
+            if logs and "loss" in logs:
+                row = dict(step=state.global_step, loss=logs["loss"])
+                self.losses.append(row | dict(learning_rate=logs.get("learning_rate")))
+
         def on_step_end(self, args, state, control, model=None, **_):
-            if settings.eval_every and state.global_step % settings.eval_every == 0 and state.global_step < settings.steps: self.scored = score(state.global_step, model)
-            if args.device.type == "cpu" and state.global_step % 20 == 0: return_memory()
-            if quiet or args.process_index: return
+            step = state.global_step
+            scoring = settings.eval_every and step % settings.eval_every == 0
+            if scoring and step < settings.steps:
+                self.scored = score(step, model)
+            if args.device.type == "cpu" and step % 20 == 0:
+                return_memory()
+            if self.time_to_save(step, args):
+                control.should_save = True
+                self.saved = time.monotonic()
+            if not quiet and not args.process_index:
+                self.say(step)
+
+        def time_to_save(self, step, args):
+            "By the clock of the first process, which the others are told every 50 steps."
+            if not settings.save_minutes:
+                return False
+            late = time.monotonic() - self.saved >= 60*settings.save_minutes
+            if args.world_size == 1:
+                return late
+            if step % 50:
+                return False
+            late = torch.tensor(int(late), device=args.device)
+            torch.distributed.broadcast(late, 0)
+            return bool(late)
+
+        def say(self, step):
             seconds = time.monotonic() - self.began
-            notes = [f"loss {r['loss']:.3f}" for r in self.losses[-1:]] + [f"held out {x:.3f}" for x in [self.scored] if x is not None]
-            note = ", ".join(notes + [f"{batches.n_cells*world/seconds:,.0f} cells/s", f"{batches.n_tokens*world/seconds:,.0f} tokens/s"])
-            if self.bar: self.bar.update(self.task, completed=state.global_step, note=note)
-            elif state.global_step % max(1, settings.steps//100) == 0:           # a log file gets a line for each hundredth
-                print(f"training {state.global_step}/{settings.steps}, {note}, {seconds/(state.global_step - start)*(settings.steps - state.global_step)/60:,.0f} minutes left", file=sys.stderr, flush=True)
+            cells, tokens = (n*world/seconds for n in (self.trainer.n_cells, self.trainer.n_tokens))
+            notes = [f"loss {r['loss']:.3f}" for r in self.losses[-1:]]
+            notes += [] if self.scored is None else [f"held out {self.scored:.3f}"]
+            note = ", ".join(notes + [f"{cells:,.0f} cells/s", f"{tokens:,.0f} tokens/s"])
+            if self.bar:
+                self.bar.update(self.task, completed=step, note=note)
+            elif step % max(1, settings.steps//100) == 0:           # a log file gets a line for each hundredth
+                left = seconds/(step - start)*(settings.steps - step)/60
+                print(f"training {step}/{settings.steps}, {note}, {left:,.0f} minutes left", file=sys.stderr, flush=True)
+
         def on_train_end(self, *_, **__):
-            if self.bar: self.bar.stop()
+            if self.bar:
+                self.bar.stop()
     return Report()
 
 # %% ../nbs/09_pretrain.ipynb #c26d4fc7
@@ -264,9 +494,13 @@ def pretrain(
     "Train on masked genes; writes the checkpoint, training.json, loss.csv and the scores on held-out cells."
     from transformers.utils import logging
     logging.disable_progress_bar()      # one bar is enough
-    s, rank = settings, int(os.environ.get("RANK", 0))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    s = replace(settings, precision=chosen_precision(settings.precision, device))
+    rank = int(os.environ.get("RANK", 0))
     out = Path(out) if resume or rank else check_output(out, overwrite, "run.json")
     _check_tokens(tokens, heldout, model, s)
+    if deepspeed and s.optimizer != "adamw":
+        raise ValueError(f"optimizer={s.optimizer!r} does not run under DeepSpeed; leave deepspeed out, or choose optimizer = 'adamw'.")
     if not rank: _same_run(out, _run_record(tokens, model, s), resume)
     if not resume and not rank: shutil.rmtree(out/"steps", ignore_errors=True)
     last = _last_complete(out/"steps") if resume else None
@@ -277,26 +511,88 @@ def pretrain(
     batches = Batches(tokens, s, step*s.accumulation, args.process_index, args.world_size, np.flatnonzero(~mask) if mask.any() else None)
     if heldout is None and mask.any(): heldout = tokens.subset(np.flatnonzero(mask)[:s.eval_cells])
     score = _heldout_log(heldout, tokens, batches.cells, s, out, step, args)
-    report = _progress(s, step, batches, args.world_size, quiet, score)
+    report = _progress(s, step, args.world_size, quiet, score)
+    if note := slow_attention(model.config, device, s.precision):
+        warnings.warn(note)
+    if s.compile:
+        compile_layers(model)
     trainer = _trainer_class()(model=model, args=args, train_dataset=batches)
+    trainer.settings = s
+    trainer.ahead = s.ahead if s.ahead >= 0 else (4 if device == "cuda" else 0)
+    report.trainer = trainer
     from transformers.trainer_callback import PrinterCallback
-    trainer.remove_callback(PrinterCallback); trainer.add_callback(report)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(report)
     torch.set_flush_denormal(True)      # gradients of rare genes fall below 1e-38, where a CPU is several times slower
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.stop_at_no_number(wait=True)
     seconds = time.monotonic() - began
-    if heldout is not None: score(s.steps, trainer.model)
-    _finish(trainer, out, tokens, s, dict(seconds=round(seconds, 1), **_rates(batches, args.world_size, seconds, model)), card)
+    if heldout is not None:
+        score(s.steps, trainer.model)
+    rates = _rates(trainer, batches, report.clock.seconds(), seconds)
+    _finish(trainer, out, tokens, s, dict(seconds=round(seconds, 1), **rates), card)
     return model.eval()
+
+def slow_attention(
+    config:ScembConfig,
+    device,             # Name of the device's type
+    precision:str,      # fp32, bf16 or fp16
+    flash=None,         # Whether the device has flash kernels; None: ask it
+):                      # A sentence, or None
+    "Say why training on a GPU would lay cells out as padded rows, and what to change."
+    if device != "cuda":
+        return None
+    flash = has_flash(torch.device(device, 0)) if flash is None else flash
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    dropout = config.attention_probs_dropout_prob
+    head_width = config.hidden_size//config.num_attention_heads
+    if attention_kernel(device, dtype, dropout, head_width, flash) != "padded":
+        return None
+    why = (f"attention_dropout is {dropout:g}, which the kernel for rows of cells does not have: set it to 0" if dropout else
+           "precision is fp32: use bf16" if precision == "fp32" else
+           f"a head is {head_width} wide: use a multiple of 8" if head_width % 8 else
+           "the device or this torch has no such kernel (it needs capability 8.0 and torch 2.10)")
+    return f"Attention will run on padded rows, at less than half the speed: {why}."
 
 def _arguments(out, s, deepspeed, report_to): # settings -> what the Trainer wants
     from transformers import TrainingArguments
-    if deepspeed: deepspeed = str(deepspeed_config(deepspeed))
-    return TrainingArguments(output_dir=str(out/"steps"), max_steps=s.steps, learning_rate=s.learning_rate, warmup_steps=s.warmup_steps, lr_scheduler_type="linear",
-        weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm, gradient_accumulation_steps=s.accumulation, per_device_train_batch_size=1, seed=s.seed, data_seed=s.seed,
-        bf16=s.precision == "bf16", fp16=s.precision == "fp16", torch_compile=s.compile, save_steps=s.save_every, save_total_limit=2, logging_steps=max(1, min(25, s.steps//20)), report_to=report_to,
-        disable_tqdm=True, ignore_data_skip=True, remove_unused_columns=False, dataloader_num_workers=0, deepspeed=deepspeed, logging_nan_inf_filter=False,
-        ddp_find_unused_parameters=False, use_cpu=not torch.cuda.is_available())
+    if deepspeed:
+        deepspeed = str(deepspeed_config(deepspeed))
+    args = TrainingArguments(
+        output_dir=str(out/"steps"),
+        max_steps=s.steps,
+        learning_rate=s.learning_rate,
+        warmup_steps=s.warmup_steps,
+        lr_scheduler_type="linear",
+        weight_decay=s.weight_decay,
+        max_grad_norm=s.max_grad_norm,
+        gradient_accumulation_steps=s.accumulation,
+        per_device_train_batch_size=1,
+        seed=s.seed,
+        data_seed=s.seed,
+        bf16=s.precision == "bf16",
+        fp16=s.precision == "fp16",
+        save_steps=s.steps if s.save_minutes else s.save_every,
+        save_total_limit=2,
+        logging_steps=max(1, min(25, s.steps//20)),
+        report_to=report_to,
+        disable_tqdm=True,
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        deepspeed=deepspeed,
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available())
+    return one_gpu_a_process(args)
+
+def one_gpu_a_process(args): # TrainingArguments -> the same
+    "Several GPUs in sight of one process: use the first, where the Trainer would split rows of cells over all."
+    if args.n_gpu > 1:
+        warnings.warn(f"{args.n_gpu} GPUs in sight, one is used. Start with --nproc {args.n_gpu} to use them all.")
+        args._n_gpu = 1
+    return args
 
 def deepspeed_config(name:str)->Path: # zero1, zero2, zero3, or a path
     "The DeepSpeed JSON that comes with the package, or the user's own."
@@ -322,9 +618,15 @@ class _NameOnly: # what `check_fit` needs to know of a vocabulary
     def __len__(self): return self.size
 
 def _run_record(tokens, model, s): # what must be the same when a run is taken up again
-    free = ("steps", "save_every", "eval_every", "eval_cells", "compile")
-    return dict(settings={k: v for k, v in asdict(s).items() if k not in free}, tokenizer=tokenizer_hash(tokens.settings, tokens.vocabulary), n_cells=len(tokens),
-                **{k: getattr(model.config, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")})
+    free = ("steps", "save_every", "save_minutes", "eval_every", "eval_cells", "compile", "ahead")
+    settings = {k: v for k, v in asdict(s).items() if k not in free}
+    size = {k: getattr(model.config, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
+    return dict(
+        settings=settings,
+        tokenizer=tokenizer_hash(tokens.settings, tokens.vocabulary),
+        n_cells=len(tokens),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),     # batches are dealt to so many
+        **size)
 
 def _same_run(out, run, resume): # a resumed run must be the one that was begun, but for its length
     path = out/"run.json"
@@ -339,24 +641,66 @@ def _last_complete(folder): # the newest checkpoint whose trainer state was writ
     done = [p for p in folder.glob("checkpoint-*") if (p/"trainer_state.json").exists() and all((p/f"rng_state_{r}.pth").exists() for r in range(int(os.environ.get("WORLD_SIZE", 1))) if "RANK" in os.environ)]
     return max(done, key=lambda p: int(p.name.split("-")[1]), default=None)
 
-def _rates(batches, world, seconds, model): # throughput of this part of the run; no token is padding, so all are useful
+def _rates(trainer, batches, step_seconds, seconds): # throughput of this part of the run; no token is padding, so all are useful
     import resource
-    n_cells, n_tokens = batches.n_cells*world, batches.n_tokens*world
-    memory = torch.cuda.max_memory_allocated()/2**20 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
-    some = np.minimum(batches.lengths[np.random.default_rng(0).permutation(len(batches.lengths))[:5000]], batches.settings.max_len)
-    peak, _ = peak_flops(model.device, dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[batches.settings.precision])
-    share = mfu(flops_per_token(model.config, some.tolist(), batches.settings.mask_share)*n_tokens, seconds, peak*world)
-    return {"cells_seen": n_cells, "tokens_seen": n_tokens, "cells/s": round(n_cells/seconds, 1), "tokens/s": round(n_tokens/seconds), "useful_share": 1., "mfu": round(share, 3), "peak_memory_mb": round(memory), "world": world}
+    model, s, world = trainer.model, batches.settings, trainer.args.world_size
+    n_cells, n_tokens = trainer.n_cells*world, trainer.n_tokens*world
+    on_gpu = torch.cuda.is_available()
+    memory = (torch.cuda.max_memory_allocated()/2**20 if on_gpu
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+    some = np.random.default_rng(0).permutation(len(batches.lengths))[:5000]
+    lengths = np.minimum(batches.lengths[some], s.max_len).tolist()
+    per_token = flops_per_token(model.config, lengths, s.mask_share, bool(s.cell_weight))
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[s.precision]
+    peak, _ = peak_flops(model.device, dtype)
+    share = mfu(per_token*n_tokens, seconds, peak*world)
+    n_steps = max(len(batches)//s.accumulation, 1)
+    rates = {
+        "cells_seen": n_cells, "tokens_seen": n_tokens,
+        "cells/s": round(n_cells/seconds, 1), "tokens/s": round(n_tokens/seconds),
+        "useful_share": 1., "mfu": round(share, 3), "peak_memory_mb": round(memory), "world": world}
+    if len(step_seconds):           # the typical step, without compiling, scoring and saving
+        typical = float(np.median(step_seconds))
+        rates["step_ms"] = round(1000*typical, 2)
+        rates["step_mfu"] = round(mfu(per_token*n_tokens/n_steps, typical, peak*world), 3)
+    return rates
 
-def _finish(trainer, out, tokens, s, rates, card): # gather the weights from all devices and write the checkpoint
+def _weights(trainer): # gather the weights from all devices; called by every process
+    "The fp32 weights of a DeepSpeed run; None: the model holds them."
+    if not trainer.is_deepspeed_enabled:
+        return None
+    if trainer.args.hf_deepspeed_config.is_zero3():
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.bf16 and not trainer.args.fp16:
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+    weights = dict(trainer.model.state_dict())
+    for name, p in trainer.model.named_parameters():
+        full = safe_get_full_fp32_param(p)
+        if full is not None:
+            weights[name] = full.detach().cpu()
+    return weights
+
+def _finish(trainer, out, tokens, s, rates, card): # write the checkpoint and the records
     import pandas as pd
-    model, zero3 = trainer.model, trainer.is_deepspeed_enabled and trainer.args.hf_deepspeed_config.is_zero3()
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if zero3 else None
-    if not trainer.is_world_process_zero(): return
-    pd.DataFrame([{k: r.get(k) for k in ("step", "loss", "grad_norm", "learning_rate")} for r in trainer.state.log_history if "loss" in r]).to_csv(out/"loss.csv", index=False)
-    record = dict(settings=asdict(s), **rates, versions=versions(), n_cells=len(tokens), n_weights=sum(v.numel() for k, v in weights.items() if not k.startswith("cls.predictions.decoder")) if weights else model.num_parameters(), **(card or {}))
-    if (out/"heldout.csv").exists(): record["heldout"] = pd.read_csv(out/"heldout.csv").iloc[-1].to_dict()
-    save_checkpoint(model.eval(), out, tokens.vocabulary, replace(tokens.settings, max_len=min(s.max_len, tokens.settings.max_len)), record, weights)
+    model = trainer.model
+    weights = _weights(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    columns = ("step", "loss", "grad_norm", "learning_rate")
+    log = [{k: r.get(k) for k in columns} for r in trainer.state.log_history if "loss" in r]
+    pd.DataFrame(log).to_csv(out/"loss.csv", index=False)
+    n_weights = model.num_parameters()
+    if weights:
+        tied = "cls.predictions.decoder"
+        n_weights = sum(v.numel() for k, v in weights.items() if not k.startswith(tied))
+    record = dict(
+        settings=asdict(s), **rates, versions=versions(), n_cells=len(tokens),
+        n_weights=n_weights, **(card or {}))
+    if (out/"heldout.csv").exists():
+        record["heldout"] = pd.read_csv(out/"heldout.csv").iloc[-1].to_dict()
+    window = replace(tokens.settings, max_len=min(s.max_len, tokens.settings.max_len))
+    save_checkpoint(model.eval(), out, tokens.vocabulary, window, record, weights)
     (out/"training.json").write_text(json.dumps(record, indent=1))
 
 def versions()->dict:

@@ -61,7 +61,10 @@ def open_counts(
         if kind == ".zarr": matrix, obs, var = _open_zarr(path)
         elif kind == ".h5": matrix, obs, var = _open_10x_h5(path)
         elif path.is_dir() and _is_mtx(path):
-            import scanpy as sc
+            try:
+                import scanpy as sc
+            except ImportError as error:
+                raise ImportError("Reading a folder with matrix.mtx needs scanpy: pip install scanpy") from error
             adata = sc.read_10x_mtx(path); matrix, obs, var = adata.X, adata.obs, adata.var
         else: raise ValueError(f"{path} is none of .h5ad, .zarr, 10x .h5, or a folder with matrix.mtx.")
         if 0 in matrix.shape: raise ValueError(f"{path} is empty ({matrix.shape[0]} cells x {matrix.shape[1]} genes).")

@@ -8,7 +8,7 @@ __all__ = ['TokenSet', 'encoded_chunks', 'tally', 'tokenize', 'write_tokens', 'r
 # %% ../nbs/05a_tokens.ipynb #267964da
 import hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,46 +18,91 @@ from .counts import Counts, check_output, read_counts
 from .tokenize import Encoder, TokenizerSettings, Vocabulary, gene_medians, protein_vocabulary, tokenizer_hash
 
 # %% ../nbs/05a_tokens.ipynb #5f1dc212
-@dataclass
 class TokenSet:
-    "Tokenised cells. `parts` are (offsets, genes, bins) of consecutive cells, in memory or memory-mapped."
-    parts: list
-    obs: pd.DataFrame     # One row a cell
-    vocabulary: Vocabulary
-    settings: TokenizerSettings
-    card: dict = field(default_factory=dict)
+    "Tokenised cells: genes and bins in rank order, and what is known of each cell."
+    def __init__(self,
+        parts:list,                 # (offsets, genes, bins) of consecutive cells; may lie on disk
+        obs,                        # One row a cell: a pandas table, or an Arrow table, on disk
+        vocabulary:Vocabulary,
+        settings:TokenizerSettings,
+        card:dict|None=None,        # Where the cells come from, and what tokenising kept and lost
+    ):
+        self.parts, self.vocabulary, self.settings = parts, vocabulary, settings
+        self.card = {} if card is None else card
+        self._obs = obs
+        cells_of_parts = [len(offsets) - 1 for offsets, _, _ in parts]
+        self.first = np.cumsum([0] + cells_of_parts)          # first cell of each part
+        lengths = [np.diff(offsets) for offsets, _, _ in parts]
+        self.lengths = np.concatenate(lengths or [[]]).astype(np.int32, copy=False)
 
-    def __post_init__(self):
-        self.first = np.cumsum([0] + [len(o) - 1 for o, _, _ in self.parts])      # first cell of each part
-        self.lengths = np.concatenate([np.diff(o) for o, _, _ in self.parts]).astype(np.int32) if self.parts else np.zeros(0, np.int32)
+    @property
+    def obs(self)->pd.DataFrame:
+        "What is known of each cell, a row a cell."
+        if not isinstance(self._obs, pd.DataFrame):
+            plain = _without_dictionaries(self._obs.schema)
+            self._obs = self._obs.cast(plain).to_pandas()
+        return self._obs
+
+    @obs.setter
+    def obs(self, table): self._obs = table
+
+    @property
+    def obs_columns(self)->list:
+        "Names of the obs columns; reads none."
+        in_pandas = isinstance(self._obs, pd.DataFrame)
+        return list(self._obs.columns) if in_pandas else self._obs.column_names
+
     def __len__(self): return int(self.first[-1])
+
     def __repr__(self):
-        n = self.lengths; span = f"{n.min()}-{n.max()} genes (mean {n.mean():.0f})" if len(n) else "empty"
-        return f"TokenSet: {len(self):,} cells, {span}, vocabulary {self.vocabulary.hash}, obs {list(self.obs.columns)}"
+        n, span = self.lengths, "empty"
+        if len(n):
+            span = f"{n.min()}-{n.max()} genes (mean {n.mean():.0f})"
+        return (f"TokenSet: {len(self):,} cells, {span}, vocabulary {self.vocabulary.hash}, "
+                f"obs {self.obs_columns}")
 
     def cell(self, i): # -> genes (L,), bins (L,)
         "Genes and bins of one cell, in rank order."
-        p = int(np.searchsorted(self.first, i, side="right") - 1); o, g, b = self.parts[p]; i -= self.first[p]
-        return g[o[i]:o[i + 1]], b[o[i]:o[i + 1]]
+        part = int(np.searchsorted(self.first, i, side="right") - 1)
+        offsets, genes, bins = self.parts[part]
+        place = i - self.first[part]
+        where = slice(offsets[place], offsets[place + 1])
+        return genes[where], bins[where]
 
     def gather(self, cells): # -> genes (T,) uint16, bins (T,) uint8, offsets (cells + 1,) int64
         "Flat genes and bins of the given cells, in the given order."
         cells = np.asarray(cells)
+        if not len(cells):
+            return np.zeros(0, np.uint16), np.zeros(0, np.uint8), np.zeros(1, np.int64)
         pairs = [self.cell(i) for i in cells]
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[cells], dtype=np.int64)]) if len(pairs) else np.zeros(1, np.int64)
-        if not pairs: return np.zeros(0, np.uint16), np.zeros(0, np.uint8), offsets
-        return np.concatenate([g for g, _ in pairs]), np.concatenate([b for _, b in pairs]), offsets
+        ends = np.cumsum(self.lengths[cells], dtype=np.int64)
+        genes, bins = (np.concatenate(flat) for flat in zip(*pairs))
+        return genes, bins, np.concatenate([[0], ends])
 
     def subset(self, cells): # integer positions or a boolean mask -> TokenSet
         "The given cells as a token set in memory."
         cells = np.arange(len(self))[cells]
         genes, bins, offsets = self.gather(cells)
-        return TokenSet([(offsets, genes, bins)], self.obs.iloc[cells].reset_index(drop=True), self.vocabulary, self.settings, self.card)
+        if isinstance(self._obs, pd.DataFrame):
+            obs = self._obs.iloc[cells].reset_index(drop=True)
+        else:
+            obs = self._obs.take(cells)
+        return TokenSet([(offsets, genes, bins)], obs, self.vocabulary, self.settings, self.card)
 
     def read_cell(self, i, top=12): # the first genes of a cell with their bins, for people
         "A cell as a line of text: its highest genes with their bins."
-        g, b = self.cell(i)
-        return " ".join(f"{s}:{x}" for s, x in zip(self.vocabulary.symbols[g[:top]], b[:top])) + (f" ... ({len(g)} genes)" if len(g) > top else "")
+        genes, bins = self.cell(i)
+        symbols = self.vocabulary.symbols[genes[:top]]
+        more = f" ... ({len(genes)} genes)" if len(genes) > top else ""
+        return " ".join(f"{s}:{b}" for s, b in zip(symbols, bins[:top])) + more
+
+def _without_dictionaries(schema): # Arrow schema -> the same with plain strings
+    import pyarrow as pa
+    fields = []
+    for field in schema:
+        numbered = pa.types.is_dictionary(field.type)
+        fields.append(field.with_type(field.type.value_type) if numbered else field)
+    return pa.schema(fields)
 
 # %% ../nbs/05a_tokens.ipynb #3e1dce8d
 def encoded_chunks(
@@ -122,10 +167,14 @@ class _Job:
 def _write_whole(path, text): # a file is there whole or not at all
     path.with_suffix(".tmp").write_text(text); os.replace(path.with_suffix(".tmp"), path)
 
-def _schema(job):
+def _schema(job): # columns of the obs as numbers of distinct strings
     import pyarrow as pa
-    extra = [("rescued", pa.int32())] if job.protected else []
-    return pa.schema([("genes", pa.list_(pa.uint16())), ("bins", pa.list_(pa.uint8())), ("length", pa.int32()), ("source", pa.int32()), ("row", pa.int64())] + extra + [(k, pa.string()) for k in job.obs_columns])
+    fields = [("genes", pa.list_(pa.uint16())), ("bins", pa.list_(pa.uint8())),
+              ("length", pa.int32()), ("source", pa.int32()), ("row", pa.int64())]
+    if job.protected:
+        fields.append(("rescued", pa.int32()))
+    strings = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema(fields + [(name, strings) for name in job.obs_columns])
 
 def _record_batch(e, obs, first, source, job, schema): # one encoded chunk -> Arrow, empty cells left out
     import pyarrow as pa
@@ -135,7 +184,10 @@ def _record_batch(e, obs, first, source, job, schema): # one encoded chunk -> Ar
     columns = [pa.ListArray.from_arrays(offsets, pa.array(e["genes"])), pa.ListArray.from_arrays(offsets, pa.array(e["bins"])),
                pa.array(lengths[keep].astype(np.int32)), pa.array(np.full(keep.sum(), source, np.int32)), pa.array(rows)]
     if job.protected: columns.append(pa.array(e["rescued"][keep]))
-    return pa.record_batch(columns + [pa.array(obs[k].iloc[rows].astype(str).to_numpy(dtype=object)) for k in job.obs_columns], schema=schema)
+    for name in job.obs_columns:
+        values = obs[name].iloc[rows].astype(str).to_numpy(dtype=object)
+        columns.append(pa.array(values, pa.string()).dictionary_encode())
+    return pa.record_batch(columns, schema=schema)
 
 def _write_shard(job, schema, number, source, counts, encoder, start, progress, n_threads): # -> what is entered in the list
     import pyarrow as pa
@@ -223,7 +275,9 @@ def _write_cards(job, schema, shards, corpora): # what load_from_disk wants, and
     identity = tokenizer_hash(job.settings, job.vocabulary)
     _write_whole(job.folder/"state.json", json.dumps(dict(_data_files=[dict(filename=s["file"]) for s in shards], _fingerprint=identity,
         _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None)))
-    _write_whole(job.folder/"dataset_info.json", json.dumps(dict(features=Features.from_arrow_schema(schema).to_dict(), description="scEMB tokens", citation="", homepage="", license="")))
+    features = Features.from_arrow_schema(_without_dictionaries(schema)).to_dict()
+    info = dict(features=features, description="scEMB tokens", citation="", homepage="", license="")
+    _write_whole(job.folder/"dataset_info.json", json.dumps(info))
     per_source = []
     for i, s in enumerate(job.sources):
         card = {k: sum(x[k] for x in shards if x["source"] == i) for k in ("n_cells", "n_empty", "n_tokens", "n_truncated", "n_rescued", "counts", "counts_cut")}
@@ -253,6 +307,8 @@ def read_tokens(
             raise ValueError(f"{path} is {'missing' if not path.exists() else f'{path.stat().st_size:,} bytes'}; the card says {s['bytes']:,} bytes. Copy it again, or tokenise anew.")
         batches += pa.ipc.open_stream(pa.memory_map(str(path))).read_all().to_batches()
     parts = [(b.column("genes").offsets.to_numpy(), b.column("genes").values.to_numpy(), b.column("bins").values.to_numpy()) for b in batches]
-    names = [n for n in batches[0].schema.names if n not in ("genes", "bins", "length")] if batches else []
-    obs = pa.Table.from_batches(batches).select(names).to_pandas() if batches else pd.DataFrame()
+    obs = pd.DataFrame()
+    if batches:
+        table = pa.Table.from_batches(batches)
+        obs = table.drop_columns(["genes", "bins", "length"])  # not read before it is asked for
     return TokenSet(parts, obs, vocabulary, TokenizerSettings(**card["settings"]), card)
