@@ -67,7 +67,7 @@ FAULTS = [
     Fault("leakage", "theirs[enough >= min_genes]) & (n >= min_genes)", "theirs)",
           "cells with too few genes count as leaked"),
     # vectors
-    Fault("embed", "index_add_(0, owner, x_TD)/n[:, None]", "index_add_(0, owner, x_TD)/n.max()", "mean over padding"),
+    Fault("embed", "/cu.diff()[:, None]", "/cu.diff().max()", "mean over padding"),
     Fault("geneformer", "as_float[0] = v*scale[t]", "as_float[0] = v/scale[t]", "counts are multiplied by gene medians"),
     # perturbation
     Fault("edits", "cells.bins[source].masked_fill(target, 0)", "cells.bins[source]", "a masked gene keeps its bin"),
