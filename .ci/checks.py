@@ -12,7 +12,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_BYTES = 200 * 1024     # what a page may weigh in git, outputs included
-MODULE_LINES, CELL_LINES = 300, 40
 TAGGED = ("launch", "figures", "benchmarks")    # folders of papermill pages
 GENERATED = {"sidebar.yml", "nbdev.yml", ".last_checked"}
 SKIP_DIRS = {".git", ".venv", "runs", "local", "build", "dist", "_docs", "_proc", "__pycache__", ".ipynb_checkpoints", ".ruff_cache", ".hypothesis"}
@@ -270,17 +269,6 @@ def check_compiled(root, package="scemb", settled=("_mix64",)):
             if home and compiled[home, called][0]: bad.append(f"{package}/{module}.py: {name} calls {called}, which numba keeps on disk; give cache=True to the outermost function only.")
             elif home not in (None, module) and kept and called not in settled: bad.append(f"{package}/{module}.py: numba keeps {name} on disk with {called} of {home} inside, and will not see when that changes; take cache=True away.")
     return bad
-
-
-def long_ones(root, package="scemb"):
-    "Warnings, no failures: modules and exported cells longer than a reader likes."
-    lines = [f"{package}/{f.name} has {n} lines, more than {MODULE_LINES}." for f in sorted((root/package).glob("*.py"))
-             if f.name != "_modidx.py" and (n := sum(1 for line in f.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("# %%"))) > MODULE_LINES]
-    for p in pages(root):
-        for n, c in enumerate(p.cells):
-            length = len(text(c["source"]).rstrip().split("\n"))
-            if exported(c) and length > CELL_LINES: lines.append(f"nbs/{p.rel} cell {n} exports {length} lines, more than {CELL_LINES}.")
-    return lines
 
 
 # Names of functions, by their beginning, that return nothing to look at.

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import docs
 import processors
-from checks import ROOT, STATIC, TAGGED, changed, directives, files, long_ones, pages, snapshot, text
+from checks import ROOT, STATIC, TAGGED, changed, directives, files, pages, snapshot, text
 
 BIN = Path(sys.executable).parent
 TIMEOUT = 900       # seconds for one page
@@ -280,7 +280,6 @@ def main():
     tree = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "benchmarks"))
     found = pages(ROOT)
     for name, check in STATIC.items(): tally.check(name, check, ROOT)
-    for line in long_ones(ROOT): print(f"      note: {line}")
     tally.check("ruff check", lambda: succeeds(BIN/"ruff", "check", "--no-cache", "--output-format=concise", "."))
     tally.check("README.md equals nbs/index.ipynb", docs.check_readme, ROOT)
     tally.check("importing scemb is light", light_import)

@@ -194,13 +194,6 @@ class Planted(unittest.TestCase):
             (self.root/"scemb"/"low.py").write_text(low); (self.root/"scemb"/"late.py").write_text(late)
             self.found(checks.check_compiled(self.root), found) if found else self.clean(checks.check_compiled)
 
-    def test_lengths(self):
-        "long modules and long exported cells are noted"
-        self.assertEqual(checks.long_ones(self.root), [])
-        (self.root/"scemb"/"low.py").write_text("x = 1\n" * 301)
-        self.page("03_late.ipynb", cell("#| export\n" + "x = 1\n" * 41))
-        self.assertEqual(len(checks.long_ones(self.root)), 2)
-
     def test_export_and_clean(self):
         "a module that differs from its page and a page that is not clean are named; tags stay"
         shutil.rmtree(self.root/"nbs"/"launch")
