@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .embed import budget_batches, to_device
 from .finetune import CellModel, seeded
+from .model import slow_attention
 from .orders import epoch_order
 from .tokens import TokenSet
 
@@ -247,6 +248,8 @@ def fit(
     "Fit the head and what the way lets change."
     torch.set_flush_denormal(True)
     train, validation = np.asarray(train), np.asarray(validation, int)
+    if note := slow_attention(model.encoder.config, model.device.type, model.precision):
+        warnings.warn(note)
     with seeded(model.settings.seed, model.device):
         return _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VARLEN', 'FLASH', 'PRECISIONS', 'ScembConfig', 'Embeddings', 'Segments', 'segments', 'has_flash', 'owner_of_tokens',
            'attention_kernel', 'SelfAttention', 'AddNorm', 'Layer', 'ranks_of_segments', 'chosen_precision', 'autocast',
-           'compile_layers', 'ScembPreTrainedModel', 'ScembModel', 'Decoder', 'PredictionHead', 'ScembForMaskedLM']
+           'slow_attention', 'compile_layers', 'ScembPreTrainedModel', 'ScembModel', 'Decoder', 'PredictionHead',
+           'ScembForMaskedLM']
 
 # %% ../nbs/06_model.ipynb #6fabaea7
 import math
@@ -287,6 +288,27 @@ def autocast(
     "Products in 16 bits where the precision asks for them; weights stay as they are."
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32")
+
+def slow_attention(
+    config:ScembConfig,
+    device,             # Name of the device's type
+    precision:str,      # fp32, bf16 or fp16
+    flash=None,         # Whether the device has flash kernels; None: ask it
+):                      # A sentence, or None
+    "Say why training on a GPU would lay cells out as padded rows, and what to change."
+    if device != "cuda":
+        return None
+    flash = has_flash(torch.device(device, 0)) if flash is None else flash
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    dropout = config.attention_probs_dropout_prob
+    head_width = config.hidden_size//config.num_attention_heads
+    if attention_kernel(device, dtype, dropout, head_width, flash) != "padded":
+        return None
+    why = (f"attention_dropout is {dropout:g}, which the kernel for rows of cells does not have: set it to 0" if dropout else
+           "precision is fp32: use bf16" if precision == "fp32" else
+           f"a head is {head_width} wide: use a multiple of 8" if head_width % 8 else
+           "the device or this torch has no such kernel (it needs capability 8.0 and torch 2.10)")
+    return f"Attention will run on padded rows, at less than half the speed: {why}."
 
 def compile_layers(
     model,               # A model with `bert` inside, or the encoder itself

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['GENE_SCALE', 'SCORED_SHARE', 'TrainSettings', 'Batches', 'shown', 'held_out', 'new_model', 'model_scorer',
-           'baseline_scorers', 'score_summary', 'return_memory', 'LossWatch', 'Clock', 'pretrain', 'slow_attention',
-           'one_gpu_a_process', 'deepspeed_config', 'versions']
+           'baseline_scorers', 'score_summary', 'return_memory', 'LossWatch', 'Clock', 'pretrain', 'one_gpu_a_process',
+           'deepspeed_config', 'versions']
 
 # %% ../nbs/09_pretrain.ipynb #fbe46b77
 import json, os, platform, shutil, sys, time, warnings
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from .checkpoint import ASSETS, check_fit, save_checkpoint
 from .counts import check_output
 from .flops import flops_per_token, mfu, peak_flops
 from .model import (
-    ScembConfig, ScembForMaskedLM, Segments, attention_kernel, autocast, chosen_precision,
-    compile_layers, has_flash)
+    ScembConfig, ScembForMaskedLM, Segments, autocast, chosen_precision, compile_layers,
+    slow_attention)
 from .optimizer import OPTIMIZERS, make_optimizer
 from .orders import packed_batches, unpadded_batches
 from .prefetch import Prefetched
@@ -65,7 +65,9 @@ class TrainSettings:
     allow_paper_lr: bool = False    # Accept a learning rate of 1e-2 or more
 
     def __post_init__(self):
-        if isinstance(self.learning_rate, (int, float)) and self.learning_rate >= 1e-2 and not self.allow_paper_lr:
+        for field in fields(self):
+            _check_kind(field.name, getattr(self, field.name), type(field.default))
+        if self.learning_rate >= 1e-2 and not self.allow_paper_lr:
             raise ValueError(f"learning_rate={self.learning_rate:g} diverges for a post-LayerNorm BERT; the paper's 1e-1 is read as a slip for 1e-3. Use about 1e-3, or set allow_paper_lr = true.")
         choices = dict(
             start=("corpus", "random"),
@@ -78,19 +80,24 @@ class TrainSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
         for name in ("steps", "token_budget", "accumulation", "max_len", "save_every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name}={value!r}; a whole number of at least 1 is needed.")
-        for name in ("learning_rate", "matrix_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes"):
+        for name in ("learning_rate", "matrix_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes", "blocks"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value < 0:
+            if value < 0:
                 raise ValueError(f"{name}={value!r}; a number of at least 0 is needed.")
-        if not isinstance(self.blocks, int) or self.blocks < 0:
-            raise ValueError(f"blocks={self.blocks!r}; a number of cells is needed, 0 for none.")
-        if not isinstance(self.ahead, int) or self.ahead < -1:
+        if self.ahead < -1:
             raise ValueError(f"ahead={self.ahead!r}; a number of batches is needed, 0 for none, -1 to choose by the device.")
         if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
         if not 0 < self.mask_share < 1: raise ValueError(f"mask_share={self.mask_share}; a share between 0 and 1 is needed.")
         if not 0 <= self.warmup_steps < self.steps: raise ValueError(f"warmup_steps={self.warmup_steps} with steps={self.steps}: the rate would never reach its peak. Set warmup_steps to about a tenth of the steps.")
+
+def _check_kind(name, value, kind): # refuse a list, a text or a fraction where the file must hold something else
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{name}={value!r}; {wanted} is needed.")
+
 
 # %% ../nbs/09_pretrain.ipynb #05dac0b7
 class Batches(torch.utils.data.Dataset):
@@ -162,6 +169,12 @@ def new_model(
     **config,                 # Other fields of ScembConfig
 )->ScembForMaskedLM:          # Fresh weights, seeded
     "Make an untrained model for a token set."
+    for name, value in dict(layers=layers, width=width, heads=heads).items():
+        _check_kind(name, value, int)
+    for name, value in dict(dropout=dropout, attention_dropout=attention_dropout or 0.).items():
+        _check_kind(name, value, float)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r}; a share from 0 to below 1 is needed.")
     if min(layers, width, heads) < 1: raise ValueError(f"layers={layers}, width={width}, heads={heads}; each must be at least 1.")
     if not len(tokens): raise ValueError("There are no cells to train on.")
     torch.manual_seed(settings.seed)
@@ -533,27 +546,6 @@ def pretrain(
     rates = _rates(trainer, batches, report.clock.seconds(), seconds)
     _finish(trainer, out, tokens, s, dict(seconds=round(seconds, 1), **rates), card)
     return model.eval()
-
-def slow_attention(
-    config:ScembConfig,
-    device,             # Name of the device's type
-    precision:str,      # fp32, bf16 or fp16
-    flash=None,         # Whether the device has flash kernels; None: ask it
-):                      # A sentence, or None
-    "Say why training on a GPU would lay cells out as padded rows, and what to change."
-    if device != "cuda":
-        return None
-    flash = has_flash(torch.device(device, 0)) if flash is None else flash
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
-    dropout = config.attention_probs_dropout_prob
-    head_width = config.hidden_size//config.num_attention_heads
-    if attention_kernel(device, dtype, dropout, head_width, flash) != "padded":
-        return None
-    why = (f"attention_dropout is {dropout:g}, which the kernel for rows of cells does not have: set it to 0" if dropout else
-           "precision is fp32: use bf16" if precision == "fp32" else
-           f"a head is {head_width} wide: use a multiple of 8" if head_width % 8 else
-           "the device or this torch has no such kernel (it needs capability 8.0 and torch 2.10)")
-    return f"Attention will run on padded rows, at less than half the speed: {why}."
 
 def _arguments(out, s, deepspeed, report_to): # settings -> what the Trainer wants
     from transformers import TrainingArguments
