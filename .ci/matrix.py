@@ -119,7 +119,7 @@ def first_error(output):
     "The line that names the mistake: the last one that reads like an exception."
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in output.split("\n")]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Warning|Exit)\b", line)]
-    said = (named or [line for line in lines if line] or ["no output"])[-1]
+    said = (named or [line for line in lines if line] or ["no output, as of a process that was stopped"])[-1]
     return re.sub(r"/\S*/(?=[\w.-]+)", "", said)[:160]
 
 
@@ -143,7 +143,7 @@ def run_page(folder, name, log):
     start = time.time()
     command = [folder/"bin"/"python", ROOT/".ci"/"one_page.py", ROOT/"nbs"/name]
     rc, output = call(command, PAGE_SECONDS, env=page_environment(folder))
-    error = first_error(output) if rc else ""
+    error = f"exit code {rc}: {first_error(output)}" if rc else ""
     if rc:
         log.write(f"=== {name}\n{output}\n")
         log.flush()
