@@ -109,10 +109,18 @@ def _add_to_h5ad(part, windows, key, record):
 
 def _add_to_zarr(part, windows, key, record):
     import zarr
-    held = (part/".zmetadata").exists()                                   # consolidated metadata would hide what is added
+    consolidated = _consolidated(part)               # metadata kept twice would hide what is added
     group = _zarr(part, "r+")
     _add_to_group(group, windows, key, record, lambda g, **k: g.create_array(key, **k))
-    if held: zarr.consolidate_metadata(str(part))
+    if consolidated:
+        zarr.consolidate_metadata(str(part))
+
+def _consolidated(part): # folder of a zarr store -> whether its metadata stand once more at the top
+    "Format 2 keeps them in a file of their own, format 3 in the group's."
+    if (part/".zmetadata").exists():
+        return True
+    top = part/"zarr.json"
+    return top.exists() and json.loads(top.read_text()).get("consolidated_metadata") is not None
 
 def _add_to_group(root, windows, key, record, create):
     from anndata.io import write_elem
