@@ -98,12 +98,16 @@ def masked_batch(
         hidden=np.flatnonzero(labels >= 0))
 
 def as_tensors(
-    batch:dict,       # Of arrays and plain numbers, from `masked_batch`
+    batch:dict,       # Of arrays (or tensors) and plain numbers, from `masked_batch`
     device="cpu",     # Where to
 )->dict:              # Arrays as tensors on the device, numbers as they are
     "A batch for torch."
-    return {k: torch.from_numpy(v).to(device) if isinstance(v, np.ndarray) else v
-            for k, v in batch.items()}
+    out = {}
+    for name, value in batch.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        out[name] = value.to(device) if torch.is_tensor(value) else value
+    return out
 
 def truncated(genes, bins, offsets, max_len): # flat cells -> the same with at most max_len genes each
     "Keep the first max_len genes of each cell."

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from .baselines import bin_table, masked_scores, table_scorer, unigram_prior
+from .batching import as_tensors
 from .checkpoint import load_checkpoint
 from .finetune import FinetuneSettings, adapted
+from .model import autocast, chosen_precision
 from .pretrain import Batches, TrainSettings, model_scorer, score_summary
 from .stats import arrangements, permutation_p
 from .tokens import TokenSet
@@ -46,14 +48,25 @@ def tune_on(
     return (tuned, vocabulary, tokenizing), score_summary(masked_scores(heldout, scorers, length, seed=1))
 
 def _descend(model, batches, steps, s, say): # AdamW with warm-up and linear decay over ready-made batches
-    trained = [p for p in model.parameters() if p.requires_grad]; warm = max(1, round(s.warmup*steps))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    warm = max(1, round(s.warmup*steps))
     optimizer = torch.optim.AdamW(trained, lr=s.rate, weight_decay=s.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1)/warm, max(0., (steps - i)/max(1, steps - warm))))
+    factor = lambda i: min((i + 1)/warm, max(0., (steps - i)/max(1, steps - warm)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    precision = chosen_precision(s.precision, model.device)
     for i in range(steps):
-        loss = model(**{k: v.to(model.device) for k, v in batches[i].items()}).loss
-        if not torch.isfinite(loss): raise FloatingPointError(f"The loss of step {i + 1} is {float(loss)}. Lower encoder_rate (now {s.rate:g}).")
-        optimizer.zero_grad(set_to_none=True); loss.backward(); torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm); optimizer.step(); schedule.step()
-        if (i + 1) % max(1, steps//10) == 0: say(f"step {i + 1} of {steps}: loss {float(loss):.3f}")
+        with autocast(model.device, precision):
+            loss = model(**as_tensors(batches[i], model.device)).loss
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss of step {i + 1} is {float(loss)}. Lower encoder_rate (now {s.rate:g}).")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        if (i + 1) % max(1, steps//10) == 0:
+            say(f"step {i + 1} of {steps}: loss {float(loss):.3f}")
+
 
 # %% ../nbs/14c_tuned.ipynb #f55a5af7
 def told_apart(
