@@ -283,16 +283,14 @@ def main():
     tally.check("ruff check", lambda: succeeds(BIN/"ruff", "check", "--no-cache", "--output-format=concise", "."))
     tally.check("README.md equals nbs/index.ipynb", docs.check_readme, ROOT)
     tally.check("importing scemb is light", light_import)
-    # The check of processors is one long job on one core: it runs beside the pages, not after them.
-    with ThreadPoolExecutor(1) as beside:
-        if not args.fast: beside.submit(tally.check, "answers depend neither on the processor nor on threads", processors.same_everywhere)
-        test_pages(tally, found, flags)
+    test_pages(tally, found, flags)
     if args.fast: print("      left out of the fast suite: slow cells, papermill, processors, wheel, documentation")
     else:
         page = papermill_page(found)
         if page: tally.check(f"papermill sets a parameter of {page.rel}", papermill_wins, page)
         elif any(p.folder in TAGGED for p in found): tally.add("papermill sets a parameter", ["no launch page has `seed = <whole number>` in its parameters cell."])
         else: tally.skip("papermill, there is no launch page yet")
+        tally.check("answers depend neither on the processor nor on threads", processors.same_everywhere)
         tally.check("wheel holds the whole package", wheel)
         tally.check("documentation renders", lambda: succeeds(sys.executable, ROOT/".ci"/"docs.py", "build"))
     after = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "benchmarks"))
