@@ -308,7 +308,7 @@ def slow_attention(
            "precision is fp32: use bf16" if precision == "fp32" else
            f"a head is {head_width} wide: use a multiple of 8" if head_width % 8 else
            "the device or this torch has no such kernel (it needs capability 8.0 and torch 2.10)")
-    return f"Attention will run on padded rows, at less than half the speed: {why}."
+    return f"Attention will run on padded rows, which is more than twice its work: {why}."
 
 def compile_layers(
     model,               # A model with `bert` inside, or the encoder itself
