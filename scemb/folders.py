@@ -221,10 +221,20 @@ def new_folder(
     kind:str="",          # Of the manifest; empty: none is written
     settings:str="",      # Hash for the manifest
     overwrite:bool=False, # Replace the folder that is there
+    into:bool=False,      # Add to the folder that is there: file by file, the manifest last
 ):                        # Yields the folder to write into
     "A folder that appears under its name when the block ends, whole, with its manifest."
     path = Path(path)
     tidy(path)
+    if into and path.is_dir():
+        with _place(path) as place:
+            yield place
+            write_manifest(place, kind, settings)
+            _flushed(place, _usual_mode(place))
+            (path/MANIFEST).unlink(missing_ok=True)      # from here on the folder is unfinished
+            for part in sorted(place.iterdir(), key=lambda p: p.name == MANIFEST):
+                _put(part, path/part.name)
+        return
     filled = os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
     if filled and not overwrite:
         raise FileExistsError(f"{path} exists already; choose another name or pass overwrite (--overwrite).")
