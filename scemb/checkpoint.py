@@ -9,7 +9,7 @@ __all__ = ['ASSETS', 'WAY_OUT', 'NEEDED', 'SIZES', 'DROPPED', 'save_checkpoint',
 # %% ../nbs/06a_checkpoint.ipynb #25dcd939
 import inspect, json, re, warnings
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch

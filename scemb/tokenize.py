@@ -65,7 +65,8 @@ class Vocabulary:
         numbered = medians is None or isinstance(medians, list) and all(isinstance(m, (int, float)) for m in medians)
         if not named or not numbered:
             raise Damaged(f"{path} is damaged: its genes must be a list of names, its medians a list of numbers or null. Copy it again.")
-        v = cls(tuple(genes), tuple(medians) if medians else None)
+        try: v = cls(tuple(genes), tuple(medians) if medians else None)
+        except ValueError as e: raise Damaged(f"{path} is damaged: {e} Copy it again.") from None
         if v.hash != d["hash"]:
             raise Damaged(f"{path} is damaged: its genes hash to {v.hash}, the file says {d['hash']!r:.40}. Copy it again.")
         return v
