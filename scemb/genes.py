@@ -6,7 +6,8 @@
 __all__ = ['ASSETS', 'ENSEMBL', 'OUTCOMES', 'WAY_OUT', 'AROUND', 'MONTHS', 'DATE', 'SERIAL', 'OF_MONTH', 'gene_table',
            'protein_coding', 'name_table', 'plain_names', 'is_mitochondrial', 'guess_identifiers', 'GeneMap', 'share',
            'name_frame', 'summary', 'rich_report', 'text_report', 'html_report', 'find_names', 'map_genes',
-           'one_total_a_name', 'repeated_names', 'check_overlap', 'stripped_names', 'odd_names']
+           'one_total_a_name', 'repeated_names', 'check_overlap', 'stripped_names', 'odd_names', 'name_hint',
+           'ids_of_genes']
 
 # %% ../nbs/00_genes.ipynb #e6f9b4ed
 import re
@@ -358,3 +359,29 @@ def odd_names(
             inner = stripped_names([name])[0]
             rows.append((name, "bytes" if name[:1] == "b" else "prefix", inner if inner in known else ""))
     return pd.DataFrame(rows, columns=["name", "kind", "candidates"])
+
+def name_hint(
+    name:str, # A gene name that stands for no gene
+)->str:       # The name, with the genes that it may mean
+    "Say what an unknown gene name may be."
+    plain = str(plain_names([name])[0][0])
+    known, _, candidates = name_table()
+    symbols = gene_table()["symbol"]
+    if plain in candidates:
+        return f"{name} (an old name of {' and '.join(symbols.iloc[candidates[plain]])})"
+    odd = odd_names([plain])
+    if len(odd) and odd.candidates[0]:
+        return f"{name} (perhaps {odd.candidates[0].replace(', ', ' or ')})"
+    if plain.upper() != plain and plain.upper() in known.index:
+        return f"{name} (perhaps {plain.upper()})"
+    return str(name)
+
+def ids_of_genes(
+    names, # Symbols, aliases or Ensembl ids
+)->list:   # Ensembl ids
+    "Ensembl ids of genes that somebody names; an unknown one is refused with what it may mean."
+    rows = map_genes(list(names), duplicates="sum").rows
+    unknown = [name_hint(n) for n, r in zip(names, rows) if r < 0]
+    if unknown:
+        raise ValueError(f"No gene is called {', '.join(unknown[:8])}. Use HGNC symbols or Ensembl ids.")
+    return [gene_table()["ensembl_id"].iloc[r] for r in rows]
