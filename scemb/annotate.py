@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTO', 'FOOTING_LEAST', 'FOOTING_GOOD', 'Annotator', 'gene_bits', 'genes_of_bits', 'load_annotator', 'chosen_window',
-           'chosen_way', 'some_of_each', 'lesson_of', 'knowledge_width', 'learn', 'summary', 'measured_genes',
-           'shared_footing', 'check_footing', 'annotate', 'open_reference', 'annotate_file']
+           'chosen_way', 'some_of_each', 'check_donors', 'lesson_of', 'knowledge_width', 'learn', 'summary',
+           'measured_genes', 'shared_footing', 'check_footing', 'annotate', 'open_reference', 'annotate_file']
 
 # %% ../nbs/11f_annotate.ipynb #cbe3b15a
 import os
@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import load_checkpoint
-from .counts import read_counts
+from .counts import Reading, open_h5ad, read_counts
+from .folders import Damaged
 from .finetune import CellModel, FinetuneSettings, load_adapter, save_adapter
 from .fit import predict, probabilities
-from .labels import UNKNOWN, compare_names, label_table, labelled, manifest_missing
+from .labels import UNKNOWN, compare_names, has_label, label_table, labelled, manifest_missing, shown_labels
 from .lesson import Lesson, learn_by_fit, learn_probe, likelier, named_once, read_vectors, rival_of, verdict
 from .prefix import knowledge_of, with_control
 from .probe import probe_scores
+from .results import check_results, remembered, write_cells
 from .tokenize import SPECIAL, TokenizerSettings, tokenizer_hash
 from .tokens import TokenSet, tokenize
 from .unknown import called_unknown, class_thresholds
@@ -74,6 +76,22 @@ def genes_of_bits(bits:str|None): # -> tokens of genes
         return None
     return np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)))
 
+def _check_card(path, card, tokenizing): # numbers that decide what a cell is called
+    way_out = "Copy the folder again from where it came, or learn it anew with scemb finetune."
+    if lost := [k for k in ("max_len", "temperature", "knowledge", "learned") if k not in card]:
+        raise Damaged(f"{path} lacks {', '.join(lost)}. {way_out}")
+    thresholds = card["thresholds"] if "thresholds" in card else card.get("threshold")
+    many = thresholds if isinstance(thresholds, list) else [thresholds]
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x)
+    if not number(card["temperature"]) or card["temperature"] <= 0:
+        raise Damaged(f"{path} says temperature = {card['temperature']!r:.40}; a number over 0 is needed. {way_out}")
+    if not all(number(t) and 0 <= t <= 1 for t in many) or len(many) not in (1, len(card["classes"])):
+        raise Damaged(f"{path} is damaged: its thresholds must be numbers from 0 to 1, one a class. {way_out}")
+    if not number(card["max_len"]) or not 1 <= card["max_len"] <= 65_535:
+        raise Damaged(f"{path} says max_len = {card['max_len']!r:.40}; a number of genes is needed. {way_out}")
+    if not isinstance(card["learned"], dict):
+        raise Damaged(f"{path} is damaged: 'learned' must be an object. {way_out}")
+
 def load_annotator(
     folder,           # From `Annotator.save`, also of earlier versions, with one threshold for all classes
     base=None,        # See `load_adapter`
@@ -81,6 +99,7 @@ def load_annotator(
 )->Annotator:
     "Open a saved annotator."
     model, card, vocabulary, tokenizing = load_adapter(folder, base)
+    _check_card(Path(folder)/"adapter.json", card, tokenizing)
     tokenizing = replace(tokenizing, max_len=card["max_len"])
     found, wanted = tokenizer_hash(tokenizing, vocabulary), card["learned"].get("tokenizer")
     if wanted and found != wanted:
@@ -132,6 +151,27 @@ def some_of_each(y, most:int|None, seed:int)->np.ndarray: # classes (cells,), ce
         random = np.random.default_rng([seed, 9, int(c)])
         drawn.append(random.permutation(np.flatnonzero(y == c))[:most])
     return np.sort(np.concatenate(drawn))
+
+def check_donors(
+    obs,       # Table of the labelled cells
+    donor:str, # Column with their donors
+    y,         # Their classes
+):
+    "Refuse donors that cannot be held out: mostly missing, or the labels under another name."
+    known = has_label(obs[donor])
+    if known.mean() < .5:
+        raise ValueError(
+            f"{(~known).sum():,} of {len(known):,} labelled cells have no donor in obs[{donor!r}], so whole donors "
+            "cannot be held out. Fill the column in, name another one, or leave donor out.")
+    if not known.all():
+        warnings.warn(f"{(~known).sum():,} of {len(known):,} labelled cells have no donor in obs[{donor!r}]; they are taken as one donor of their own.")
+    names = obs[donor].astype(str).to_numpy()[known]
+    pairs = {(n, c) for n, c in zip(names, np.asarray(y)[known])}
+    n_donors, n_classes = len(set(names)), len(np.unique(np.asarray(y)[known]))
+    if len(pairs) == n_donors == n_classes:
+        raise ValueError(
+            f"Each donor of obs[{donor!r}] has one class and each class one donor: to hold a donor out would hide "
+            "its class. Name the column of the people that the cells come from, or leave donor out.")
 
 def lesson_of(
     a:Annotator, reference, rows, y, # Cells to learn from, and their classes
@@ -186,7 +226,9 @@ def learn(
     if donor is not None and donor not in reference.obs:
         raise ValueError(f"obs has no column {donor!r}; it has {list(reference.obs.columns)}.")
     ok, classes, y = labelled(reference.obs, label, missing)
-    say(label_table(reference.obs, label, missing).to_string(index=False))
+    if donor is not None:
+        check_donors(reference.obs[ok], donor, y)
+    say(shown_labels(label_table(reference.obs, label, missing)))
     kept = some_of_each(y, cells_a_class, settings.seed)
     rows, y = np.flatnonzero(ok)[kept], y[kept]
 
@@ -352,12 +394,11 @@ def annotate(
     names[called_unknown(known, thresholds) | empty] = UNKNOWN
     query.obs["scemb_label"] = pd.Categorical(names, categories=[*a.classes, UNKNOWN])
     query.obs["scemb_confidence"] = known.max(1).astype(np.float32)
-    columns = [str(c).replace("/", "|") for c in a.classes]
-    query.obsm["scemb_probabilities"] = pd.DataFrame(p.astype(np.float32), index=query.obs_names, columns=columns)
+    query.obsm["scemb_probabilities"] = p.astype(np.float32)       # columns: the classes in uns
     record = _record(a) | dict(
         thresholds=thresholds, n_unknown=int((names == UNKNOWN).sum()), n_empty=int(empty.sum()),
         shared_genes=footing["genes"], shared_tokens=footing["tokens"])
-    query.uns["scemb"] = {**query.uns.get("scemb", {}), "annotation": record}
+    query.uns["scemb"] = remembered(query.uns, record, "annotation")
     return query
 
 def _thresholds_for(a, threshold): # -> one a class
@@ -396,21 +437,20 @@ def open_reference(
 )->tuple:       # AnnData; further names that mean "no label"
     "Open labelled cells by path, or by the name of their manifest."
     from scemb import datasets
-    from scemb.counts import open_h5ad
     if not Path(source).exists() and str(source) in datasets.manifests():
         return datasets.load(str(source)), manifest_missing(str(source))
     return open_h5ad(source, backed=False), ()
 
 def annotate_file(
-    query, out,            # Paths: .h5ad with raw counts; the same with labels
+    query, out,            # Paths: a file of cells of any kind; .h5ad or .zarr to write, with labels
     annotator=None,        # Folder of an adapter, or
-    reference=None, label:str|None=None, # a labelled .h5ad (or a data set's name) and its column, from which one is learned
-    overwrite:bool=False, threshold:float|None=None, layer:str|None=None, # `layer` holds for both files
+    reference=None, label:str|None=None, # a labelled file of cells (or a data set's name) and its column, from which one is learned
+    overwrite:bool=False, threshold:float|None=None,
+    layer:str|Reading|None=None, reference_layer:str|Reading|None=None, # How the query is read, and the reference; None: as the query
     **learning,            # See `learn`: base, settings, max_len, knowledge, cells_a_class, donor, device, say, way, thorough, missing
 ):                         # The annotated AnnData
     "Annotate a file by a saved adapter or by a reference."
-    from scemb.counts import check_output, open_h5ad
-    out = check_output(out, overwrite)
+    out = check_results(out, overwrite, (".h5ad", ".zarr"))
     if (annotator is None) == (reference is None):
         raise ValueError("Give either the folder of an adapter or a reference with its label column.")
     if reference is not None and not label:
@@ -424,9 +464,7 @@ def annotate_file(
     else:
         cells, own_missing = open_reference(reference)
         learning["missing"] = (*learning.get("missing", ()), *own_missing)
-        a = learn(cells, label, layer=layer, **learning)
+        a = learn(cells, label, layer=layer if reference_layer is None else reference_layer, **learning)
     annotate(adata, a, layer, threshold)
-    unfinished = out.with_name(f".{out.name}.new")
-    adata.write_h5ad(unfinished)
-    os.replace(unfinished, out)
+    write_cells(adata, out)
     return adata

@@ -287,6 +287,9 @@ def _made(plan, out, partition, merge_only, n_threads, seed, progress, say): # u
     if missing := [u for u, r in zip(plan.units, records) if r is None]:
         raise ValueError(f"{len(missing)} of {len(plan.units)} shards are missing or damaged: {', '.join(u.shard for u in missing[:5])}{' ...' if len(missing) > 5 else ''} (data sets {', '.join(sorted({u.data_set for u in missing})[:5])}). "
                          "Run the partitions again; what is done is not done again.")
+    if not sum(r["n_cells"] for r in records):
+        removed = _added([c.removed for c in plan.candidates] + [r["removed"] for r in records])
+        raise ValueError(f"None of {sum(c.n_cells for c in plan.candidates):,} cells passes the filters: {', '.join(f'{k} takes out {v:,}' for k, v in removed.items() if v)}. No corpus is written.")
     return merge(plan, out, records, seed)
 
 # %% ../nbs/04c_corpus.ipynb #5392ebc5

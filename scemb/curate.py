@@ -50,6 +50,9 @@ def standard_obs(
 )->pd.DataFrame:      # `COLUMNS` as strings (is_primary_data: bool), "unknown" where nothing is known
     "Bring a table of cells to the standard columns; what decides about healthy cells must be there or be stated."
     stated, columns, n = dict(stated), dict(columns), len(obs)
+    for what, given in (("stated", stated), ("renamed", columns)):
+        if strange := [k for k in given if k not in COLUMNS]:
+            raise ValueError(f"{strange[0]!r} is {what}, but no filter and no card uses such a column; there are {', '.join(COLUMNS)}.")
     missing = [k for k in STATED if k not in stated and columns.get(k, k) not in obs]
     if missing:
         hints = dict(disease="disease=normal", suspension_type="suspension_type=cell", assay="assay=\"10x 3' v3\"")

@@ -262,10 +262,9 @@ def load(
     "Read the cells of a data set, verified against its manifest."
     m = manifest(name)
     if m.kind != "cells": raise ValueError(f"{name} holds no cells ({m.kind}); locate({name!r}) gives its file.")
-    import anndata
+    from scemb.files import open_cells
     path = locate(name)
-    try: adata = anndata.read_h5ad(path)
-    except OSError as error: raise ValueError(f"{path} cannot be read as an h5ad file ({error}). It may be truncated: get it again.") from error
+    adata = open_cells(path, whole=True)
     wanted = (m.expected["cells"], m.expected["genes"])
     if any(isinstance(w, int) and w != n for w, n in zip(wanted, adata.shape)):
         raise ValueError(f"{path} has {adata.n_obs:,} cells x {adata.n_vars:,} genes, but its manifest says {wanted[0]} x {wanted[1]}.")

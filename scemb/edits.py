@@ -13,7 +13,7 @@ import torch
 from scipy import sparse
 
 from .embed import flat_cells
-from .genes import map_genes
+from .genes import map_genes, name_hint
 from .tokenize import MASK, Encoder
 
 # %% ../nbs/12a_edits.ipynb #9f52f1a7
@@ -37,7 +37,7 @@ def gene_sets(
     flat = [p for part in parts for p in part]
     token = dict(zip(flat, vocabulary.token_of_rows(map_genes(flat, duplicates="sum").rows)))
     unknown = [p for p in flat if token[p] < 0]
-    if unknown and missing == "error": raise ValueError(f"Not in the model's vocabulary: {', '.join(dict.fromkeys(unknown[:8]))}. It has {len(vocabulary):,} protein-coding genes; use HGNC symbols or Ensembl ids, or pass missing='nan' to keep them as empty rows.")
+    if unknown and missing == "error": raise ValueError(f"Not in the model's vocabulary: {', '.join(dict.fromkeys(map(name_hint, unknown[:8])))}. It has {len(vocabulary):,} protein-coding genes; use HGNC symbols or Ensembl ids, or pass missing='nan' to keep them as empty rows.")
     tokens = np.full((len(names), max(map(len, parts))), -1, np.int64)
     for row, part in zip(tokens, parts):
         row[:len(part)] = [token[p] for p in part]

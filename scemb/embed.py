@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint
-from .counts import Counts, read_counts
+from .counts import Counts, Reading, read_counts
 from .model import (
     ScembForMaskedLM, Segments, autocast, chosen_precision, owner_of_tokens, ranks_of_segments)
+from .results import check_key, remembered
 from .tokenize import CLS, Encoder, TokenizerSettings, Vocabulary, tokenizer_hash
 from .tokens import encoded_chunks
 
@@ -196,7 +197,7 @@ def embed(
     model="scemb-small",       # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
     pooling:str="mean12",      # "mean12": mean over layers and genes; "last": over genes of the last layer; "cls"
     max_len:int|None=None,     # Genes a cell at most; None: as the model was trained
-    layer:str|None=None,       # Where the counts are: "X", a layer, "raw"
+    layer:str|Reading|None=None, # Where the counts are: "X", a layer, "raw"; or a `Reading`
     gene_column:str|None=None, # Column of var with gene identifiers
     duplicates:str="error",    # Gene names that stand twice: "error" or "sum"
     key:str="X_scemb",         # Key in obsm
@@ -206,6 +207,7 @@ def embed(
     progress=None,             # Called with (cells done, cells in all)
 ):                             # The same AnnData, with obsm[key] and uns["scemb"]
     "Embed cells into `adata.obsm`; empty cells become NaN rows, with a warning and a count."
+    check_key(key)
     encoder = model
     if not isinstance(model, CellEncoder):
         encoder = cell_encoder(model, pooling, max_len, device, precision, token_budget)
@@ -225,7 +227,7 @@ def embed(
             f"{n_empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; "
             f"their rows in obsm['{key}'] are NaN.")
     adata.obsm[key] = vectors
-    adata.uns["scemb"] = encoder.record(counts, n_empty, n_cut)
+    adata.uns["scemb"] = remembered(adata.uns, encoder.record(counts, n_empty, n_cut))
     return adata
 
 def check_not_all_empty(n_empty, n_cells): # refuse an embedding of nothing

@@ -19,6 +19,7 @@ from .embed import budget_batches, to_device
 from .finetune import CellModel, seeded
 from .model import slow_attention
 from .orders import epoch_order
+from .progress import Pace
 from .tokens import TokenSet
 
 # %% ../nbs/11b_fit.ipynb #e5dc54ca
@@ -291,14 +292,17 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty): # 
         return history
     steps_an_epoch = -(-len(train)//s.batch_cells)
     optimizer, schedule = _optimizer(model, s.epochs*steps_an_epoch)
-    best = (history[0]["held_out"], trained_state(model))
+    best, done = (history[0]["held_out"], trained_state(model)), 0
     w = to_device(weights, model.device)
+    pace, n_steps = Pace("steps", say), steps_an_epoch*(s.epochs if stop is None else stop)
     for epoch in range(s.epochs if stop is None else stop):
         model.train()
         order, losses = train[epoch_order(len(train), s.seed, epoch)], []
         for cells in np.array_split(order, steps_an_epoch):
             losses += _step(model, tokens, cells, y, w, knowledge, optimizer, budget)
             schedule.step()
+            done += 1
+            pace(done, n_steps)
         total = sum(torch.stack(losses).tolist())                   # the one reading of an epoch
         if not np.isfinite(total):
             raise FloatingPointError(

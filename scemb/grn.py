@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np, pandas as pd
 
-from .counts import find_counts, gene_names
+from .counts import as_reading, find_counts, gene_names
 from .genegraph import Edges
 from .genes import gene_table, map_genes
 from .links import link_metrics, rank_scores
@@ -61,10 +61,11 @@ def expression_of(
     layer:str|None=None,
 )->tuple:               # Rows of `gene_table`, log-normalised expression (cells, genes)
     "Log-normalised counts of chosen genes; a gene that was not measured is refused by name."
-    rows = map_genes(gene_names(adata.var), duplicates="sum").rows; wanted = map_genes(list(genes), duplicates="sum").rows
+    _, matrix, var = find_counts(adata, layer)
+    rows = map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows; wanted = map_genes(list(genes), duplicates="sum").rows
     at = {int(r): k for k, r in enumerate(rows) if r >= 0}
     if absent := [str(g) for g, r in zip(genes, wanted) if r not in at]: raise ValueError(f"{len(absent)} of {len(wanted)} genes are not measured here: {', '.join(absent[:8])}. Leave them out, or choose genes with `network_genes`.")
-    x = find_counts(adata, layer)[1][:]; total = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
+    x = matrix[:]; total = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
     part = x[:, [at[int(r)] for r in wanted]]
     return wanted, np.log1p((part.toarray() if hasattr(part, "toarray") else np.asarray(part))/total[:, None]*1e4)
 
@@ -76,8 +77,9 @@ def network_genes(
     layer:str|None=None,
 )->list:                     # Ensembl ids
     "Genes that vary and that enough cells express."
-    rows = map_genes(gene_names(adata.var), duplicates="sum").rows
-    x = find_counts(adata, layer)[1][:]; x = x.toarray() if hasattr(x, "toarray") else np.asarray(x)
+    _, matrix, var = find_counts(adata, layer)
+    rows = map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows
+    x = matrix[:]; x = x.toarray() if hasattr(x, "toarray") else np.asarray(x)
     seen, log = (x > 0).mean(0), np.log1p(x/np.maximum(x.sum(1, keepdims=True), 1)*1e4)
     ok = (seen >= min_detected) & (rows >= 0) & (gene_table().biotype.to_numpy()[rows] == "protein_coding")
     mean = log.mean(0); spread = np.where(ok & (mean > 0), log.var(0)/np.maximum(mean, 1e-9), -1)

@@ -41,11 +41,29 @@ class Leakage:
     n_cells: int         # Cells of the evaluation set
     n_compared: int      # Cells with enough genes in at least one comparison
     @property
-    def clean(self): return not (len(self.rows) or self.data_sets or self.donors)
+    def verdict(self)->str:
+        "found, nothing compared, or independent."
+        if len(self.rows) or self.data_sets or self.donors:
+            return "found"
+        return "independent" if self.n_compared else "nothing compared"
+    @property
+    def clean(self): return self.verdict == "independent"
+
     def __repr__(self):
-        share = len(self.rows)/max(self.n_cells, 1)
-        return "\n".join([f"{'no' if not len(self.rows) else f'{len(self.rows):,}'} cells of {self.n_cells:,} stand in the corpus ({share:.2%}); {self.n_cells - self.n_compared:,} could not be compared with any data set (too few shared genes)",
-                          f"data sets in common: {', '.join(self.data_sets) or 'none'}", f"donors in common: {', '.join(self.donors) or 'none'}"])
+        names = [
+            f"data sets in common: {', '.join(self.data_sets) or 'none'}",
+            f"donors in common: {', '.join(self.donors) or 'none'}"]
+        set_aside = self.n_cells - self.n_compared
+        if not self.n_compared:
+            return "\n".join([
+                f"not one of {self.n_cells:,} cells could be compared with any data set of the corpus (too few shared genes): "
+                "whether they stand in it is not known", *names])
+        share, n = len(self.rows)/max(self.n_compared, 1), len(self.rows)
+        return "\n".join([
+            f"{n:,} cells of {self.n_compared:,} compared stand in the corpus ({share:.2%}); "
+            f"{set_aside:,} of {self.n_cells:,} could not be compared with any data set (too few shared genes)" if n else
+            f"no cells of {self.n_compared:,} compared stand in the corpus; "
+            f"{set_aside:,} of {self.n_cells:,} could not be compared with any data set (too few shared genes)", *names])
 
 # %% ../nbs/04d_leakage.ipynb #24f95533
 def leakage(
@@ -70,7 +88,7 @@ def leakage(
         h, n = cache[mark]; hits = np.zeros(len(h), bool)
         for shard in shards:
             theirs, enough = hashes_on(shard, shared); hits |= np.isin(h, theirs[enough >= min_genes]) & (n >= min_genes)
-            if hasattr(shard.adata, "file"): shard.adata.file.close()
+            shard.close()
         found |= hits; compared |= n >= min_genes
         lines.append(dict(data_set=name, cells_in_corpus=sum(s["n_cells"] for s in card["shards"] if s["data_set"] == name), shared_genes=len(shared), compared=int((n >= min_genes).sum()), too_few_genes=int((n < min_genes).sum()), in_common=int(hits.sum())))
         if progress: progress(i + 1, len(sets))

@@ -12,7 +12,7 @@ import warnings
 import numpy as np, pandas as pd, scipy.sparse as sp
 
 from .correlate import Match, Shifts, StateShift, correlate, perturbation_shifts, state_shift, without_depth
-from .counts import find_counts, gene_names, read_counts
+from .counts import as_reading, find_counts, gene_names, read_counts
 from .genegraph import alias_notes
 from .genes import gene_table, map_genes
 
@@ -25,15 +25,18 @@ def shared_genes(
 )->tuple:               # Both cut to the shared genes, counts in X, in one order, named by Ensembl id; dict: a, b, shared, share
     "Cut two files to the genes that both measured, or refuse."
     import anndata as ad
-    rows = [map_genes(gene_names(x.var), duplicates="sum").rows for x in (a, b)]
+    found = [find_counts(x, layer) for x in (a, b)]
+    rows = [map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows for _, _, var in found]
     both = np.intersect1d(*[r[r >= 0] for r in rows]); n = [len(np.unique(r[r >= 0])) for r in rows]
     report = dict(a=n[0], b=n[1], shared=len(both), share=len(both)/max(1, min(n)))
     if len(both) < fewest or report["share"] < minimum:
         raise ValueError(f"The files share {len(both):,} genes, {report['share']:.0%} of the smaller one ({n[0]:,} and {n[1]:,} genes); wanted at least {minimum:.0%} and {fewest}. "
                          "Shifts in other genes cannot be compared: use sets that measured the same genes, or lower minimum and say so.")
     ids = gene_table().ensembl_id.to_numpy()[both]
-    cut = lambda x, r: ad.AnnData(sp.csr_matrix(find_counts(x, layer)[1][:])[:, [int(np.flatnonzero(r == g)[0]) for g in both]], obs=x.obs.copy(), var=pd.DataFrame(index=ids))
-    return cut(a, rows[0]), cut(b, rows[1]), report
+    def cut(x, matrix, r):
+        columns = [int(np.flatnonzero(r == g)[0]) for g in both]
+        return ad.AnnData(sp.csr_matrix(matrix[:])[:, columns], obs=x.obs.copy(), var=pd.DataFrame(index=ids))
+    return cut(a, found[0][1], rows[0]), cut(b, found[1][1], rows[1]), report
 
 # %% ../nbs/15b_match.ipynb #9d6cb22b
 def column(adata, name, meaning): # values of an obs column, or a refusal that lists what there is
@@ -181,6 +184,10 @@ def match_files(
     "From two AnnData to a match."
     for a, name in ((disease, group), (disease, donor), (screen, target), (screen, guide)):
         if name is not None: column(a, name, "analysis")        # before any long work
+    for a, name, values in ((disease, group, (case, control)), (screen, target, (reference,))):
+        there = a.obs[name].astype(str)
+        for value in values:
+            if not (there == value).any(): raise ValueError(f"No cell has {name} = {value!r}; there are {', '.join(sorted(there.unique())[:8])}.")
     if model is not None:
         disease, screen, overlap = shared_genes(disease, screen, minimum, layer=layer); layer = None
         say(f"{overlap['shared']:,} shared genes, {overlap['share']:.0%} of the smaller file; embedding {disease.n_obs + screen.n_obs:,} cells")

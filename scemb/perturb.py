@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from .counts import Counts, check_output, read_counts
+from .counts import Counts, Reading, read_counts
 from .edits import Cells, Sets, cells_on, gene_sets, token_values, variants
 from .embed import CellEncoder, budget_batches, cell_encoder, to_device
+from .files import size_and_time
+from .labels import has_label
 from .model import Segments, autocast, owner_of_tokens, ranks_of_segments, segments
+from .results import check_results, write_cells
 from .tokenize import Encoder
 
 # %% ../nbs/14_perturb.ipynb #2a092f1d
@@ -138,6 +141,7 @@ def plan(adata, model="scemb-small", genes=None, kind="mask", factor=.2, by=None
     if coder.pooling == "cls": raise ValueError("pooling is 'cls', a token of its own; a perturbation is read off the other genes: use mean12 or last.")
     counts = read_counts(adata, layer); obs = counts.adata.obs
     if by is not None and by not in obs: raise ValueError(f"obs has no column {by!r}; it has {list(obs.columns)}.")
+    if by is not None and (n := int((~has_label(obs[by])).sum())): raise ValueError(f"{n:,} of {len(obs):,} cells have no value in obs[{by!r}], and would be a group of their own. Fill it in, or leave these cells out.")
     token = coder.vocabulary.token_of_rows(counts.genes.rows)
     if not (token >= 0).any(): raise ValueError("None of the genes is in the model's vocabulary; see `scemb doctor` for what the file holds.")
     sets = gene_sets(genes, coder.vocabulary, missing) if genes is not None else _expressed(counts, token, coder.vocabulary, min_cells)
@@ -315,8 +319,8 @@ def job_of(
     *more,                   # What else belongs to the job
 )->list:
     "File, weights and settings, for `open_job`."
-    stat = Path(path).stat(); weights = hashlib.sha256(b"".join(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in coder.net.bert.parameters())).hexdigest()
-    return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, weights, coder.vocabulary.hash, asdict(coder.settings), coder.pooling, coder.precision, *more]
+    weights = hashlib.sha256(b"".join(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in coder.net.bert.parameters())).hexdigest()
+    return [str(Path(path).resolve()), *size_and_time(path), weights, coder.vocabulary.hash, asdict(coder.settings), coder.pooling, coder.precision, *more]
 
 # %% ../nbs/14_perturb.ipynb #966ef06e
 def perturb_file(
@@ -328,11 +332,13 @@ def perturb_file(
 ):                             # The AnnData that was written
     "Perturb the cells of a file, resumable."
     path, out = Path(path), Path(out)
-    if out.suffix != ".h5ad": raise ValueError(f"The output {out.name} must end in .h5ad.")
-    check_output(out, overwrite)
+    check_results(out, overwrite)
     p = plan(path, model, genes, **settings); n = -(-p.counts.n_cells//window); outside = [] if p.outside is None else p.outside.nonzero()[:, 0].tolist()
     folder = open_job(out.with_name(f".{out.name}.partial"), job_of(p.coder, path, window, p.counts.place, p.sets.names, p.kind, p.factor, p.per_cell, p.by, outside))
     work = lambda first: ((cells, dict(part or {}, rescued=rescued)) for cells, rescued, part in windows(p, window, first))
     parts = resumed(folder, n, work, progress and (lambda done: progress(done, p.counts.n_cells))); rescued = sum(int(x.pop("rescued")) for x in parts)
-    result = assembled(p, [x or None for x in parts], rescued); new = out.with_name(f".{out.name}.new"); result.write_h5ad(new); os.replace(new, out); shutil.rmtree(folder)
+    result = assembled(p, [x or None for x in parts], rescued); shutil.rmtree(folder)
+    if (result.obs.reason != "").all():
+        raise ValueError(f"Nothing could be perturbed, so nothing is written: {'; '.join(f'{n}: {r}' for n, r in zip(result.obs_names[:5], result.obs.reason))}.")
+    write_cells(result, out)
     return result

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .counts import check_output, open_h5ad
+from .counts import Reading, open_h5ad
 from .edits import Sets, cells_on, token_values
 from .embed import CellEncoder, cell_encoder, embed
 from .model import has_flash
 from .perturb import job_of, open_job, plan, resumed, shifts_of, windows
+from .results import check_results
 from .tokenize import MASK
 
 # %% ../nbs/14a_screen.ipynb #2b40b1b9
@@ -377,12 +378,14 @@ def screen_file(
     model="scemb-small",       # As for `embed`, or a CellEncoder
     cells:int=200,             # Of each state at most
     refine:int=20, min_cells:int=5, seed:int=0, # See `screen`; the seed also draws the cells
-    layer:str|None=None, device:str|None=None, precision:str="auto", # As for `embed`
+    layer:str|Reading|None=None, device:str|None=None, precision:str="auto", # As for `embed`
     window:int=16,             # Cells a window: what a stop can lose
     overwrite:bool=False, progress=None, # Replace an earlier result; called with (cells done, cells in all)
 )->Screen:
     "Screen the cells of a file from one state towards another, resumable."
-    path, out = Path(path), Path(out); check_output(out, overwrite); adata = open_h5ad(path, backed=False)
+    path, out = Path(path), Path(out)
+    check_results(out, overwrite, (".csv",), [out.with_name(f"{out.stem}_trust.csv")])
+    adata = open_h5ad(path, backed=False)
     if label not in adata.obs: raise ValueError(f"{path} has no obs column {label!r}; it has {', '.join(adata.obs) or 'none'}.")
     states, rng = adata.obs[label].astype(str).to_numpy(), np.random.default_rng(seed)
     if missing := [s for s in (start, goal) if not (states == s).any()]: raise ValueError(f"No cell of {path} has {label} = {missing[0]!r}; there are {', '.join(sorted(set(states))[:8])}.")
@@ -396,6 +399,7 @@ def screen_file(
         with open(folder/"part", "wb") as f: np.save(f, goal_direction(both.obsm["X_scemb"], both.obs[label], start, goal))
         os.replace(folder/"part", kept)
     found = screen(adata[keep[0]].copy(), {f"{start} to {goal}": np.load(kept)}, coder, refine=refine, min_cells=min_cells, seed=seed, layer=layer, folder=folder, window=window, progress=progress)
+    if not len(found.table): raise ValueError(f"No gene is expressed in {min_cells} of the {len(keep[0])} cells, so nothing was screened and nothing is written. Lower min_cells.")
     for table, to in ((found.trust, out.with_name(f"{out.stem}_trust.csv")), (found.table, out)): new = to.with_name(f".{to.name}.new"); table.to_csv(new, index=False); os.replace(new, to)
     shutil.rmtree(folder)
     return found
