@@ -181,6 +181,7 @@ def adapt_batches(
     s, f = settings, settings.finetune
     if f.way == "probe": raise ValueError("way='probe' trains no part of the encoder; for integration choose lora, prefix, freeze or full.")
     net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
+    if max_len and max_len > net.config.max_position_embeddings: raise ValueError(f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; lower max_len.")
     tokens = tokenize(read_counts(adata, layer), vocabulary, replace(tokenizing, max_len=min(max_len or tokenizing.max_len, net.config.max_position_embeddings)))
     b, full = adata.obs[batch].astype(str).to_numpy(), np.flatnonzero(tokens.lengths > 0)
     x = directions(pca_embedding(adata, layer=layer, seed=f.seed))

@@ -13,12 +13,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Device, Layer, Overwrite, Precision, Seed, refusing
+from .commands import Device, Overwrite, Precision, Seed, choice, reading_cells, refusing
 
 # %% ../nbs/97a_adapt_commands.ipynb #d8407c48
 Base = Annotated[str, typer.Option(help="The pretrained model: a shipped one or the folder of a checkpoint.")]
-Way = Annotated[str, typer.Option(help="auto, probe, lora, full, freeze or prefix. auto: a probe on the frozen model, and LoRA only with --thorough and only where it is better.")]
-EncoderWay = Annotated[str, typer.Option(help="lora, full, freeze or prefix.")]
+Way = Annotated[choice("WayName", "auto", "probe", "lora", "full", "freeze", "prefix"), typer.Option(help="auto: a probe on the frozen model, and LoRA only with --thorough and only where it is better.")]
+EncoderWay = Annotated[choice("EncoderWayName", "lora", "full", "freeze", "prefix"), typer.Option(help="What of the encoder is trained.")]
 Thorough = Annotated[bool, typer.Option("--thorough", help="With --way auto: try LoRA as well (minutes), and keep it where it is better on the same held-out cells by more than the standard error.")]
 Missing = Annotated[Optional[list[str]], typer.Option("--missing", metavar="NAME", help="A further name in the label column that means no label; may be given several times. Left out anyway, in any case: unassigned, unlabelled, ambiguous, doublet, NA, nan, none, unknown, -, empty.")]
 Donor = Annotated[Optional[str], typer.Option(help="Column of the reference's obs with donors or runs: with three or more, whole ones are held out to set penalty, epoch, temperature and thresholds.")]
@@ -29,17 +29,18 @@ def _say(line): print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/97a_adapt_commands.ipynb #5e32bad2
 @refusing
+@reading_cells
 def finetune(
-    reference: Annotated[Path, typer.Argument(help="An .h5ad file with raw counts and labels, or the name of a data set.")],
+    reference: Annotated[Path, typer.Argument(help="A file of cells with raw counts and labels (.h5ad, .zarr, 10x .h5, .loom, a folder with matrix.mtx), or the name of a data set.")],
     label: Annotated[str, typer.Option(help="Column of obs with labels.")],
     out: Annotated[Path, typer.Option(help="Folder of the adapter: what was trained, and the hash of its base.")],
     base: Base = "scemb-small", way: Way = "auto", thorough: Thorough = False,
-    head: Annotated[str, typer.Option(help="linear, mlp or transformer.")] = "linear",
+    head: Annotated[choice("HeadName", "linear", "mlp", "transformer"), typer.Option(help="What names the cells.")] = "linear",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the labelled cells.")] = 3,
     cells_a_class: Annotated[Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")] = None,
     knowledge: Annotated[Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")] = None,
-    control: Annotated[str, typer.Option(help="none, random or permuted: what stands in place of the knowledge.")] = "none",
-    missing: Missing = None, donor: Donor = None, max_len: MaxLen = None, layer: Layer = None, device: Device = None, precision: Precision = "auto",
+    control: Annotated[choice("ControlName", "none", "random", "permuted"), typer.Option(help="What stands in place of the knowledge.")] = "none",
+    missing: Missing = None, donor: Donor = None, max_len: MaxLen = None, reading=None, device: Device = None, precision: Precision = "auto",
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, the lever for memory; halved by itself when memory runs out.")] = 16_384,
     seed: Seed = 0, overwrite: Overwrite = False,
 ):
@@ -60,7 +61,7 @@ def finetune(
         precision=precision, seed=seed)
     cells, own_missing = open_reference(reference)
     a = learn(
-        cells, label, base, settings, layer, max_len, knowledge, cells_a_class, donor=donor,
+        cells, label, base, settings, reading, max_len, knowledge, cells_a_class, donor=donor,
         device=chosen_device(device), say=_say, way=way, thorough=thorough,
         missing=(*(missing or ()), *own_missing))
     a.save(out, overwrite)
@@ -71,11 +72,13 @@ def finetune(
 
 # %% ../nbs/97a_adapt_commands.ipynb #37a2960a
 @refusing
+@reading_cells
 def annotate(
     context: typer.Context,
-    query: Annotated[Path, typer.Argument(help="An .h5ad file with raw counts.")],
-    out: Annotated[Path, typer.Option(help="A copy of it with obs['scemb_label'], obs['scemb_confidence'] and obsm['scemb_probabilities'].")],
-    reference: Annotated[Optional[Path], typer.Option(help="A labelled .h5ad file, or the name of a data set, to learn from; or give --adapter.")] = None,
+    query: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
+    out: Annotated[Path, typer.Option(help="A copy of it (.h5ad or .zarr) with obs['scemb_label'], obs['scemb_confidence'] and obsm['scemb_probabilities'], a column a class.")],
+    reference: Annotated[Optional[Path], typer.Option(help="A labelled file of cells, or the name of a data set, to learn from; or give --adapter.")] = None,
+    reference_layer: Annotated[Optional[str], typer.Option(help="Where the counts of the reference are; default: as --layer.")] = None,
     label: Annotated[Optional[str], typer.Option(help="Column of the reference's obs with labels.")] = None,
     adapter: Annotated[Optional[Path], typer.Option(help="Folder written by scemb finetune.")] = None,
     base: Annotated[Optional[str], typer.Option(help="The pretrained model; default: scemb-small, or the one that the adapter names.")] = None,
@@ -83,7 +86,7 @@ def annotate(
     cells_a_class: Annotated[Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")] = None,
     threshold: Annotated[Optional[float], typer.Option(help="Confidence below which a cell is unknown; for all classes; 0 names every cell. Default: one for each class, such that at most 5 % of its held-out cells are lost.")] = None,
     knowledge: Annotated[Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")] = None,
-    missing: Missing = None, donor: Donor = None, max_len: MaxLen = None, layer: Layer = None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
+    missing: Missing = None, donor: Donor = None, max_len: MaxLen = None, reading=None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Name the cells of a query by a labelled reference, or by a saved adapter.
 
@@ -112,7 +115,8 @@ def annotate(
             settings=FinetuneSettings(way=named, epochs=epochs, precision=precision, seed=seed),
             max_len=max_len, knowledge=knowledge, cells_a_class=cells_a_class, donor=donor,
             say=_say, way=way, thorough=thorough, missing=tuple(missing or ()))
-    r = annotate_file(query, out, adapter, reference, label, overwrite, threshold, layer, **learning)
+    of_reference = reading._replace(layer=reference_layer) if reference_layer else None
+    r = annotate_file(query, out, adapter, reference, label, overwrite, threshold, reading, of_reference, **learning)
     _print_names(out, r)
 
 def _print_names(out, r): # how many cells got which name, and how good the names are
@@ -124,26 +128,33 @@ def _print_names(out, r): # how many cells got which name, and how good the name
         print(f"simple baseline, same cells: {scores(record['simple_accuracy'], record['simple_macro_f1'])}; {record['verdict']}")
     n = r.obs["scemb_label"].value_counts()
     names = ", ".join(f"{name} {cells:,}" for name, cells in n[n > 0].head(6).items())
+    if record["shared_genes"] == record["shared_genes"]:
+        print(f"footing: the query measured {record['shared_genes']:.0%} of the reference's genes, which knows {record['shared_tokens']:.0%} of what is read in the query")
     print(f"{out}: {r.n_obs:,} cells, {record['n_unknown']:,} unknown; {names}")
 
 # %% ../nbs/97a_adapt_commands.ipynb #0850bc2c
 @refusing
+@reading_cells
 def integrate(
-    file: Annotated[Path, typer.Argument(help="An .h5ad file with raw counts and batches.")],
+    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
     batch: Annotated[str, typer.Option(help="Column of obs with batches.")],
-    out: Annotated[Path, typer.Option(help="A copy of it with obsm['X_scemb_integrated'].")],
+    out: Annotated[Path, typer.Option(help="A copy of it (.h5ad or .zarr) with obsm['X_scemb_integrated'].")],
     base: Base = "scemb-small", way: EncoderWay = "lora",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 150,
-    max_len: IntegrationMaxLen = None, layer: Layer = None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
+    max_len: IntegrationMaxLen = None, reading=None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Fine-tune on the cells at hand so that their batches mix, and say how many neighbours within a batch were kept.
 
     Example: `scemb integrate cells.h5ad --batch donor --out integrated.h5ad`
     """
     from scemb.adapt_batches import BatchSettings, integrate as mix
-    from scemb.counts import check_output, open_h5ad
     from scemb.embed import chosen_device
     from scemb.finetune import FinetuneSettings
-    check_output(out, overwrite)
-    r = mix(open_h5ad(file, backed=False), batch, base, BatchSettings(FinetuneSettings(way=way, precision=precision, seed=seed), steps=steps), layer, max_len, device=chosen_device(device), say=_say)
-    r.write_h5ad(out); i = r.uns["scemb"]["integration"]; print(f"{out}: {i['n_pairs']:,} mutual neighbours, {i['neighbours_kept']:.0%} of the neighbours within a batch kept, beyond chance")
+    from scemb.files import open_cells
+    from scemb.results import check_results, write_cells
+    check_results(out, overwrite, (".h5ad", ".zarr"))
+    settings = BatchSettings(FinetuneSettings(way=way, precision=precision, seed=seed), steps=steps)
+    cells = mix(open_cells(file, whole=True), batch, base, settings, reading, max_len, device=chosen_device(device), say=_say)
+    write_cells(cells, out)
+    record = cells.uns["scemb"]["integration"]
+    print(f"{out}: {record['n_pairs']:,} mutual neighbours, {record['neighbours_kept']:.0%} of the neighbours within a batch kept, beyond chance")

@@ -8,7 +8,6 @@ __all__ = ['AUTO', 'FOOTING_LEAST', 'FOOTING_GOOD', 'Annotator', 'gene_bits', 'g
            'measured_genes', 'shared_footing', 'check_footing', 'annotate', 'open_reference', 'annotate_file']
 
 # %% ../nbs/11f_annotate.ipynb #cbe3b15a
-import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -234,6 +233,8 @@ def learn(
 
     net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
     longest = min(tokenizing.max_len, net.config.max_position_embeddings)
+    if max_len and max_len > net.config.max_position_embeddings:
+        raise ValueError(f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; lower max_len.")
     window = max_len or (chosen_window(len(rows), longest) if automatic else longest)
     tokenizing = replace(tokenizing, max_len=min(window, net.config.max_position_embeddings))
     new_model = lambda s: CellModel(net.bert, len(classes), s, knowledge_width(reference, knowledge)).to(device)
@@ -456,15 +457,22 @@ def annotate_file(
     if reference is not None and not label:
         raise ValueError("A reference needs the name of its label column (--label).")
     adata = open_h5ad(query, backed=False)
-    read_counts(adata, layer)                    # what is wrong with the query is said before training
+    _check_cells(query, adata, layer)            # what is wrong with the files is said before training
     if (key := learning.get("knowledge")) is not None:
         knowledge_of(adata, key)
     if annotator is not None:
         a = load_annotator(annotator, learning.get("base"), learning.get("device", "cpu"))
     else:
         cells, own_missing = open_reference(reference)
+        _check_cells(reference, cells, layer if reference_layer is None else reference_layer)
         learning["missing"] = (*learning.get("missing", ()), *own_missing)
         a = learn(cells, label, layer=layer if reference_layer is None else reference_layer, **learning)
     annotate(adata, a, layer, threshold)
     write_cells(adata, out)
     return adata
+
+def _check_cells(path, adata, layer): # a refusal says which of the two files it means
+    try:
+        read_counts(adata, layer)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e

@@ -6,7 +6,7 @@
 __all__ = ['app', 'doctor', 'demo', 'pairs', 'curate', 'leakage', 'tokenize', 'pretrain', 'embed', 'benchmark']
 
 # %% ../nbs/99_cli.ipynb #7065531f
-import os, sys
+import os, shlex, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -14,7 +14,7 @@ import typer
 
 from .adapt_commands import annotate, finetune, integrate
 from .commands import (
-    Device, Layer, Model, Overwrite, Precision, Seed, counter, loading, refusing)
+    Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing)
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -24,21 +24,42 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 # %% ../nbs/99_cli.ipynb #02cbf530
 @app.command()
 @refusing
+@reading_cells
 def doctor(
-    file: Annotated[Optional[Path], typer.Argument(help="An .h5ad file to examine.")] = None,
-    layer: Layer = None,
+    file: Annotated[Optional[Path], typer.Argument(help="A file of cells of any kind to examine.")] = None,
+    reading=None,
 ):
-    """Examine this installation, or whether a file is fit to use.
+    """Examine this installation, or whether a file is fit to use and with which options.
 
     Example: `scemb doctor my_cells.h5ad`
     """
     from rich.console import Console
-    from scemb.doctor import examine_file, examine_installation, fit_to_use, report
-    found = examine_file(file, layer) if file else examine_installation()
-    Console().print(report(found, str(file) if file else "this installation"))
-    if file:
-        print("\nfit to use" if fit_to_use(found) else "\nnot fit to use as it is: see 'fix' above")
-        if not fit_to_use(found): raise typer.Exit(1)
+    from scemb.doctor import examine_file, examine_installation, fit_to_use, options_for, report
+    if not file:
+        Console().print(report(examine_installation(), "this installation"))
+        return
+    found = examine_file(file, reading)
+    Console().print(report(found, str(file)))
+    given = _reading_options(reading)
+    if fit_to_use(found):
+        print(f"\nfit to use{' with ' + given if given else ''}")
+        return
+    needed = options_for(found)
+    if needed is None:
+        print("\nnot fit to use: see 'fix' above")
+    else:
+        example = f"scemb embed {shlex.quote(str(file))} --out embedded.h5ad {' '.join(x for x in (given, needed) if x)}"
+        print(f"\nnot fit to use as it is, but with options; the same for every command:\n{example}")
+    raise typer.Exit(1)
+
+def _reading_options(reading): # as typed at a shell
+    words = []
+    for name, value in reading._asdict().items():
+        if value in (None, False, "error"):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 @app.command()
 @refusing
@@ -80,8 +101,9 @@ def pairs(values, option): # ["a=b", ...] -> [("a", "b"), ...]
 
 @app.command()
 @refusing
+@reading_cells
 def curate(
-    sources: Annotated[list[str], typer.Argument(help="Files (.h5ad, .zarr, 10x .h5), folders of them, recipes (.toml), addresses of SOMA stores, names of data sets, or census:VERSION.")],
+    sources: Annotated[list[str], typer.Argument(help="Files (.h5ad, .zarr, 10x .h5, .loom), folders of them or with matrix.mtx, recipes (.toml), addresses of SOMA stores, names of data sets, or census:VERSION.")],
     out: Annotated[Path, typer.Option(help="Folder of the corpus; the same command goes on where a stopped one ended.")],
     assume: Annotated[Optional[list[str]], typer.Option(help="COLUMN=VALUE that holds for all cells of the files, e.g. disease=normal; may be repeated.")] = None,
     exclude: Annotated[Optional[list[str]], typer.Option(help="Cells to leave out: data_set=ID, collection=ID, donor=ID, cells=FILE (by content) or hashes=FILE; may be repeated.")] = None,
@@ -89,6 +111,7 @@ def curate(
     max_mito: Annotated[Optional[float], typer.Option(help="Largest share of mitochondrial counts; default 0.1 or the recipe's.")] = None,
     allow_assay: Annotated[Optional[list[str]], typer.Option(help="Take only this assay; may be repeated.")] = None,
     deny_assay: Annotated[Optional[list[str]], typer.Option(help="Leave this assay out too; may be repeated.")] = None,
+    reading=None,
     partition: Annotated[str, typer.Option(help="i/n: do the i-th of n parts; n such commands, then one with --merge, make the corpus.")] = "1/1",
     merge: Annotated[bool, typer.Option("--merge", help="Check that all parts are there and write the card.")] = False,
     shard_cells: Annotated[int, typer.Option(min=1, help="Candidate cells a shard.")] = 65_536,
@@ -104,7 +127,8 @@ def curate(
     import re
     from scemb.corpus import curate as run, join_sources
     if not (part := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", partition)) or int(part[1]) > int(part[2]): raise typer.BadParameter(f"{partition!r} is not of the form i/n with 1 <= i <= n.", param_hint="--partition")
-    recipe = join_sources(sources, pairs(assume, "--assume"), pairs(exclude, "--exclude"), min_genes=min_genes, max_mito_fraction=max_mito, allow_assays=tuple(allow_assay or ()), deny_assays=tuple(deny_assay or ()))
+    given = {k: v for k, v in dict(layer=reading, duplicates=str(reading.duplicates)).items()} if _reading_options(reading) else {}
+    recipe = join_sources(sources, pairs(assume, "--assume"), pairs(exclude, "--exclude"), given, min_genes=min_genes, max_mito_fraction=max_mito, allow_assays=tuple(allow_assay or ()), deny_assays=tuple(deny_assay or ()))
     say = lambda message: print(f"scemb curate: {message}", file=sys.stderr)
     card = run(recipe, out, (int(part[1]), int(part[2])), merge, overwrite, shard_cells, threads, seed, progress=counter("cells"), say=say)
     if card is None: print(f"{out}: part {partition} is done; after all parts: the same command with --merge and without --partition"); return
@@ -114,6 +138,7 @@ def curate(
 
 @app.command()
 @refusing
+@reading_cells
 def leakage(
     corpus: Annotated[Path, typer.Argument(help="A corpus (scemb curate).")],
     evaluation: Annotated[Path, typer.Argument(help="A file of cells that a model will be judged on.")],
@@ -121,10 +146,11 @@ def leakage(
     only: Annotated[Optional[str], typer.Option(help="COLUMN=VALUE: compare only these cells of the file.")] = None,
     name: Annotated[Optional[str], typer.Option(help="Data set id of the file; default: obs.dataset_id, or the file's name.")] = None,
     donor_column: Annotated[Optional[str], typer.Option(help="Column of donors; default: donor_id or donor.")] = None,
+    reading=None,
     min_genes: Annotated[int, typer.Option(min=1, help="Fewest shared genes with a count for a cell to be compared.")] = 50,
     overwrite: Overwrite = False,
 ):
-    """Look for evaluation cells in a corpus: by data set, donor and content. Ends with 1 when any is found.
+    """Look for evaluation cells in a corpus: by data set, donor and content. Ends with 1 when any is found, and with 3 when nothing could be compared.
 
     Example: `scemb leakage runs/corpus exam.h5ad --out overlap.csv`
     """
@@ -132,29 +158,32 @@ def leakage(
     from scemb.leakage import leakage as run
     from scemb.sources import open_counts
     if out: check_output(out, overwrite)
-    rows = None
+    rows, reading = None, reading._replace(duplicates="sum")
     if only:
-        (column, value), = pairs([only], "--only"); obs = open_counts(evaluation, duplicates="sum").adata.obs
+        (column, value), = pairs([only], "--only"); obs = open_counts(evaluation, reading).adata.obs
         if column not in obs: raise ValueError(f"{evaluation} has no obs column {column!r}; it has {', '.join(obs) or 'none'}.")
         rows = (obs[column].astype(str) == value).to_numpy()
         if not rows.any(): raise ValueError(f"No cell of {evaluation} has {column} = {value!r}; there are {', '.join(map(str, obs[column].unique()[:8]))}.")
-    found = run(corpus, evaluation, rows, name, donor_column, min_genes, progress=counter("data sets"))
+    found = run(corpus, evaluation, rows, name, donor_column, min_genes, progress=counter("data sets"), layer=reading)
     if out: found.table.to_csv(out, index=False)
     print(found.table.to_string(index=False)); print(found)
+    if found.verdict == "nothing compared":
+        print(f"scemb leakage: nothing could be compared, so {evaluation} is not shown to be independent of {corpus}. Compare a file with genes of the corpus, or lower --min-genes.", file=sys.stderr)
+        raise typer.Exit(3)
     if not found.clean: raise ValueError(f"{evaluation} is not independent of {corpus}: see above. Leave it out with: scemb curate ... --exclude cells={evaluation}")
 
 # %% ../nbs/99_cli.ipynb #f719c359
 @app.command()
 @refusing
+@reading_cells
 def tokenize(
-    files: Annotated[list[Path], typer.Argument(help="One or more .h5ad files with raw counts, or the folder of a corpus (scemb curate).")],
+    files: Annotated[list[Path], typer.Argument(help="One or more files with raw counts (.h5ad, .zarr, 10x .h5, .loom, a folder with matrix.mtx), or the folder of a corpus (scemb curate).")],
     out: Annotated[Path, typer.Option(help="Folder of the token data set.")],
     obs: Annotated[Optional[list[str]], typer.Option(help="obs column to keep; may be repeated.")] = None,
-    max_len: Annotated[int, typer.Option(help="Genes a cell at most.")] = 2048,
-    layer: Layer = None,
-    scale: Annotated[str, typer.Option(help="none, or median: order genes by expression relative to their median over the files.")] = "none",
-    protect: Annotated[Optional[list[str]], typer.Option(help="Ensembl id that truncation must not cut; may be repeated.")] = None,
-    duplicates: Annotated[str, typer.Option(help="Gene names that stand twice: error or sum.")] = "error",
+    max_len: Annotated[int, typer.Option(min=1, help="Genes a cell at most.")] = 2048,
+    reading=None,
+    scale: Annotated[choice("ScaleName", "none", "median"), typer.Option(help="median: order genes by expression relative to their median over the files.")] = "none",
+    protect: Annotated[Optional[list[str]], typer.Option(help="Gene (symbol or Ensembl id) that truncation must not cut; may be repeated.")] = None,
     shard_cells: Annotated[int, typer.Option(min=1, help="Cells a shard, and what a stop can lose; the same command goes on.")] = 262_144,
     threads: Annotated[int, typer.Option(min=1, help="Threads; the result does not depend on them.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the order of ties.")] = 0, overwrite: Overwrite = False,
@@ -163,10 +192,11 @@ def tokenize(
 
     Example: `scemb tokenize a.h5ad b.h5ad --out tokens --obs cell_type --obs batch`
     """
-    from scemb.tokenize import TokenizerSettings
     import json
+    from scemb.genes import ids_of_genes
+    from scemb.tokenize import TokenizerSettings
     from scemb.tokens import write_tokens
-    write_tokens(files, out, settings=TokenizerSettings(max_len=max_len, scale=scale, seed=seed), obs_columns=obs or (), protected=protect or (), layer=layer, duplicates=duplicates, n_threads=threads, shard_cells=shard_cells, overwrite=overwrite, progress=counter("cells"))
+    write_tokens(files, out, settings=TokenizerSettings(max_len=max_len, scale=str(scale), seed=seed), obs_columns=obs or (), protected=ids_of_genes(protect or ()), layer=reading, n_threads=threads, shard_cells=shard_cells, overwrite=overwrite, progress=counter("cells"))
     card = json.loads((out/"tokens.json").read_text()); total = {k: sum(s[k] for s in card["sources"]) for k in ("n_cells", "n_empty", "n_tokens", "n_truncated")}
     print(f"{out}: {total['n_cells'] - total['n_empty']:,} cells, {total['n_tokens']:,} tokens; {total['n_empty']:,} cells without a gene of the vocabulary left out, {total['n_truncated']:,} cut at {max_len} genes")
 
@@ -223,15 +253,14 @@ def _train_settings(config, given): # TOML file and command line -> TrainSetting
 
 @app.command()
 @refusing
+@reading_cells
 def embed(
-    file: Annotated[Path, typer.Argument(help="An .h5ad file or .zarr store with raw counts, of any size.")],
+    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts, of any size: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
     out: Annotated[Path, typer.Option(help="A copy of it with obsm['X_scemb']; or .npy: the vectors alone.")],
     model: Model = "scemb-small",
-    pooling: Annotated[str, typer.Option(help="mean12, last or cls.")] = "mean12",
+    pooling: Annotated[choice("PoolingName", "mean12", "last", "cls"), typer.Option(help="Mean over all layers, the last, or the vector of <cls>.")] = "mean12",
     max_len: Annotated[Optional[int], typer.Option(help="Genes a cell at most: fewer is faster; default: as trained.")] = None,
-    layer: Layer = None,
-    gene_column: Annotated[Optional[str], typer.Option(help="Column of var with gene identifiers; default: found by itself.")] = None,
-    duplicates: Annotated[str, typer.Option(help="Gene names that stand twice: error or sum.")] = "error",
+    reading=None,
     key: Annotated[str, typer.Option(help="Key in obsm.")] = "X_scemb",
     device: Device = None,
     precision: Precision = "auto",
@@ -245,13 +274,14 @@ def embed(
     Several GPUs: `torchrun --no-python --nproc_per_node 8 scemb embed my_cells.h5ad --out embedded.h5ad`
     """
     with loading(): from scemb.embed_files import embed_file
-    r = embed_file(file, out, model, pooling, max_len, layer, gene_column, duplicates, key, device, precision, token_budget, seed, overwrite, progress=counter("cells"))
+    r = embed_file(file, out, model, pooling, max_len, reading, key=key, device=device, precision=precision, token_budget=token_budget, seed=seed, overwrite=overwrite, progress=counter("cells"))
     print(f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, {r['n_truncated']:,} cells cut at {r['max_len']} genes, {r['n_empty']:,} without genes (NaN)")
 
 @app.command()
 @refusing
+@reading_cells
 def benchmark(
-    file: Annotated[Path, typer.Argument(help="An .h5ad file with raw counts, batches and labels.")],
+    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts, batches and labels.")],
     batch: Annotated[str, typer.Option(help="Column of obs with batches.")],
     label: Annotated[str, typer.Option(help="Column of obs with cell types.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, the pictures and the page.")],
@@ -261,7 +291,7 @@ def benchmark(
     samples: Annotated[int, typer.Option(min=2, help="Half-samples for the intervals of the integration metrics.")] = 20,
     max_cells: Annotated[int, typer.Option(min=50, help="Cells a half-sample at most.")] = 3000,
     integration: Annotated[bool, typer.Option(help="The scib metrics, which take most of the time.")] = True,
-    layer: Layer = None, seed: Seed = 0, overwrite: Overwrite = False,
+    reading=None, seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Put embeddings before the same questions: bio conservation, batch mixing, labels carried over, depth.
 
@@ -274,10 +304,10 @@ def benchmark(
     from scemb.counts import check_output, open_h5ad
     from scemb.tokens import read_tokens
     check_output(out, overwrite, "scores.csv")
-    embedders, absent = contestants(methods.split(",") if methods else METHODS, batch, model, read_tokens(corpus) if corpus else None, layer)
+    embedders, absent = contestants(methods.split(",") if methods else METHODS, batch, model, read_tokens(corpus) if corpus else None, reading)
     if not embedders: raise ValueError("No method is left to compare. " + "; ".join(absent))
     adata = open_h5ad(file, backed=False)
-    result = compare(adata, embedders, label, batch, batch, file.stem, integration=integration, n_samples=samples, max_cells=max_cells, layer=layer, seed=seed, say=lambda line: print(line, file=sys.stderr, flush=True))
+    result = compare(adata, embedders, label, batch, batch, file.stem, integration=integration, n_samples=samples, max_cells=max_cells, layer=reading, seed=seed, say=lambda line: print(line, file=sys.stderr, flush=True))
     write_comparison(result, adata, label, batch, out, seed)
     write_page(out/"report.html", result.table, {"All scores": out/"scores.png", "UMAPs by label and batch": out/"umap.png"}, facts(adata, label, batch, file=file.name, methods=", ".join(result.embeddings), model=model, seed=seed, half_samples=samples if integration else "none"), absent + result.skipped, f"{file.stem}: embeddings compared")
     for line in absent + result.skipped: print(f"skipped: {line}", file=sys.stderr)

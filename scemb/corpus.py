@@ -59,10 +59,11 @@ def join_sources(
     sources,        # Files, folders, recipes (.toml), addresses of stores, "census:VERSION", or names of data sets
     assume=(),      # Column -> value, stated for all cells of the files
     exclude=(),     # (by, value) pairs; by is one of data_set, collection, donor, cells, hashes
+    reading=None,   # dict with layer and duplicates, for the files that are named
     **filters,      # Fields of `Filters` that differ; None and () leave them as they are; deny_assays adds to those of the recipe
 )->Recipe:
     "One recipe from what a command line names."
-    parts = [_as_recipe(str(s), dict(assume)) for s in sources]
+    parts = [_as_recipe(str(s), dict(assume), reading or {}) for s in sources]
     if any(p.filters != parts[0].filters for p in parts): raise ValueError("The recipes have different filters; make one corpus from each.")
     for by, value in exclude:
         if by not in (*BY, "cells", "hashes"): raise ValueError(f"Cannot exclude by {by!r}; choose one of {', '.join((*BY, 'cells', 'hashes'))}.")
@@ -73,13 +74,13 @@ def join_sources(
     first = parts[0]
     return replace(first, sources=tuple(s for p in parts for s in p.sources), exclude=(*(e for p in parts for e in p.exclude), *asked), filters=replace(first.filters, **filters))
 
-def _as_recipe(name, assume):
+def _as_recipe(name, assume, reading):
     if name.endswith(".toml"):
         if not Path(name).is_file(): raise FileNotFoundError(f"There is no {name}; check the path.")
         return read_recipe(name)
     if not Path(name).exists() and name in manifests():
-        return read_recipe(ASSETS/"manifests"/f"{name}.toml") if manifest(name).kind == "census" else Recipe((dict(data_set=name, obs=assume),))
-    return Recipe((dict(uri=name, obs=assume) if "://" in name or is_soma(name) else dict(path=name, obs=assume),))
+        return read_recipe(ASSETS/"manifests"/f"{name}.toml") if manifest(name).kind == "census" else Recipe((dict(data_set=name, obs=assume, **reading),))
+    return Recipe((dict(uri=name, obs=assume) if "://" in name or is_soma(name) else dict(path=name, obs=assume, **reading),))
 
 # %% ../nbs/04c_corpus.ipynb #f46f7939
 def cell_hashes(

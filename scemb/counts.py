@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from .files import LazyCells, open_cells
-from .genes import GeneMap, check_overlap, map_genes, odd_names, stripped_names
+from .files import open_cells
+from .genes import GeneMap, check_overlap, map_genes, stripped_names
 
 # %% ../nbs/02a_counts.ipynb #166d3fd1
 def first_non_count(

@@ -18,7 +18,7 @@ from .counts import Reading, read_counts
 from .embed import CellEncoder, cell_encoder, check_not_all_empty
 from .files import kind_of_file, open_cells, open_zarr_group, size_and_time
 from .folders import new_file, write_json
-from .results import check_key, check_readable, check_results, remembered, write_cells
+from .results import check_key, check_results, remembered, write_cells
 from .tokens import encoded_chunks
 
 # %% ../nbs/10a_embed_files.ipynb #ec878455

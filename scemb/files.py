@@ -9,7 +9,6 @@ __all__ = ['HUMAN_GENOMES', 'WAYS_OUT', 'MATRIX_FILE', 'SIDES', 'is_human_genome
 # %% ../nbs/01a_files.ipynb #9e0254b6
 import re
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -265,7 +264,6 @@ def open_zarr_group(path, mode="r"): # the group at the top of a zarr store
     return zarr.open_group(str(path), mode=mode, use_consolidated=False)
 
 def _open_zarr(path):
-    from anndata.io import read_elem
     try:
         root = open_zarr_group(path)
         return _lazy(root, path, "zarr", None)
@@ -360,7 +358,6 @@ def _attributes(group, n): # row_attrs or col_attrs of a loom file -> table
 
 def _open_loom(path):
     import h5py
-    import pandas as pd
     f = h5py.File(path, "r")
     X = LoomMatrix(f["matrix"])
     obs, var = _attributes(f["col_attrs"], X.shape[0]), _attributes(f["row_attrs"], X.shape[1])

@@ -368,7 +368,7 @@ def name_hint(
     known, _, candidates = name_table()
     symbols = gene_table()["symbol"]
     if plain in candidates:
-        return f"{name} (an old name of {' and '.join(symbols.iloc[candidates[plain]])})"
+        return f"{name} (an old name of {' and '.join(sorted(symbols.iloc[candidates[plain]]))})"
     odd = odd_names([plain])
     if len(odd) and odd.candidates[0]:
         return f"{name} (perhaps {odd.candidates[0].replace(', ', ' or ')})"

@@ -58,12 +58,9 @@ class Leakage:
             return "\n".join([
                 f"not one of {self.n_cells:,} cells could be compared with any data set of the corpus (too few shared genes): "
                 "whether they stand in it is not known", *names])
-        share, n = len(self.rows)/max(self.n_compared, 1), len(self.rows)
-        return "\n".join([
-            f"{n:,} cells of {self.n_compared:,} compared stand in the corpus ({share:.2%}); "
-            f"{set_aside:,} of {self.n_cells:,} could not be compared with any data set (too few shared genes)" if n else
-            f"no cells of {self.n_compared:,} compared stand in the corpus; "
-            f"{set_aside:,} of {self.n_cells:,} could not be compared with any data set (too few shared genes)", *names])
+        n, share = len(self.rows), len(self.rows)/self.n_compared
+        found = f"{n:,} cells of {self.n_compared:,} compared stand in the corpus ({share:.2%})" if n else f"no cells of {self.n_compared:,} compared stand in the corpus"
+        return "\n".join([f"{found}; {set_aside:,} of {self.n_cells:,} could not be compared with any data set (too few shared genes)", *names])
 
 # %% ../nbs/04d_leakage.ipynb #24f95533
 def leakage(
@@ -74,9 +71,10 @@ def leakage(
     donor_column:str|None=None, # Column of its donors; default: donor_id or donor, where there
     min_genes:int=50,        # Fewest shared genes with a count for a cell to be compared
     progress=None,           # Called with (data sets done, all)
+    layer=None,              # How the evaluation set is read, see `read_counts`
 )->Leakage:
     "Compare an evaluation set with a corpus."
-    card, counts = read_corpus(corpus), _counts(evaluation)
+    card, counts = read_corpus(corpus), _counts(evaluation, layer)
     obs = counts.adata.obs if rows is None else counts.adata.obs[rows]
     mine = gene_axis(counts.genes); mine = mine.ids[mine.exact]
     sets = list(dict.fromkeys(s["data_set"] for s in card["shards"])); lines, cache = [], {}
@@ -95,9 +93,8 @@ def leakage(
     at = np.arange(counts.n_cells) if rows is None else np.flatnonzero(rows)
     return Leakage(pd.DataFrame(lines, columns=["data_set", "cells_in_corpus", "shared_genes", "compared", "too_few_genes", "in_common"]), at[found], sorted(_names(evaluation, obs, data_set) & set(sets)), sorted(_donors(obs, donor_column) & set(card["composition"]["donor_id"]) - {"unknown"}), len(obs), int(compared.sum()))
 
-def _counts(evaluation):
-    if isinstance(evaluation, (str, os.PathLike)): return open_counts(evaluation, duplicates="sum")
-    return read_counts(evaluation, duplicates="sum")
+def _counts(evaluation, layer):
+    return read_counts(evaluation, layer, duplicates="sum")
 
 def _names(evaluation, obs, data_set): # names under which the evaluation set may stand in a corpus
     if data_set: return {data_set}

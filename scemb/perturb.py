@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from .counts import Counts, Reading, read_counts
+from .counts import Counts, read_counts
 from .edits import Cells, Sets, cells_on, gene_sets, token_values, variants
 from .embed import CellEncoder, budget_batches, cell_encoder, to_device
 from .files import size_and_time

@@ -12,23 +12,24 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Device, Layer, Model, Overwrite, Precision, Seed, counter, refusing
+from .commands import Device, Model, Overwrite, Precision, Seed, choice, counter, reading_cells, refusing
 
 # %% ../nbs/97b_perturb_commands.ipynb #d7adbb33
 @refusing
+@reading_cells
 def perturb(
-    file: Annotated[Path, typer.Argument(help="An .h5ad file with raw counts: the cells to perturb.")],
+    file: Annotated[Path, typer.Argument(help="The cells to perturb: a file with raw counts (.h5ad, .zarr, 10x .h5, .loom, a folder with matrix.mtx).")],
     out: Annotated[Path, typer.Option(help=".h5ad to write: a row a gene set (and group), the mean shift, and how far cells moved.")],
     gene: Annotated[Optional[list[str]], typer.Option(help="Symbol or Ensembl id; A+B perturbs both at once; may be repeated. Default: every gene that --min-cells cells express.")] = None,
-    kind: Annotated[str, typer.Option(help="mask, delete, shift (counts x --factor) or overexpress.")] = "mask",
+    kind: Annotated[choice("KindName", "mask", "delete", "shift", "overexpress"), typer.Option(help="What is done to a gene; shift: counts x --factor.")] = "mask",
     factor: Annotated[float, typer.Option(help="Of shift: what a knock-down leaves.")] = .2,
     by: Annotated[Optional[str], typer.Option(help="obs column: average within its groups.")] = None,
     per_cell: Annotated[bool, typer.Option("--per-cell", help="A row for each gene set and cell.")] = False,
     model: Model = "scemb-small",
-    pooling: Annotated[str, typer.Option(help="mean12 or last.")] = "mean12",
+    pooling: Annotated[choice("PerturbPooling", "mean12", "last"), typer.Option(help="Mean over all layers, or the last.")] = "mean12",
     min_cells: Annotated[int, typer.Option(min=1, help="Cells that must express a gene, where none is named.")] = 20,
-    missing: Annotated[str, typer.Option(help="A gene outside the vocabulary: error, or nan for an empty row.")] = "error",
-    layer: Layer = None,
+    missing: Annotated[choice("MissingRule", "error", "nan"), typer.Option(help="A gene outside the vocabulary: error, or nan for an empty row.")] = "error",
+    reading=None,
     device: Device = None,
     precision: Precision = "auto",
     token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory.")] = None,
@@ -40,23 +41,24 @@ def perturb(
     """
     from scemb.perturb import perturb_file
     r = perturb_file(file, out, model, gene or None, overwrite, progress=counter("cells"), kind=kind, factor=factor, by=by, per_cell=per_cell, pooling=pooling, min_cells=min_cells,
-                     missing=missing, layer=layer, device=device, precision=precision, token_budget=token_budget, seed=seed)
+                     missing=missing, layer=reading, device=device, precision=precision, token_budget=token_budget, seed=seed)
     empty = int((r.obs.reason != "").sum()) if "reason" in r.obs else 0
     print(f"{out}: {r.n_obs:,} rows ({kind}), {empty:,} of them empty with a reason in obs; see obs impact beside bag_impact")
 
 # %% ../nbs/97b_perturb_commands.ipynb #ac3a116b
 @refusing
+@reading_cells
 def screen(
-    file: Annotated[Path, typer.Argument(help="An .h5ad file with raw counts.")],
+    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
     label: Annotated[str, typer.Option(help="obs column with the states of the cells.")],
     start: Annotated[str, typer.Option(help="State whose cells are perturbed.")],
     goal: Annotated[str, typer.Option(help="State that defines the direction.")],
-    out: Annotated[Path, typer.Option(help="CSV to write: a row a gene, largest effects first.")],
+    out: Annotated[Path, typer.Option(help="CSV to write: a row a gene, largest effects first; NAME_trust.csv beside it.")],
     refine: Annotated[int, typer.Option("--refine", "--top", min=0, help="Largest effects that are run exactly; the column 'exact' marks them.")] = 20,
     cells: Annotated[int, typer.Option(min=1, help="Cells of the start state at most.")] = 200,
     model: Model = "scemb-small",
     min_cells: Annotated[int, typer.Option(min=1, help="Cells that must express a gene.")] = 5,
-    layer: Layer = None,
+    reading=None,
     device: Device = None,
     precision: Precision = "auto",
     seed: Seed = 0, overwrite: Overwrite = False,
@@ -66,15 +68,16 @@ def screen(
     Example: `scemb screen cells.h5ad --label condition --start disease --goal healthy --out screen.csv`
     """
     from scemb.screen import screen_file
-    found = screen_file(file, out, label, start, goal, model, cells, refine, min_cells, seed, layer, device, precision, overwrite=overwrite, progress=counter("cells"))
+    found = screen_file(file, out, label, start, goal, model, cells, refine, min_cells, seed, reading, device, precision, overwrite=overwrite, progress=counter("cells"))
     print(f"{out}: {found}"); t = found.trust
     if len(t) and (t.spearman.min() < .95 or t.relative_rmse.max() > .05): print("On a sample, screened sizes are off by more than 5 %: quote sizes from rows marked exact" + (", and do not trust the order of the others." if t.spearman.min() < .95 else "; the order of the others stands."), file=sys.stderr)
 
 # %% ../nbs/97b_perturb_commands.ipynb #172e5f68
 @refusing
+@reading_cells
 def correlate(
-    disease: Annotated[Path, typer.Argument(help="h5ad with raw counts of two groups of donors.")],
-    screen: Annotated[Path, typer.Argument(help="h5ad with raw counts of a screen: a target and a guide for each cell.")],
+    disease: Annotated[Path, typer.Argument(help="A file with raw counts of two groups of donors.")],
+    screen: Annotated[Path, typer.Argument(help="A file with raw counts of a screen: a target and a guide for each cell.")],
     group: Annotated[str, typer.Option(help="Column of obs with the two states.")],
     case: Annotated[str, typer.Option(help="Its value for the cases.")],
     control: Annotated[str, typer.Option(help="Its value for the controls.")],
@@ -90,7 +93,7 @@ def correlate(
     model: Annotated[str, typer.Option(help="Model that embeds both files; with --key, the embedding that they already hold is used instead.")] = "scemb-small",
     key: Annotated[Optional[str], typer.Option(help="Key in obsm of both files.")] = None,
     min_overlap: Annotated[float, typer.Option(min=0, max=1, help="Smallest share of the smaller file's genes that both must have measured.")] = .3,
-    layer: Layer = None, seed: Seed = 0, overwrite: Overwrite = False,
+    reading=None, seed: Seed = 0, overwrite: Overwrite = False,
 ):
     """Rank perturbations by the signed match of their shift with a disease shift, tested over donors and guides.
 
@@ -105,7 +108,7 @@ def correlate(
     check_output(out, overwrite, "correlation.csv")
     listed = [line.strip() for line in genes.read_text().splitlines() if line.strip()] if genes else []
     match = match_files(open_h5ad(disease, backed=False), open_h5ad(screen, backed=False), group, case, control, donor, target, guide, reference, None if key else model, key or "X_scemb",
-                        batch, screen_batch, paired=paired, minimum=min_overlap, layer=layer, seed=seed, say=lambda line: print(f"scemb correlate: {line}", file=sys.stderr, flush=True))
+                        batch, screen_batch, paired=paired, minimum=min_overlap, layer=reading, seed=seed, say=lambda line: print(f"scemb correlate: {line}", file=sys.stderr, flush=True))
     import os, shutil
     part = Path(f"{out}.part"); shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
     match.table.to_csv(part/"correlation.csv", index=False, float_format="%.5g"); match.table.to_parquet(part/"correlation.parquet")

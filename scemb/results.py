@@ -6,11 +6,10 @@
 __all__ = ['check_key', 'remembered', 'check_results', 'check_readable', 'write_cells']
 
 # %% ../nbs/02c_results.ipynb #20ffdbf7
-import os
 from pathlib import Path
 
 from .counts import check_output
-from .files import kind_of_file, open_cells
+from .files import open_cells
 from .folders import new_file
 
 # %% ../nbs/02c_results.ipynb #60e5569f

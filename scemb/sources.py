@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
-from .counts import Counts, Reading, as_reading, gene_names, read_counts
+from .counts import Counts, Reading, gene_names, read_counts
 from .curate import COLUMNS, described_steps, funnel, standard_obs
 from .datasets import locate, manifest
 from .files import matrix_files
-from .genes import gene_table, map_genes
+from .genes import check_overlap, gene_table, map_genes
 
 # %% ../nbs/04a_sources.ipynb #e1659083
 def open_counts(

@@ -255,6 +255,8 @@ def write_tokens(
     sources = [sources] if isinstance(sources, (str, os.PathLike)) or hasattr(sources, "obs") else list(sources)
     inside = [s for s in sources if isinstance(s, (str, os.PathLike)) and out.resolve() in Path(s).resolve().parents]
     if inside: raise ValueError(f"{inside[0]} lies inside the output {out}, which would be replaced; choose another output.")
+    paths = [str(Path(s).resolve()) for s in sources if isinstance(s, (str, os.PathLike))]
+    if twice := [p for i, p in enumerate(paths) if p in paths[:i]]: raise ValueError(f"{twice[0]} is given twice; its cells would stand twice in the tokens. Give each file once.")
     with only_writer(out):
         return _write_tokens(sources, out, vocabulary, settings, obs_columns, protected, layer, duplicates, n_threads, shard_cells, compression, progress)
 
@@ -263,6 +265,7 @@ def _write_tokens(sources, out, vocabulary, settings, obs_columns, protected, la
     check()                              # a damaged shard of a corpus is named before the work starts
     sizes = [_checked_size(s, layer, duplicates, obs_columns) for s in sources]
     vocabulary = vocabulary or protein_vocabulary()
+    if settings.max_len > len(vocabulary): raise ValueError(f"max_len={settings.max_len}; a cell has at most {len(vocabulary):,} genes, those of the vocabulary. Lower max_len.")
     if settings.scale == "median" and vocabulary.medians is None: vocabulary = gene_medians([read_counts(s, layer, duplicates=duplicates) for s in sources], vocabulary)
     job = _Job(sources, out, vocabulary, settings, tuple(obs_columns), tuple(protected), layer, shard_cells, compression)
     shards, schema = job.done(), _schema(job)
