@@ -52,10 +52,9 @@ def finetune(
     Example: `scemb finetune reference.h5ad --label cell_type --out adapter`
     """
     from scemb.annotate import learn, open_reference, summary
-    from scemb.counts import check_output
     from scemb.embed import chosen_device
-    from scemb.finetune import FinetuneSettings, trained_share
-    check_output(out, overwrite, "adapter.json")
+    from scemb.finetune import FinetuneSettings, adapter_output, trained_share
+    adapter_output(out, overwrite)
     named = "probe" if way == "auto" else way
     settings = FinetuneSettings(
         way=named, head=head, epochs=epochs, control=control, token_budget=token_budget,

@@ -16,6 +16,7 @@ import numpy as np
 
 from .checkpoint import load_checkpoint
 from .counts import Reading, open_h5ad, read_counts
+from .folders import Damaged
 from .finetune import CellModel, FinetuneSettings, load_adapter, save_adapter
 from .fit import predict, probabilities
 from .labels import UNKNOWN, compare_names, has_label, label_table, labelled, manifest_missing, shown_labels
@@ -74,6 +75,22 @@ def genes_of_bits(bits:str|None): # -> tokens of genes
         return None
     return np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)))
 
+def _check_card(path, card, tokenizing): # numbers that decide what a cell is called
+    way_out = "Copy the folder again from where it came, or learn it anew with scemb finetune."
+    if lost := [k for k in ("max_len", "temperature", "knowledge", "learned") if k not in card]:
+        raise Damaged(f"{path} lacks {', '.join(lost)}. {way_out}")
+    thresholds = card["thresholds"] if "thresholds" in card else card.get("threshold")
+    many = thresholds if isinstance(thresholds, list) else [thresholds]
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x)
+    if not number(card["temperature"]) or card["temperature"] <= 0:
+        raise Damaged(f"{path} says temperature = {card['temperature']!r:.40}; a number over 0 is needed. {way_out}")
+    if not all(number(t) and 0 <= t <= 1 for t in many) or len(many) not in (1, len(card["classes"])):
+        raise Damaged(f"{path} is damaged: its thresholds must be numbers from 0 to 1, one a class. {way_out}")
+    if not number(card["max_len"]) or not 1 <= card["max_len"] <= 65_535:
+        raise Damaged(f"{path} says max_len = {card['max_len']!r:.40}; a number of genes is needed. {way_out}")
+    if not isinstance(card["learned"], dict):
+        raise Damaged(f"{path} is damaged: 'learned' must be an object. {way_out}")
+
 def load_annotator(
     folder,           # From `Annotator.save`, also of earlier versions, with one threshold for all classes
     base=None,        # See `load_adapter`
@@ -81,6 +98,7 @@ def load_annotator(
 )->Annotator:
     "Open a saved annotator."
     model, card, vocabulary, tokenizing = load_adapter(folder, base)
+    _check_card(Path(folder)/"adapter.json", card, tokenizing)
     tokenizing = replace(tokenizing, max_len=card["max_len"])
     found, wanted = tokenizer_hash(tokenizing, vocabulary), card["learned"].get("tokenizer")
     if wanted and found != wanted:

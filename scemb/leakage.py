@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .corpus import read_corpus
+from .corpus import read_corpus, shard_path
 from .counts import Counts, read_counts
 from .curate import gene_axis, gene_keys, measure
 from .datasets import locate, manifest
@@ -80,7 +80,7 @@ def leakage(
     sets = list(dict.fromkeys(s["data_set"] for s in card["shards"])); lines, cache = [], {}
     found, compared = np.zeros(len(obs), bool), np.zeros(len(obs), bool)
     for i, name in enumerate(sets):
-        shards = [open_counts(Path(corpus)/s["file"]) for s in card["shards"] if s["data_set"] == name]
+        shards = [open_counts(shard_path(corpus, s)) for s in card["shards"] if s["data_set"] == name]
         var = shards[0].adata.var; shared = np.intersect1d(mine, var.index[var.measured & var.exact].astype(str))
         if (mark := tuple(shared)) not in cache: cache = {mark: hashes_on(counts, shared, rows)}        # data sets of one source share their genes
         h, n = cache[mark]; hits = np.zeros(len(h), bool)

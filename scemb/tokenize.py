@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'PAD', 'MASK', 'CLS', 'UNK', 'Vocabulary', 'protein_vocabulary', 'rank_bins', 'cpm', 'TokenizerSettings',
-           'tokenizer_hash', 'kernel_arrays', 'Encoder', 'cell_table', 'gene_medians']
+           'tokenizer_hash', 'settings_of', 'read_settings', 'kernel_arrays', 'Encoder', 'cell_table', 'gene_medians']
 
 # %% ../nbs/05_tokenize.ipynb #3be54d07
 import hashlib, json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numba import njit
 
 from .genes import gene_table, protein_coding
 from .counts import Counts, read_counts
+from .folders import Damaged, read_json
 
 # %% ../nbs/05_tokenize.ipynb #dad371d4
 SPECIAL = ("<pad>", "<mask>", "<cls>", "<unk>")
@@ -58,8 +59,16 @@ class Vocabulary:
     def load(cls, folder):
         path = Path(folder)/"gene_vocabulary.json"
         if not path.exists(): raise FileNotFoundError(f"{folder} holds no gene_vocabulary.json; it is no scEMB checkpoint or token data set.")
-        d = json.loads(path.read_text()); v = cls(tuple(d["genes"]), tuple(d["medians"]) if d["medians"] else None)
-        if v.hash != d["hash"]: raise ValueError(f"{path} is damaged: its genes hash to {v.hash}, the file says {d['hash']}. Copy it again.")
+        d = read_json(path, keys=("genes", "medians", "hash"))
+        genes, medians = d["genes"], d["medians"]
+        named = isinstance(genes, list) and all(isinstance(g, str) for g in genes)
+        numbered = medians is None or isinstance(medians, list) and all(isinstance(m, (int, float)) for m in medians)
+        if not named or not numbered:
+            raise Damaged(f"{path} is damaged: its genes must be a list of names, its medians a list of numbers or null. Copy it again.")
+        try: v = cls(tuple(genes), tuple(medians) if medians else None)
+        except ValueError as e: raise Damaged(f"{path} is damaged: {e} Copy it again.") from None
+        if v.hash != d["hash"]:
+            raise Damaged(f"{path} is damaged: its genes hash to {v.hash}, the file says {d['hash']!r:.40}. Copy it again.")
         return v
 
 def _hash(thing): return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
@@ -267,6 +276,32 @@ class TokenizerSettings:
 def tokenizer_hash(settings:TokenizerSettings, vocabulary:Vocabulary)->str:
     "One hash for everything that decides how a cell becomes tokens."
     return _hash([asdict(settings), vocabulary.hash])
+
+def settings_of(
+    values:dict,            # Fields of `TokenizerSettings`, from a record
+    identity,               # The hash that the record says they have
+    vocabulary:Vocabulary,
+    path,                   # The record, for the message
+)->TokenizerSettings:
+    "Settings from a record, compared with the hash that stands beside them."
+    way_out = "Copy the folder again from where it came."
+    if not isinstance(values, dict):
+        raise Damaged(f"{path} is damaged: its settings are a {type(values).__name__}, wanted is an object. {way_out}")
+    known = [f.name for f in fields(TokenizerSettings)]
+    if unknown := sorted(set(values) - set(known)):
+        raise Damaged(f"{path} has unknown settings {unknown}; known are {', '.join(known)}. {way_out}")
+    found = _hash([values, vocabulary.hash])
+    if found != identity:
+        raise Damaged(f"{path} is damaged: its settings and vocabulary do not give the hash that stands beside them ({found}, not {identity!r:.40}). {way_out}")
+    return TokenizerSettings(**values)
+
+def read_settings(
+    path,                   # token_settings.json
+    vocabulary:Vocabulary,
+)->TokenizerSettings:
+    "Tokenizer settings of a checkpoint."
+    record = read_json(path, keys=["hash"])
+    return settings_of({k: v for k, v in record.items() if k != "hash"}, record["hash"], vocabulary, path)
 
 # %% ../nbs/05_tokenize.ipynb #0b57e0b9
 def kernel_arrays(
