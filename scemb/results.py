@@ -79,7 +79,9 @@ def write_cells(
                 adata.write_zarr(part)
             else:
                 adata.write_h5ad(part)
-        except (TypeError, NotImplementedError) as e:
+        except Exception as e:
+            if not isinstance(e, (TypeError, NotImplementedError)) and type(e).__name__ != "IORegistryError":
+                raise
             said = " ".join(str(e).split())
             raise ValueError(f"{out} cannot be written: something in the AnnData has no place in the file ({said[:200]}). Take it out, or turn it to text.") from e
         check_readable(part, adata)
