@@ -36,10 +36,10 @@ def doctor(
     from rich.console import Console
     from scemb.doctor import examine_file, examine_installation, fit_to_use, options_for, report
     if not file:
-        Console().print(report(examine_installation(), "this installation"))
+        Console(force_jupyter=False).print(report(examine_installation(), "this installation"))
         return
     found = examine_file(file, reading)
-    Console().print(report(found, str(file)))
+    Console(force_jupyter=False).print(report(found, str(file)))
     given = _reading_options(reading)
     if fit_to_use(found):
         print(f"\nfit to use{' with ' + given if given else ''}")
@@ -77,7 +77,7 @@ def demo(
     settings = DemoSettings(seed=seed, **(dict(steps=steps) if steps else {}))
     table = run_demo(out, settings, overwrite)
     print("writing the report", file=sys.stderr); report = write_report(out)
-    Console().print(_rich_table(table)); print("\n".join(verdicts(table))); print(f"\nOpen {report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report}")
+    Console(force_jupyter=False).print(_rich_table(table)); print("\n".join(verdicts(table))); print(f"\nOpen {report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report}")
 
 def _rich_table(table): # score table -> rich tables, one for losses and one for the rest
     from rich.console import Group

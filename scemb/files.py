@@ -482,6 +482,11 @@ def open_cells(
         return source
     path = Path(source)
     kind = kind_of_file(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* names are not unique")      # genes are looked at by `counts`
+        return _opened(path, kind, whole)
+
+def _opened(path, kind, whole):
     if kind == "h5ad" and whole:
         return _whole_h5ad(path)
     openers = {"h5ad": _open_h5ad, "old h5ad": _read_old, "zarr": _open_zarr, "10x h5": _open_10x, "loom": _open_loom, "mtx": _open_mtx}
