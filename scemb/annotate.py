@@ -324,11 +324,14 @@ def summary(a:Annotator)->list: # Lines
     lines = [f"{first}: {shown(own)} on {own['n']:,} cells held out {card['held_out']}"]
     if simple is not None:
         lines.append(f"simple baseline (50 components of log counts, same cells): {shown(simple)}; {card['verdict']}")
-    lines.append(f"unknown below {min(a.thresholds):.2f} to {max(a.thresholds):.2f}, by class")
+    lines.append(f"unknown below {_rounded_down(min(a.thresholds))} to {_rounded_down(max(a.thresholds))}, by class")
     if weak:
         lines.append(
             "too few cells were held out to promise a loss of at most 5 % for: " + ", ".join(weak))
     return lines
+
+def _rounded_down(threshold)->str: # a threshold of .9997 is not 1, which no cell could reach
+    return f"{np.floor(float(threshold)*1000)/1000:.3f}"
 
 # %% ../nbs/11f_annotate.ipynb #765f3ad5
 FOOTING_LEAST, FOOTING_GOOD = .05, .5 # Shares of genes below which a query is refused, or warned of
