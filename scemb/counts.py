@@ -157,7 +157,8 @@ def shown_number(x)->str: # a number of a matrix
     "A number with as many digits as tell it from a whole one."
     x = x.item() if hasattr(x, "item") else x
     short = f"{x:g}"
-    return short if float(short) == x or x != x else f"{x:.9g}"
+    looks_whole = x == x and abs(x) < 2**53 and float(short) == round(float(short)) and x != round(x)
+    return f"{x:.9g}" if looks_whole else short
 
 def offending_value(
     matrix,      # Cells x genes, any layout

@@ -190,7 +190,7 @@ def kind_of_file(
         with h5py.File(path, "r") as f:
             kind, keys = _hdf5_kind(f), sorted(f)[:6]
     except (OSError, RuntimeError, KeyError) as e:
-        if "lock" in str(e).lower():
+        if "unable to lock" in str(e).lower():
             raise ValueError(f"{path} is open for writing in another program (its lock is held). Wait until that ends, or copy the file. ({str(e)[:120]})") from e
         raise ValueError(f"{path} ({size:,} bytes) is truncated or damaged and cannot be read. Copy or download it again. ({str(e)[:160]})") from e
     if kind in WAYS_OUT:
