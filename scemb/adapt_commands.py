@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Device, Overwrite, Precision, Seed, choice, reading_cells, refusing
+from .commands import alone, Device, Overwrite, Precision, Seed, choice, reading_cells, refusing
 
 # %% ../nbs/97a_adapt_commands.ipynb #d8407c48
 Base = Annotated[str, typer.Option(help="The pretrained model: a shipped one or the folder of a checkpoint.")]
@@ -30,6 +30,7 @@ def _say(line): print(line, file=sys.stderr, flush=True)
 # %% ../nbs/97a_adapt_commands.ipynb #5e32bad2
 @refusing
 @reading_cells
+@alone
 def finetune(
     reference: Annotated[Path, typer.Argument(help="A file of cells with raw counts and labels (.h5ad, .zarr, 10x .h5, .loom, a folder with matrix.mtx), or the name of a data set.")],
     label: Annotated[str, typer.Option(help="Column of obs with labels.")],
@@ -73,6 +74,7 @@ def finetune(
 # %% ../nbs/97a_adapt_commands.ipynb #37a2960a
 @refusing
 @reading_cells
+@alone
 def annotate(
     context: typer.Context,
     query: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
@@ -135,6 +137,7 @@ def _print_names(out, r): # how many cells got which name, and how good the name
 # %% ../nbs/97a_adapt_commands.ipynb #0850bc2c
 @refusing
 @reading_cells
+@alone
 def integrate(
     file: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
     batch: Annotated[str, typer.Option(help="Column of obs with batches.")],

@@ -155,6 +155,7 @@ def leakage(
     Example: `scemb leakage runs/corpus exam.h5ad --out overlap.csv`
     """
     from scemb.counts import check_output
+    from scemb.folders import table_for_csv, write_file
     from scemb.leakage import leakage as run
     from scemb.sources import open_counts
     if out: check_output(out, overwrite)
@@ -165,7 +166,7 @@ def leakage(
         rows = (obs[column].astype(str) == value).to_numpy()
         if not rows.any(): raise ValueError(f"No cell of {evaluation} has {column} = {value!r}; there are {', '.join(map(str, obs[column].unique()[:8]))}.")
     found = run(corpus, evaluation, rows, name, donor_column, min_genes, progress=counter("data sets"), layer=reading)
-    if out: found.table.to_csv(out, index=False)
+    if out: write_file(out, table_for_csv(found.table).to_csv(index=False))
     print(found.table.to_string(index=False)); print(found)
     if found.verdict == "nothing compared":
         print(f"scemb leakage: nothing could be compared, so {evaluation} is not shown to be independent of {corpus}. Compare a file with genes of the corpus, or lower --min-genes.", file=sys.stderr)
@@ -239,12 +240,11 @@ def pretrain(
     if not int(os.environ.get("RANK", 0)): print(f"{out}: checkpoint, loss.csv, training.json")
 
 def _train_settings(config, given): # TOML file and command line -> TrainSettings, size of the model
-    import tomllib
     from dataclasses import fields
+    from scemb.folders import read_toml
     from scemb.pretrain import TrainSettings
     if config and not config.is_file(): raise FileNotFoundError(f"There is no file {config}.")
-    try: values = tomllib.loads(config.read_text()) if config else {}
-    except tomllib.TOMLDecodeError as e: raise ValueError(f"{config} is not TOML: {e}") from e
+    values = read_toml(config) if config else {}
     values |= {k: v for k, v in given.items() if v is not None}
     size = {k: values.pop(k) for k in ("layers", "width", "heads", "dropout", "attention_dropout") if k in values}
     known = [f.name for f in fields(TrainSettings)]; unknown = sorted(set(values) - set(known))
@@ -308,8 +308,8 @@ def benchmark(
     if not embedders: raise ValueError("No method is left to compare. " + "; ".join(absent))
     adata = open_h5ad(file, backed=False)
     result = compare(adata, embedders, label, batch, batch, file.stem, integration=integration, n_samples=samples, max_cells=max_cells, layer=reading, seed=seed, say=lambda line: print(line, file=sys.stderr, flush=True))
-    write_comparison(result, adata, label, batch, out, seed)
-    write_page(out/"report.html", result.table, {"All scores": out/"scores.png", "UMAPs by label and batch": out/"umap.png"}, facts(adata, label, batch, file=file.name, methods=", ".join(result.embeddings), model=model, seed=seed, half_samples=samples if integration else "none"), absent + result.skipped, f"{file.stem}: embeddings compared")
+    page = lambda folder: write_page(folder/"report.html", result.table, {"All scores": folder/"scores.png", "UMAPs by label and batch": folder/"umap.png"}, facts(adata, label, batch, file=file.name, methods=", ".join(result.embeddings), model=model, seed=seed, half_samples=samples if integration else "none"), absent + result.skipped, f"{file.stem}: embeddings compared")
+    write_comparison(result, adata, label, batch, out, seed, more=page)
     for line in absent + result.skipped: print(f"skipped: {line}", file=sys.stderr)
     for metric in ("bio conservation", "batch correction", "probe accuracy", "5-shot macro-F1"):
         t = result.table[result.table.metric == metric].sort_values("value", ascending=False)

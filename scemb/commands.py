@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['STYLE', 'Style', 'Progress', 'BARS', 'Precision', 'Layer', 'GeneColumn', 'DuplicateRule', 'Duplicates', 'StripNames',
            'RoundCounts', 'Species', 'Seed', 'Overwrite', 'Model', 'Device', 'choice', 'shell_words', 'with_options',
-           'refusing', 'check_species', 'reading_cells', 'loading', 'counter']
+           'refusing', 'alone', 'check_species', 'reading_cells', 'loading', 'counter']
 
 # %% ../nbs/97_commands.ipynb #dceb62de
-import functools, gc, inspect, re, sys, warnings
-from contextlib import contextmanager
+import functools, gc, inspect, os, re, sys, warnings
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from .folders import in_words, only_writer
 from .progress import Pace, json_line
 
 # %% ../nbs/97_commands.ipynb #c4db17a8
@@ -81,13 +82,31 @@ def refusing(command): # a command -> the same, ending with code 1 and one clear
             with warnings.catch_warnings():
                 warnings.showwarning = functools.partial(_show, name, options, warnings.showwarning)
                 return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError, FloatingPointError) as e:
-            print(f"scemb {name}: {shell_words(str(e), options)}", file=sys.stderr); raise typer.Exit(1) from None
+        except typer.Exit:
+            raise
+        except Exception as e:
+            machine = in_words(e, kwargs.get("out"))                 # a full disk, whatever a library calls it
+            if machine is None and not isinstance(e, (ValueError, OSError, ImportError, FloatingPointError)):
+                raise
+            print(f"scemb {name}: {machine or shell_words(str(e), options)}", file=sys.stderr)
+            raise typer.Exit(1) from None
         finally:
             while BARS: BARS.pop().stop()          # or the cursor stays hidden
     return with_options(run, command, [_option("progress", Progress, "auto")])
 
 BARS = []
+
+# %% ../nbs/97_commands.ipynb #fe62740c
+def alone(command): # a command with an option `out` -> the same, refused while another one writes there
+    "Hold the output of a command while it runs."
+    signature = inspect.signature(command)
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        out = Path(signature.bind(*args, **kwargs).arguments["out"])
+        usable = out.parent.is_dir() and os.access(out.parent, os.W_OK)   # else the command says what is wrong
+        with only_writer(out) if usable else nullcontext():
+            return command(*args, **kwargs)
+    return run
 
 # %% ../nbs/97_commands.ipynb #3c1bf1a6
 Precision = Annotated[choice("PrecisionName", "auto", "fp32", "bf16"), typer.Option(help="auto: bf16 on a GPU that has it (Ampere and newer), else fp32.")]

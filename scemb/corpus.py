@@ -19,7 +19,7 @@ import pandas as pd
 from .counts import check_output
 from .curate import BY, Filters, coding_counts, counted_steps, funnel, gene_axis, gene_keys, measure
 from .datasets import available, locate, manifest, manifests
-from .folders import Damaged, check_file, inside, only_writer, open_folder, read_json, tidy_locks, write_json, write_manifest
+from .folders import Damaged, check_file, inside, only_writer, open_folder, read_json, read_toml, tidy_locks, write_json, write_manifest
 from .genes import ASSETS
 from .shards import COMPOSITION, GENE_STEP, MITO_STEP, ShardWriter, enter, finished, rewrite, shard_column, shard_obs, shard_var
 from .sources import is_soma, open_counts, open_source
@@ -39,9 +39,7 @@ def read_recipe(
     path, # TOML: a recipe, or the manifest of a Census
 )->Recipe:
     "Read a recipe and refuse one that is not well formed."
-    import tomllib
-    try: d = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as e: raise ValueError(f"{path} is not TOML: {e}") from e
+    d = read_toml(path)
     known = {f.name for f in fields(Filters)}
     if d.get("kind") == "census":
         f = d["filters"]

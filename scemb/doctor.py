@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .folders import for_rich
 from .counts import (
     Counts, Reading, as_reading, count_layers, cut_to_few_genes, find_counts, gene_names, what_fractions)
 from .files import kind_of_file, open_cells
@@ -200,10 +201,10 @@ def report(
 ):             # A rich table
     "Findings as a table for the terminal."
     from rich.table import Table
-    table = Table(title=title or None, title_justify="left", show_edge=False, box=None, pad_edge=False)
+    table = Table(title=for_rich(title) or None, title_justify="left", show_edge=False, box=None, pad_edge=False)
     for c in ("", "check", "found", "way out"): table.add_column(c, overflow="fold")
     sign = dict(ok="[green]ok[/]", note="[yellow]note[/]", fix="[red]fix[/]")
     for f in findings:
         way = f"{f.way_out}: {f.option}" if f.way_out and f.option else f.way_out or f.option
-        table.add_row(sign[f.verdict], *(x.replace("[", "\\[") for x in (f.check, f.found, way)))
+        table.add_row(sign[f.verdict], *(for_rich(x) for x in (f.check, f.found, way)))
     return table

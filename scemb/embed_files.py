@@ -7,6 +7,7 @@ __all__ = ['embed_file']
 
 # %% ../nbs/10a_embed_files.ipynb #d3eef5e6
 import hashlib, json, os, shutil, warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from .counts import Reading, read_counts
 from .embed import CellEncoder, cell_encoder, check_not_all_empty
 from .files import kind_of_file, open_cells, open_zarr_group, size_and_time
-from .folders import new_file, write_json
+from .folders import Damaged, new_file, only_writer, own_folder, work_folder, write_json
 from .results import check_key, check_results, remembered, write_cells
 from .tokens import encoded_chunks
 
@@ -30,22 +31,42 @@ class _Windows:
     @property
     def n(self): return -(-self.n_cells//self.size)
     def open(self, key): # keep what the same job has done; otherwise start anew
-        mark = self.folder/"job.txt"
-        if mark.exists() and mark.read_text() == key: return
-        shutil.rmtree(self.folder, ignore_errors=True); self.folder.mkdir(parents=True)
-        for name, size in (("vectors", self.n_cells*self.width*4), ("done", self.n*24)):
+        sizes = dict(vectors=self.n_cells*self.width*4, done=self.n*self.ROW)
+        if work_folder(self.folder, key) and all(_size(self.folder/name) == size for name, size in sizes.items()):
+            self._forget_damaged()
+            return
+        for name, size in sizes.items():
             with open(self.folder/name, "wb") as f: f.truncate(size)
-        mark.write_text(key)
-    def done(self): return np.fromfile(self.folder/"done", np.int64).reshape(-1, 3)  # (windows, 3): finished, empty cells, cut cells
+    ROW = 32 # bytes of a window in the list: whether it is finished, its empty cells, its cut cells, the checksum of all that
+    def done(self): # (windows, 4) int64
+        return np.fromfile(self.folder/"done", np.int64).reshape(-1, 4)
+    def _forget_damaged(self): # windows that are not what was written are done again
+        table = self.done()
+        for window, row in enumerate(table):
+            if row.any() and (row[0] != 1 or row[3] != self._sum(row[:3], self._read(window))):
+                self._put("done", window*self.ROW, np.zeros(4, np.int64))
+    def _sum(self, numbers, content):
+        from xxhash import xxh3_64
+        return np.uint64(xxh3_64(np.asarray(numbers, np.int64).tobytes() + content).intdigest()).astype(np.int64)
+    def _read(self, window): # bytes
+        with open(self.folder/"vectors", "rb") as f:
+            f.seek(window*self.size*self.width*4)
+            return f.read(self.size*self.width*4)
     def _put(self, name, at, array):
         with open(self.folder/name, "r+b") as f: f.seek(at); f.write(array.tobytes()); f.flush(); os.fsync(f.fileno())
     def enter(self, window, vectors, n_cut):
-        self._put("vectors", window*self.size*self.width*4, vectors.astype(np.float32))
-        self._put("done", window*24, np.array([1, np.isnan(vectors[:, 0]).sum(), n_cut], np.int64))
+        vectors = vectors.astype(np.float32)
+        self._put("vectors", window*self.size*self.width*4, vectors)
+        numbers = [1, int(np.isnan(vectors[:, 0]).sum()), n_cut]
+        self._put("done", window*self.ROW, np.array([*numbers, self._sum(numbers, vectors.tobytes())], np.int64))
     def __iter__(self): # (first cell, vectors) of each window
-        with open(self.folder/"vectors", "rb") as f:
-            for first in range(0, self.n_cells, self.size):
-                yield first, np.frombuffer(f.read(self.size*self.width*4), np.float32).reshape(-1, self.width)
+        for window, row in enumerate(self.done()):
+            content = self._read(window)
+            if row[3] != self._sum(row[:3], content):
+                raise Damaged(f"{self.folder/'vectors'} is damaged in window {window}. Give the same command again: that window is done anew.")
+            yield window*self.size, np.frombuffer(content, np.float32).reshape(-1, self.width)
+
+def _size(path): return path.stat().st_size if path.is_file() else -1
 
 def _runs(windows): # sorted numbers -> lists of consecutive ones
     return np.split(windows, np.flatnonzero(np.diff(windows) > 1) + 1) if len(windows) else []
@@ -140,6 +161,10 @@ def embed_file(
     "Embed a file window by window; the same call goes on where an interrupted one stopped. Under torchrun the processes share the cells."
     path, out = Path(path), Path(out)
     rank, world, place = _process()
+    with only_writer(out) if rank == 0 and out.parent.is_dir() else nullcontext():
+        return _embed_file(path, out, model, pooling, max_len, layer, gene_column, duplicates, key, device, precision, token_budget, seed, overwrite, window, progress, rank, world, place)
+
+def _embed_file(path, out, model, pooling, max_len, layer, gene_column, duplicates, key, device, precision, token_budget, seed, overwrite, window, progress, rank, world, place):
     check_key(key)
     same = ".zarr" if kind_of_file(path) == "zarr" else ".h5ad"
     if out.suffix not in (".npy", same): raise ValueError(f"The output {out.name} must end in {same} to be a copy of the input with the vectors, or in .npy for the vectors alone.")
@@ -166,7 +191,7 @@ def embed_file(
             seen += int(cells_of[w])
             if progress: progress(seen, total)
     _wait(world)
-    _, n_empty, n_cut = windows.done().sum(0)
+    n_empty, n_cut = windows.done()[:, 1:3].sum(0)
     check_not_all_empty(int(n_empty), counts.n_cells)
     record = encoder.record(counts, n_empty, n_cut)
     if rank == 0: _assemble(path, out, windows, key, record); shutil.rmtree(windows.folder)

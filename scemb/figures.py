@@ -134,18 +134,27 @@ def write_comparison(
     result, adata, label:str, batch:str, # From `compare`, and what was compared
     out,                                            # Folder; an earlier result is replaced
     seed:int=0, max_umap:int=3000,                  # Cells drawn at most
+    more=None,                                      # Called with the folder before it gets its name: what else belongs into it
 ):
-    "Write scores.csv, scores.parquet, scores.png and umap.png."
-    import os, shutil
-    import matplotlib; matplotlib.use("agg", force=False)
+    "Write scores.csv, scores.parquet, scores.png and umap.png: all, or none."
+    import matplotlib
     import pandas as pd
-    from pathlib import Path
-    plt = _plt(); part = Path(f"{out}.part"); shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-    result.table.to_csv(part/"scores.csv", index=False); result.table.to_parquet(part/"scores.parquet")
-    some, rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:max_umap]), []
-    for name, x in result.embeddings.items():
-        ok = some[np.isfinite(x[some]).all(1)]; u = umap_coordinates(x[ok], seed=seed)
-        rows.append(pd.DataFrame(dict(method=name, umap1=u[:, 0], umap2=u[:, 1], **{k: adata.obs[k].astype(str).to_numpy()[ok] for k in (label, batch)})))
-    for name, fig in (("scores", score_grid(result.table)), ("umap", umap_grid(pd.concat(rows), (label, batch)))): save_figure(fig, part/name); (part/f"{name}.pdf").unlink(); plt.close(fig)
-    if Path(out).exists(): shutil.rmtree(out)
-    os.replace(part, out)
+    from scemb.folders import new_folder, table_for_csv
+    matplotlib.use("agg", force=False)
+    plt = _plt()
+    with new_folder(out, overwrite=True) as part:
+        (part/"scores.csv").write_text(table_for_csv(result.table).to_csv(index=False))
+        result.table.to_parquet(part/"scores.parquet")
+        some, rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:max_umap]), []
+        for name, x in result.embeddings.items():
+            ok = some[np.isfinite(x[some]).all(1)]
+            u = umap_coordinates(x[ok], seed=seed)
+            groups = {k: adata.obs[k].astype(str).to_numpy()[ok] for k in (label, batch)}
+            rows.append(pd.DataFrame(dict(method=name, umap1=u[:, 0], umap2=u[:, 1], **groups)))
+        drawn = dict(scores=score_grid(result.table), umap=umap_grid(pd.concat(rows), (label, batch)))
+        for name, fig in drawn.items():
+            save_figure(fig, part/name)
+            (part/f"{name}.pdf").unlink()
+            plt.close(fig)
+        if more:
+            more(part)

@@ -548,7 +548,8 @@ def _chain(error): # an error and those behind it
     seen = []
     while error is not None and error not in seen:
         seen.append(error)
-        error = error.__cause__ or error.__context__
+        behind = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or behind
     return seen
 
 def _number(error): # errno of an error, also where only its text has it
@@ -577,11 +578,12 @@ def in_words(
     "What the system refused, as a sentence with the true cause."
     chain = _chain(error)
     for e in chain:
-        if isinstance(e, MemoryError) or "can't allocate memory" in str(e) or "out of memory" in str(e).lower():
+        said = str(e).lower() if isinstance(e, RuntimeError) else ""
+        if isinstance(e, MemoryError) or "can't allocate memory" in said or "out of memory" in said:
             return "The memory does not suffice. Give fewer cells or genes at a time (--token-budget, --max-len), or use a machine with more."
     for e in chain:
         number = _number(e)
-        if number:
+        if number and (e is error or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             name = getattr(e, "filename", None) or out
             return f"{name or 'The output'} could not be {_verb(number)}: {_WORDS[number]}."
     if any(_hidden(e) for e in chain):

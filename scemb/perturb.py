@@ -21,6 +21,7 @@ from .embed import CellEncoder, budget_batches, cell_encoder, to_device
 from .files import size_and_time
 from .labels import has_label
 from .model import Segments, autocast, owner_of_tokens, ranks_of_segments, segments
+from .folders import Damaged, new_file, only_writer, read_arrays, work_folder
 from .results import check_results, write_cells
 from .tokenize import Encoder
 
@@ -292,9 +293,7 @@ def open_job(
     job:list,    # What tells this job from another, as JSON
 )->Path:         # The folder, emptied if it held another job
     "Open the folder of a job that can be resumed."
-    key = hashlib.sha256(json.dumps(job).encode()).hexdigest(); note = folder/"job.txt"
-    if not note.exists() or note.read_text() != key:
-        shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True); note.write_text(key)
+    work_folder(folder, hashlib.sha256(json.dumps(job).encode()).hexdigest())
     return folder
 
 def resumed(
@@ -304,15 +303,17 @@ def resumed(
     progress=None, # Called with the cells done once a window is kept
 )->list:           # A dict a window
     "Work through windows, each kept on disk; those that are there are not worked again."
-    done, parts = 0, []
-    while folder and done < n and (folder/f"{done}.npz").exists(): done += 1
-    for i, (cells, part) in enumerate(work(done) if done < n else (), done):
+    parts = []
+    while folder and len(parts) < n:
+        try: parts.append(read_arrays(folder/f"{len(parts)}.npz"))
+        except (FileNotFoundError, Damaged): break           # the first that is not there or not whole
+    for i, (cells, part) in enumerate(work(len(parts)) if len(parts) < n else (), len(parts)):
+        part = {k: np.asarray(v) for k, v in part.items()}
         if folder:
-            with open(folder/"part", "wb") as f: np.savez(f, **part)
-            os.replace(folder/"part", folder/f"{i}.npz")
-        else: parts.append(part)
+            with new_file(folder/f"{i}.npz") as new: np.savez(new, **part)
+        parts.append(part)
         if progress: progress(cells)
-    return [dict(np.load(folder/f"{i}.npz")) for i in range(n)] if folder else parts
+    return parts
 
 def job_of(
     coder:CellEncoder, path, # What embeds, and the file
@@ -333,12 +334,17 @@ def perturb_file(
     "Perturb the cells of a file, resumable."
     path, out = Path(path), Path(out)
     check_results(out, overwrite)
+    with only_writer(out):
+        return _perturb_file(path, out, model, genes, window, progress, settings)
+
+def _perturb_file(path, out, model, genes, window, progress, settings):
     p = plan(path, model, genes, **settings); n = -(-p.counts.n_cells//window); outside = [] if p.outside is None else p.outside.nonzero()[:, 0].tolist()
     folder = open_job(out.with_name(f".{out.name}.partial"), job_of(p.coder, path, window, p.counts.place, p.sets.names, p.kind, p.factor, p.per_cell, p.by, outside))
     work = lambda first: ((cells, dict(part or {}, rescued=rescued)) for cells, rescued, part in windows(p, window, first))
     parts = resumed(folder, n, work, progress and (lambda done: progress(done, p.counts.n_cells))); rescued = sum(int(x.pop("rescued")) for x in parts)
-    result = assembled(p, [x or None for x in parts], rescued); shutil.rmtree(folder)
+    result = assembled(p, [x or None for x in parts], rescued)
     if (result.obs.reason != "").all():
         raise ValueError(f"Nothing could be perturbed, so nothing is written: {'; '.join(f'{n}: {r}' for n, r in zip(result.obs_names[:5], result.obs.reason))}.")
     write_cells(result, out)
+    shutil.rmtree(folder)
     return result

@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Device, Model, Overwrite, Precision, Seed, choice, counter, reading_cells, refusing
+from .commands import alone, Device, Model, Overwrite, Precision, Seed, choice, counter, reading_cells, refusing
 
 # %% ../nbs/97b_perturb_commands.ipynb #d7adbb33
 @refusing
@@ -75,6 +75,7 @@ def screen(
 # %% ../nbs/97b_perturb_commands.ipynb #172e5f68
 @refusing
 @reading_cells
+@alone
 def correlate(
     disease: Annotated[Path, typer.Argument(help="A file with raw counts of two groups of donors.")],
     screen: Annotated[Path, typer.Argument(help="A file with raw counts of a screen: a target and a guide for each cell.")],
@@ -99,32 +100,30 @@ def correlate(
 
     Example: `scemb correlate microglia.h5ad screen.h5ad --group diagnosis --case AD --control control --donor donor --genes ad_loci.txt --out match`
     """
+    import json
+    from scemb.correlation_figures import signed_violins
     from scemb.counts import check_output, open_h5ad
-    from scemb.figures import _plt
-    from scemb.folders import new_folder
-    from scemb.match import match_files
+    from scemb.figures import _plt, save_figure
+    from scemb.folders import new_folder, table_for_csv
+    from scemb.match import enrichment, match_files
     _plt()     # the picture needs matplotlib: said now, not after an hour
     check_output(out, overwrite, "correlation.csv")
     listed = [line.strip() for line in genes.read_text().splitlines() if line.strip()] if genes else []
     match = match_files(open_h5ad(disease, backed=False), open_h5ad(screen, backed=False), group, case, control, donor, target, guide, reference, None if key else model, key or "X_scemb",
                         batch, screen_batch, paired=paired, minimum=min_overlap, layer=reading, seed=seed, say=lambda line: print(f"scemb correlate: {line}", file=sys.stderr, flush=True))
+    record = dict(match.power, seed=seed, model=None if key else model, disease=disease.name, screen=screen.name)
     with new_folder(out, overwrite=overwrite) as part:
-        _write_match(part, match, listed, case, dict(match.power, seed=seed, model=None if key else model, disease=disease.name, screen=screen.name))
+        def table(t, name, digits, index=False):
+            (part/name).write_text(table_for_csv(t).to_csv(index=index, float_format=digits))
+        table(match.table, "correlation.csv", "%.5g")
+        match.table.to_parquet(part/"correlation.parquet")
+        table(match.draws, "draws.csv", "%.3f")
+        table(match.left_out, "left_out.csv", "%.4f", index=True)
+        (part/"power.json").write_text(json.dumps(record, indent=1))
+        save_figure(signed_violins(match.table, match.draws, listed, disease=case), part/"correlation")
+        (part/"correlation.pdf").unlink()
+        if listed:
+            table(enrichment(match.table, listed), "enrichment.csv", None)
     for name, t in (("reversal", match.table.head(3)), ("mimic", match.table.tail(3)[::-1])): print(f"{name}: " + ", ".join(f"{r.target} {r.cosine:+.2f} (q {r.q:.2g}{', called' if r.call == name else ''})" for r in t.itertuples()))
     if (doubtful := match.table.note[match.table.note != ""]).size: print(f"Not all targets are current gene names: {'; '.join(doubtful[:8])}. Rename those that are meant as something else.")
     print(match.power["text"]); print(f"{out}: correlation.csv, correlation.parquet, correlation.png, draws.csv, left_out.csv, power.json{', enrichment.csv' if listed else ''}")
-
-def _write_match(part, match, listed, case, power): # into a folder
-    import json
-    from scemb.correlation_figures import signed_violins
-    from scemb.figures import save_figure
-    from scemb.match import enrichment
-    match.table.to_csv(part/"correlation.csv", index=False, float_format="%.5g")
-    match.table.to_parquet(part/"correlation.parquet")
-    match.draws.to_csv(part/"draws.csv", index=False, float_format="%.3f")
-    match.left_out.to_csv(part/"left_out.csv", float_format="%.4f")
-    (part/"power.json").write_text(json.dumps(power, indent=1))
-    save_figure(signed_violins(match.table, match.draws, listed, disease=case), part/"correlation")
-    (part/"correlation.pdf").unlink()
-    if listed:
-        enrichment(match.table, listed).to_csv(part/"enrichment.csv", index=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'tokens_at_once', 'response', 'screened', 'goal_direction', 'trust', 'Screen', 'screen', 'Sample',
-           'products_in', 'chosen_products', 'screen_file', 'screened_impact']
+           'products_in', 'chosen_products', 'kept_arrays', 'screen_file', 'screened_impact']
 
 # %% ../nbs/14a_screen.ipynb #35638910
 import math, os, shutil, warnings
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .counts import Reading, open_h5ad
+from .folders import Damaged, new_file, only_writer, read_arrays, table_for_csv, write_file
 from .edits import Sets, cells_on, token_values
 from .embed import CellEncoder, cell_encoder, embed
 from .model import has_flash
@@ -281,9 +282,18 @@ def _kept_choice(folder, choose): # the choice of a job that was stopped holds f
     if folder is None:
         return choose()
     note = folder/"products.txt"
-    if not note.exists():
-        note.write_text(choose())
+    if not note.exists() or note.read_text() not in ("fp32", "tf32"):
+        write_file(note, choose())
     return note.read_text()
+
+def kept_arrays(path, make): # .npz; () -> dict of arrays
+    "Arrays that are kept in a file, made where it is not there or damaged."
+    try:
+        return read_arrays(path)
+    except (FileNotFoundError, Damaged):
+        with new_file(path) as new:
+            np.savez(new, **make())
+        return read_arrays(path)
 
 # %% ../nbs/14a_screen.ipynb #1fa13156
 def _cells_of_chunk(p, chunk): # counts -> yields (place in the chunk, Cells, tokens on the host)
@@ -385,6 +395,10 @@ def screen_file(
     "Screen the cells of a file from one state towards another, resumable."
     path, out = Path(path), Path(out)
     check_results(out, overwrite, (".csv",), [out.with_name(f"{out.stem}_trust.csv")])
+    with only_writer(out):
+        return _screen_file(path, out, label, start, goal, model, cells, refine, min_cells, seed, layer, device, precision, window, progress)
+
+def _screen_file(path, out, label, start, goal, model, cells, refine, min_cells, seed, layer, device, precision, window, progress):
     adata = open_h5ad(path, backed=False)
     if label not in adata.obs: raise ValueError(f"{path} has no obs column {label!r}; it has {', '.join(adata.obs) or 'none'}.")
     states, rng = adata.obs[label].astype(str).to_numpy(), np.random.default_rng(seed)
@@ -393,14 +407,15 @@ def screen_file(
     coder = model
     if not isinstance(model, CellEncoder):
         coder = cell_encoder(model, device=device, precision=precision)
-    folder = open_job(out.with_name(f".{out.name}.partial"), job_of(coder, path, label, start, goal, cells, layer, seed, window)); kept = folder/"direction.npy"
-    if not kept.exists():
-        both = adata[np.concatenate(keep)].copy(); embed(both, coder, layer=layer)
-        with open(folder/"part", "wb") as f: np.save(f, goal_direction(both.obsm["X_scemb"], both.obs[label], start, goal))
-        os.replace(folder/"part", kept)
-    found = screen(adata[keep[0]].copy(), {f"{start} to {goal}": np.load(kept)}, coder, refine=refine, min_cells=min_cells, seed=seed, layer=layer, folder=folder, window=window, progress=progress)
+    folder = open_job(out.with_name(f".{out.name}.partial"), job_of(coder, path, label, start, goal, cells, layer, seed, window)); kept = folder/"direction.npz"
+    def made(): # the direction, where it was not kept
+        both = adata[np.concatenate(keep)].copy()
+        embed(both, coder, layer=layer)
+        return dict(direction=goal_direction(both.obsm["X_scemb"], both.obs[label], start, goal))
+    direction = kept_arrays(kept, made)["direction"]
+    found = screen(adata[keep[0]].copy(), {f"{start} to {goal}": direction}, coder, refine=refine, min_cells=min_cells, seed=seed, layer=layer, folder=folder, window=window, progress=progress)
     if not len(found.table): raise ValueError(f"No gene is expressed in {min_cells} of the {len(keep[0])} cells, so nothing was screened and nothing is written. Lower min_cells.")
-    for table, to in ((found.trust, out.with_name(f"{out.stem}_trust.csv")), (found.table, out)): new = to.with_name(f".{to.name}.new"); table.to_csv(new, index=False); os.replace(new, to)
+    for table, to in ((found.trust, out.with_name(f"{out.stem}_trust.csv")), (found.table, out)): write_file(to, table_for_csv(table).to_csv(index=False))
     shutil.rmtree(folder)
     return found
 
