@@ -31,7 +31,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent))
@@ -43,6 +42,7 @@ from scemb import model as model_module  # noqa: E402
 from scemb.model import (  # noqa: E402
     ScembConfig, ScembForMaskedLM, Segments, attention_kernel, autocast, chosen_precision,
     compile_layers)
+from scemb.prefetch import HostReads  # noqa: E402
 
 MODULES = ("model", "checkpoint", "tokens", "batching", "orders", "embed", "edits", "perturb",
            "screen", "finetune", "fit", "gene_embeddings", "baselines", "pretrain")
@@ -629,27 +629,9 @@ def _equal(a, b):
 # --- waits -------------------------------------------------------------------------------------
 
 
-class HostReads(TorchDispatchMode):
-    "On a CPU: count the operations for which the host would wait, were the numbers on a GPU."
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op._schema.name.split("::")[1]
-        by_mask = name == "index" and any(
-            torch.is_tensor(i) and i.dtype == torch.bool for i in args[1])
-        sizeless = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in self.WAITS or by_mask or sizeless:
-            self.lines.append(_line_outside_torch(name))
-        return op(*args, **(kwargs or {}))
-
-
 def _line_outside_torch(name):
     "The line of scemb, transformers or accelerate that asked for an operation."
-    for frame in reversed(traceback.extract_stack()[:-2]):
+    for frame in reversed(traceback.extract_stack()[:-4]):
         library = any(f"{os.sep}{n}{os.sep}" in frame.filename for n in PRODUCT)
         if library:
             return f"{Path(frame.filename).name}:{frame.lineno} {name}"
@@ -663,9 +645,8 @@ PRODUCT = ("scemb", "transformers", "accelerate")     # whose lines are named
 def counted_waits(lab, lines):
     "Collect the lines that make the host wait for the device."
     if not lab.cuda:
-        with HostReads() as mode:
+        with HostReads(lambda name: lines.append(_line_outside_torch(name))):
             yield
-        lines += mode.lines
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
