@@ -88,12 +88,15 @@ class Prefetched:
 class HostReads(TorchDispatchMode):
     "Counts, on a CPU as well, how often the host would wait for a GPU."
     SIZED_BY_NUMBERS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-    READS = ("cpu", "numpy", "tolist")
 
-    def __init__(self, seen=None): # Called with the name of each operation that waits
+    def __init__(self,
+        seen=None,                             # Called with the name of each operation that waits
+        reads:tuple=("cpu", "numpy", "tolist"), # Methods of tensors that count as well
+    ):
         super().__init__()
-        self.found = []            # their names
+        self.found = []                        # names of what waited
         self.seen = seen or (lambda name: None)
+        self.reads = reads
 
     def note(self, name):
         self.found.append(name)
@@ -109,7 +112,7 @@ class HostReads(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
     def __enter__(self):
-        self.former = {name: getattr(torch.Tensor, name) for name in self.READS}
+        self.former = {name: getattr(torch.Tensor, name) for name in self.reads}
 
         def noted(name, read):
             def call(tensor, *args, **kwargs):

@@ -491,6 +491,7 @@ def check_fit(lab):
 
 
 STEPS, SAVE, DIES_AT = 30, 10, 24
+FEW = dict(steps=12, save_every=4)             # of a rehearsal, which dies in the tenth step
 
 
 def training_run(toy, **change):
@@ -504,7 +505,8 @@ def training_run(toy, **change):
     tokens = token_set(cells, vocabulary, longest)
     settings = dict(steps=STEPS, warmup_steps=3, token_budget=600 if toy else 8192,
                     max_len=longest, mask_share=.3, cell_weight=10., save_every=SAVE,
-                    precision="auto", start="random", compile=False, ahead=4) | change
+                    precision="auto", start="random", compile=False, ahead=4)
+    settings |= (FEW if toy else {}) | change
     settings = TrainSettings(**settings)
     size = dict(layers=2, width=32, heads=2) if toy else dict(layers=4, width=256, heads=4)
     model = new_model(tokens, settings, **size, dropout=.1, attention_dropout=0.)
@@ -517,7 +519,7 @@ def child(out, toy):
     original = Batches.__getitem__
 
     def dies(self, i):
-        if i + self.start >= DIES_AT:
+        if i + self.start >= (9 if toy else DIES_AT):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, i)
     with mock.patch.object(Batches, "__getitem__", dies):
@@ -526,7 +528,7 @@ def child(out, toy):
 
 
 def check_resume(lab):
-    "30 steps in one go, and 30 steps killed and taken up again: the same losses and weights."
+    "Steps in one go, and as many killed and taken up again: the same losses and weights."
     import pandas as pd
     from safetensors.torch import load_file
     from scemb.pretrain import pretrain
@@ -645,7 +647,8 @@ PRODUCT = ("scemb", "transformers", "accelerate")     # whose lines are named
 def counted_waits(lab, lines):
     "Collect the lines that make the host wait for the device."
     if not lab.cuda:
-        with HostReads(lambda name: lines.append(_line_outside_torch(name))):
+        # what a loader does with NumPy is no wait
+        with HostReads(lambda name: lines.append(_line_outside_torch(name)), reads=()):
             yield
         return
     with warnings.catch_warnings(record=True) as caught:
@@ -762,6 +765,9 @@ def main():
     ap.add_argument("--minutes", type=float, default=4., help="begin no check after this time")
     ap.add_argument("--tokens", help="token set folder: real cells instead of random ones")
     ap.add_argument("--parts", help=f"some of {','.join(CHECKS)}")
+    ap.add_argument("--limit", type=float, default=75.,
+                    help="seconds after which a part is broken off, unless it was to take longer")
+    ap.add_argument("--began", help=argparse.SUPPRESS)
     ap.add_argument("--hide", help="packages that are to look as if they were not installed")
     ap.add_argument("--child", help=argparse.SUPPRESS)
     args = ap.parse_args()
@@ -778,7 +784,8 @@ def main():
     out = Path(args.out)
     lab = Lab(args.toy, out, args.tokens)
     about = dict(device=device_name(lab.cuda), cells=lab.source, toy=lab.toy, **versions())
-    report = Report(out/file_name("check", lab.toy, lab.cuda), about, args.minutes)
+    report = Report(out/file_name("check", lab.toy, lab.cuda), about, args.minutes,
+                    args.limit*(8 if args.toy else 1))
     for name in chosen:
         report.part(name, lambda name=name: CHECKS[name](lab))
     failed = report.failed()
