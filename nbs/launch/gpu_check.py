@@ -690,6 +690,43 @@ def check_waits_model(lab):
     return dict(ok=True, waits_a_step=len(lines)/2, lines=counts, keys=sorted(data[0]), number=text)
 
 
+def check_waits_edits(lab):
+    "Waits of a perturbation do not grow with its batches; a pass with prefixes has none."
+    from scemb.finetune import Prefix, hidden_states
+    from scemb.perturb import shifts_of
+    n, longest, n_targets = (3, 40, 6) if lab.toy else (6, 400, 16)
+    cells = lab.cells(n, longest, seed=3)
+    coder = lab.coder(lab.device)
+    rows = {}
+    for kind in KINDS:
+        rng = np.random.default_rng(4)
+        asked = edits_of(cells, kind, n_targets, len(lab.vocabulary), rng)
+        for name, budget in (("one batch", 10**6), ("many", 2*longest)):
+            coder.token_budget = budget
+            on = on_device(cells, lab.device)
+            for warm in (True, False):
+                lines = []
+                with counted_waits(lab, lines):
+                    shifts_of(coder, on, *asked, kind)
+            rows[f"{kind}, {name}"] = dict(Counter(lines))
+    prefix = Prefix(coder.net.config).to(lab.device)
+    lengths = np.diff(cells["offsets"])
+    batch = {k: torch.from_numpy(cells[v].astype(np.int64))[None].to(lab.device)
+             for k, v in dict(input_ids="genes", bins="bins").items()}
+    batch["cu_seqlens"] = Segments.of(lengths, lab.device)
+    lines = []
+    for warm in (True, False):
+        lines.clear()
+        with counted_waits(lab, lines):
+            hidden_states(coder.net.bert, batch, prefix)[-1].square().mean().backward()
+    rows["prefix"] = dict(Counter(lines))
+    counts = {k: sum(v.values()) for k, v in rows.items()}
+    ok = counts["prefix"] == 0 and all(
+        counts[f"{k}, one batch"] == counts[f"{k}, many"] for k in KINDS)
+    text = "; ".join(f"{k} {v}" for k, v in counts.items())
+    return dict(ok=ok, rows=rows, number=f"waits: {text}")
+
+
 class Enough(Exception):
     "Ends a training when all has been seen."
 
@@ -754,8 +791,9 @@ CHECKS = dict(
     imports=check_imports, precision=check_precision, attention=check_attention,
     dropout_kernel=check_dropout_kernel, embed=check_embed, perturb=check_perturb,
     screen=check_screen, resume=check_resume, nan=check_nan, waits_model=check_waits_model,
-    waits_trainer=check_waits_trainer, fit=check_fit, compiled=check_compiled, genes=check_genes,
-    scores=check_scores, batches=check_batches, deepspeed=check_deepspeed, devices=check_devices)
+    waits_trainer=check_waits_trainer, waits_edits=check_waits_edits, fit=check_fit,
+    compiled=check_compiled, genes=check_genes, scores=check_scores, batches=check_batches,
+    deepspeed=check_deepspeed, devices=check_devices)
 
 
 def main():
