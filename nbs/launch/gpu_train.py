@@ -1280,7 +1280,8 @@ def watch(args):
     def start(name):
         if args.toy and name != names[0]:  # a rehearsal needs one process to see that it works
             return Here(argparse.Namespace(**vars(args) | dict(worker=name, ends_at=ends_at)))
-        return subprocess.Popen([*run, "--worker", name, *passed], env=environment)
+        said = subprocess.DEVNULL if args.toy else None  # an error stands in its record
+        return subprocess.Popen([*run, "--worker", name, *passed], env=environment, stdout=said)
 
     out, last = Path(args.out), time.time()
     waiting, going = [*names, *BESIDE], {}
