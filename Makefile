@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 FLAGS ?= slow
+PROCESSOR ?=
 OUT ?= runs/demo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq -c constraints.txt
@@ -54,8 +55,8 @@ help:   ## this list
 demo: .venv/.demo   ## train and judge a small model on real pancreas cells, into runs/demo (OUT=folder changes it)
 	@$(BIN)/scemb demo --out $(OUT)
 
-test: .venv/.dev   ## the whole suite, slow cells included (FLAGS="slow gpu net" runs more)
-	@$(BIN)/python .ci/suite.py --flags "$(FLAGS)"
+test: .venv/.dev   ## the whole suite, slow cells included (FLAGS="slow gpu net" runs more, PROCESSOR="no AVX2" forbids instructions)
+	@$(BIN)/python .ci/suite.py --flags "$(FLAGS)" $(if $(PROCESSOR),--processor "$(PROCESSOR)")
 
 check: .venv/.dev   ## the fast suite: static checks and unflagged cells
 	@$(BIN)/python .ci/suite.py --fast

@@ -1,6 +1,6 @@
 """The whole test suite, in the order in which a mistake is cheapest to find; `make test` calls it.
 
-    suite.py [--fast] [--flags "slow gpu"] [--page GLOB]
+    suite.py [--fast] [--flags "slow gpu"] [--page GLOB] [--processor "no AVX2"]
 
 Every check and every page is one test. The last line of the output counts them.
 """
@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import docs
+import one_page
 import processors
 from checks import ROOT, STATIC, TAGGED, changed, directives, files, pages, snapshot, text
 
@@ -164,10 +165,30 @@ def wheel(root=ROOT):
 
 # --- pages ----------------------------------------------------------------------------------------------------------
 
-def test_page(page, flags, root=ROOT, timeout=TIMEOUT):
+def run_forked(context, page, flags, root, timeout):
+    "(exit code, stdout, stderr) of a page that starts as a copy of a process with warm imports."
+    with tempfile.TemporaryDirectory() as tmp:
+        out, err = Path(tmp)/"out", Path(tmp)/"err"
+        proc = context.Process(target=one_page.forked, args=(page, flags, str(out), str(err)))
+        proc.start()
+        RUNNING.add(proc.pid)
+        try:
+            proc.join(timeout)
+            late = proc.is_alive()
+            # What the page has started and left behind ends with it.
+            stop(proc.pid)
+            proc.join()
+        finally: RUNNING.discard(proc.pid)
+        out, err = (f.read_text(errors="replace") if f.exists() else "" for f in (out, err))
+    if late: return 124, out, f"{err}\nstopped after {timeout} seconds"
+    return proc.exitcode, out, err
+
+
+def test_page(page, flags, root=ROOT, timeout=TIMEOUT, context=None):
     "(complaints, seconds, processor seconds, skipped lines) of one page, run in a process of its own."
     start = time.time()
-    rc, out, err = run([sys.executable, ROOT/".ci"/"one_page.py", page.path, *flags], cwd=root, timeout=timeout)
+    if context: rc, out, err = run_forked(context, page.path, flags, root, timeout)
+    else: rc, out, err = run([sys.executable, ROOT/".ci"/"one_page.py", page.path, *flags], cwd=root, timeout=timeout)
     skips = [s.strip() for s in err.split("\n") if s.strip().startswith("skipped: ")]
     complaints = []
     if rc:
@@ -198,16 +219,20 @@ def longest_first(found, flags):
     return sorted(found, key=weight, reverse=True), known.setdefault(key, {}), known
 
 
-def test_pages(tally, found, flags):
+def test_pages(tally, found, flags, context=None, others=()):
+    "Run the pages, then the other jobs, each (name, check, arguments of the check ...)."
     order, seconds, known = longest_first(found, flags)
     spent = {}
 
     def one(page):
-        complaints, took, spent[page.rel], skips = test_page(page, flags)
+        complaints, took, spent[page.rel], skips = test_page(page, flags, context=context)
         seconds[page.rel] = round(took, 1)
         tally.add(f"page {page.rel}", complaints, took, skips)
     pool = ThreadPoolExecutor(WORKERS)
-    try: list(pool.map(one, order))
+    try:
+        jobs = [pool.submit(one, page) for page in order]
+        jobs += [pool.submit(tally.check, *job) for job in others]
+        for job in jobs: job.result()
     finally: pool.shutdown(wait=False, cancel_futures=True)
     HISTORY.parent.mkdir(exist_ok=True)
     HISTORY.write_text(json.dumps(known, indent=1))
@@ -263,14 +288,20 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--fast", action="store_true", help="cells without flags only; no documentation, wheel, papermill run and processors")
     ap.add_argument("--flags", default="slow", help="flags of the cells to run besides the unflagged ones (default: slow)")
+    ap.add_argument("--warm", action="store_true", help="with --page: fork the pages from a process with warm imports, as the whole suite does")
     ap.add_argument("--page", default="*", help="only pages whose path below nbs/ fits this pattern, and no other check")
+    ap.add_argument("--processor", default=None, help="run as if on a lesser processor: a setting of processors.py, such as 'no AVX2'")
     args = ap.parse_args()
+    if args.processor:
+        known = processors.settings(processors.numpy_features())
+        if args.processor not in known: ap.error(f"--processor {args.processor!r}: known are {', '.join(known)}")
+        ENV.update(known[args.processor])
     flags, start, tally = [] if args.fast else args.flags.split(), time.time(), Tally()
     if "net" in flags: ENV.pop("HF_HUB_OFFLINE")
     try: found = pages(ROOT)
     except ValueError as e: return print(f"FAIL  {e}\n0 passed, 1 failed") or 1
     if args.page != "*":
-        test_pages(tally, [p for p in found if fnmatch.fnmatch(p.rel, args.page)], flags)
+        test_pages(tally, [p for p in found if fnmatch.fnmatch(p.rel, args.page)], flags, one_page.warm(ENV) if args.warm else None)
         print(tally)
         return 1 if tally.failed else 0
 
@@ -283,16 +314,19 @@ def main():
     tally.check("ruff check", lambda: succeeds(BIN/"ruff", "check", "--no-cache", "--output-format=concise", "."))
     tally.check("README.md equals nbs/index.ipynb", docs.check_readme, ROOT)
     tally.check("importing scemb is light", light_import)
-    test_pages(tally, found, flags)
-    if args.fast: print("      left out of the fast suite: slow cells, papermill, processors, wheel, documentation")
-    else:
+    others = []
+    if not args.fast:
         page = papermill_page(found)
-        if page: tally.check(f"papermill sets a parameter of {page.rel}", papermill_wins, page)
+        if page: others.append((f"papermill sets a parameter of {page.rel}", papermill_wins, page))
         elif any(p.folder in TAGGED for p in found): tally.add("papermill sets a parameter", ["no launch page has `seed = <whole number>` in its parameters cell."])
         else: tally.skip("papermill, there is no launch page yet")
-        tally.check("answers depend neither on the processor nor on threads", processors.same_everywhere)
-        tally.check("wheel holds the whole package", wheel)
-        tally.check("documentation renders", lambda: succeeds(sys.executable, ROOT/".ci"/"docs.py", "build"))
+        others += [
+            ("answers depend neither on the processor nor on threads", processors.same_everywhere),
+            ("documentation renders", succeeds, sys.executable, ROOT/".ci"/"docs.py", "build"),
+            ("wheel holds the whole package", wheel),
+        ]
+    test_pages(tally, found, flags, one_page.warm(ENV), others)
+    if args.fast: print("      left out of the fast suite: slow cells, papermill, processors, wheel, documentation")
     after = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "benchmarks"))
     left = [f"{p} was changed or left behind by a test." for p in changed(tree, after)]
     if status is not None and not left and git_status() != status and not status: left = [f"the tests changed the work tree:\n{git_status()}"]
