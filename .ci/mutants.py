@@ -70,8 +70,8 @@ FAULTS = [
     Fault("embed", "/cu.diff()[:, None]", "/cu.diff().max()", "mean over padding"),
     Fault("geneformer", "as_float[0] = v*scale[t]", "as_float[0] = v/scale[t]", "counts are multiplied by gene medians"),
     # perturbation
-    Fault("edits", "cells.bins[source].masked_fill(target, 0)", "cells.bins[source]", "a masked gene keeps its bin"),
-    Fault("edits", "count(value > wanted[owner]) + count(value == wanted[owner])/2 - .5", "count(value > wanted[owner])",
+    Fault("edits", "cells.bins[near].masked_fill(target, 0)", "cells.bins[near]", "a masked gene keeps its bin"),
+    Fault("edits", "p, above + equal/2 - .5)", "p, above)",
           "a lowered gene goes before its ties"),
     Fault("agreement", "rank = 1 + (similar > own).sum(1)", "rank = (similar > own).sum(1)", "ranks begin at 0"),
     Fault("agreement", "return shifts - (shifts.mean(0)", "return shifts + (shifts.mean(0)", "what all perturbations share is added"),

@@ -165,11 +165,11 @@ def wheel(root=ROOT):
 
 # --- pages ----------------------------------------------------------------------------------------------------------
 
-def run_forked(context, page, flags, root, timeout):
+def run_forked(context, page, flags, timeout):
     "(exit code, stdout, stderr) of a page that starts as a copy of a process with warm imports."
     with tempfile.TemporaryDirectory() as tmp:
         out, err = Path(tmp)/"out", Path(tmp)/"err"
-        proc = context.Process(target=one_page.forked, args=(page, flags, str(out), str(err)))
+        proc = context.Process(target=one_page.forked, args=(page, flags, str(out), str(err), ENV))
         proc.start()
         RUNNING.add(proc.pid)
         try:
@@ -187,7 +187,7 @@ def run_forked(context, page, flags, root, timeout):
 def test_page(page, flags, root=ROOT, timeout=TIMEOUT, context=None):
     "(complaints, seconds, processor seconds, skipped lines) of one page, run in a process of its own."
     start = time.time()
-    if context: rc, out, err = run_forked(context, page.path, flags, root, timeout)
+    if context: rc, out, err = run_forked(context, page.path, flags, timeout)
     else: rc, out, err = run([sys.executable, ROOT/".ci"/"one_page.py", page.path, *flags], cwd=root, timeout=timeout)
     skips = [s.strip() for s in err.split("\n") if s.strip().startswith("skipped: ")]
     complaints = []

@@ -7,13 +7,12 @@ __all__ = ['Base', 'Way', 'EncoderWay', 'Thorough', 'Missing', 'Donor', 'MaxLen'
            'integrate']
 
 # %% ../nbs/97a_adapt_commands.ipynb #2674e8eb
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .commands import alone, Device, Overwrite, Precision, Seed, choice, reading_cells, refusing
+from .commands import alone, Device, Overwrite, Precision, Seed, choice, reading_cells, refusing, tell
 
 # %% ../nbs/97a_adapt_commands.ipynb #d8407c48
 Base = Annotated[str, typer.Option(help="The pretrained model: a shipped one or the folder of a checkpoint.")]
@@ -24,8 +23,6 @@ Missing = Annotated[Optional[list[str]], typer.Option("--missing", metavar="NAME
 Donor = Annotated[Optional[str], typer.Option(help="Column of the reference's obs with donors or runs: with three or more, whole ones are held out to set penalty, epoch, temperature and thresholds.")]
 MaxLen = Annotated[Optional[int], typer.Option(min=1, help="Genes a cell at most: fewer is faster. Default: with --way auto 256, and 128 from 8,000 labelled cells on; else as the model was trained.")]
 IntegrationMaxLen = Annotated[Optional[int], typer.Option(min=1, help="Genes a cell at most: fewer is faster; default: as the model was trained.")]
-
-def _say(line): print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/97a_adapt_commands.ipynb #5e32bad2
 @refusing
@@ -63,7 +60,7 @@ def finetune(
     cells, own_missing = open_reference(reference)
     a = learn(
         cells, label, base, settings, reading, max_len, knowledge, cells_a_class, donor=donor,
-        device=chosen_device(device), say=_say, way=way, thorough=thorough,
+        device=chosen_device(device), say=tell, way=way, thorough=thorough,
         missing=(*(missing or ()), *own_missing))
     a.save(out, overwrite)
     for line in summary(a):
@@ -116,7 +113,7 @@ def annotate(
             base=base or "scemb-small", device=chosen_device(device),
             settings=FinetuneSettings(way=named, epochs=epochs, precision=precision, seed=seed),
             max_len=max_len, knowledge=knowledge, cells_a_class=cells_a_class, donor=donor,
-            say=_say, way=way, thorough=thorough, missing=tuple(missing or ()))
+            say=tell, way=way, thorough=thorough, missing=tuple(missing or ()))
     of_reference = reading._replace(layer=reference_layer) if reference_layer else None
     r = annotate_file(query, out, adapter, reference, label, overwrite, threshold, reading, of_reference, **learning)
     _print_names(out, r)
@@ -157,7 +154,7 @@ def integrate(
     from scemb.results import check_results, write_cells
     check_results(out, overwrite, (".h5ad", ".zarr"))
     settings = BatchSettings(FinetuneSettings(way=way, precision=precision, seed=seed), steps=steps)
-    cells = mix(open_cells(file, whole=True), batch, base, settings, reading, max_len, device=chosen_device(device), say=_say)
+    cells = mix(open_cells(file, whole=True), batch, base, settings, reading, max_len, device=chosen_device(device), say=tell)
     write_cells(cells, out)
     record = cells.uns["scemb"]["integration"]
     print(f"{out}: {record['n_pairs']:,} mutual neighbours, {record['neighbours_kept']:.0%} of the neighbours within a batch kept, beyond chance")

@@ -20,9 +20,10 @@ from .folders import Damaged
 from .finetune import CellModel, FinetuneSettings, load_adapter, save_adapter
 from .fit import predict, probabilities
 from .labels import UNKNOWN, compare_names, has_label, label_table, labelled, manifest_missing, shown_labels
-from .lesson import Lesson, learn_by_fit, learn_probe, likelier, named_once, read_vectors, rival_of, verdict
+from .lesson import AT_ONCE, Lesson, learn_by_fit, learn_probe, likelier, named_once, read_vectors, rival_of, verdict
 from .prefix import knowledge_of, with_control
 from .probe import probe_scores
+from .progress import Pace
 from .results import check_results, remembered, write_cells
 from .tokenize import SPECIAL, TokenizerSettings, tokenizer_hash
 from .tokens import TokenSet, tokenize
@@ -324,11 +325,14 @@ def summary(a:Annotator)->list: # Lines
     lines = [f"{first}: {shown(own)} on {own['n']:,} cells held out {card['held_out']}"]
     if simple is not None:
         lines.append(f"simple baseline (50 components of log counts, same cells): {shown(simple)}; {card['verdict']}")
-    lines.append(f"unknown below {min(a.thresholds):.2f} to {max(a.thresholds):.2f}, by class")
+    lines.append(f"unknown below {_rounded_down(min(a.thresholds))} to {_rounded_down(max(a.thresholds))}, by class")
     if weak:
         lines.append(
             "too few cells were held out to promise a loss of at most 5 % for: " + ", ".join(weak))
     return lines
+
+def _rounded_down(threshold)->str: # a threshold of .9997 is not 1, which no cell could reach
+    return f"{np.floor(float(threshold)*1000)/1000:.3f}"
 
 # %% ../nbs/11f_annotate.ipynb #765f3ad5
 FOOTING_LEAST, FOOTING_GOOD = .05, .5 # Shares of genes below which a query is refused, or warned of
@@ -369,6 +373,7 @@ def annotate(
     annotator,               # From `learn` or `load_annotator`, or a folder
     layer:str|None=None,
     threshold:float|None=None, # Confidence below which a cell is unknown, for all classes; None: the annotator's own; 0: name every cell
+    say=lambda line: None,   # Called with a line now and then
 ):                           # The same AnnData
     "Name the cells of a query."
     import pandas as pd
@@ -380,7 +385,7 @@ def annotate(
     if a.genes is not None and tokens.lengths.any():
         footing = shared_footing(tokens, measured_genes(query, a.vocabulary, layer), a.genes)
         check_footing(footing)
-    p = probabilities(predict(a.model, tokens, None, a.vectors_of_knowledge(query)), a.temperature)
+    p = probabilities(_scores_of(a, tokens, a.vectors_of_knowledge(query), say), a.temperature)
     empty = np.isnan(p[:, 0])
     if empty.all():
         raise ValueError(
@@ -401,6 +406,14 @@ def annotate(
         shared_genes=footing["genes"], shared_tokens=footing["tokens"])
     query.uns["scemb"] = remembered(query.uns, record, "annotation")
     return query
+
+def _scores_of(a, tokens, knowledge, say): # -> (cells, classes)
+    cells, pace = np.arange(len(tokens)), Pace("cells of the query read", say)
+    parts = []
+    for some in np.array_split(cells, max(1, -(-len(cells)//AT_ONCE))):
+        parts.append(predict(a.model, tokens, some, knowledge))
+        pace(int(some[-1]) + 1, len(cells))
+    return np.concatenate(parts)
 
 def _thresholds_for(a, threshold): # -> one a class
     if threshold is None:
@@ -467,7 +480,7 @@ def annotate_file(
         _check_cells(reference, cells, layer if reference_layer is None else reference_layer)
         learning["missing"] = (*learning.get("missing", ()), *own_missing)
         a = learn(cells, label, layer=layer if reference_layer is None else reference_layer, **learning)
-    annotate(adata, a, layer, threshold)
+    annotate(adata, a, layer, threshold, learning.get("say", lambda line: None))
     write_cells(adata, out)
     return adata
 

@@ -14,7 +14,7 @@ import typer
 
 from .adapt_commands import annotate, finetune, integrate
 from .commands import (
-    Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing)
+    STYLE, Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing, tell)
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -36,10 +36,10 @@ def doctor(
     from rich.console import Console
     from scemb.doctor import examine_file, examine_installation, fit_to_use, options_for, report
     if not file:
-        Console().print(report(examine_installation(), "this installation"))
+        Console(force_jupyter=False).print(report(examine_installation(), "this installation"))
         return
     found = examine_file(file, reading)
-    Console().print(report(found, str(file)))
+    Console(force_jupyter=False).print(report(found, str(file)))
     given = _reading_options(reading)
     if fit_to_use(found):
         print(f"\nfit to use{' with ' + given if given else ''}")
@@ -77,7 +77,7 @@ def demo(
     settings = DemoSettings(seed=seed, **(dict(steps=steps) if steps else {}))
     table = run_demo(out, settings, overwrite)
     print("writing the report", file=sys.stderr); report = write_report(out)
-    Console().print(_rich_table(table)); print("\n".join(verdicts(table))); print(f"\nOpen {report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report}")
+    Console(force_jupyter=False).print(_rich_table(table)); print("\n".join(verdicts(table))); print(f"\nOpen {report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report}")
 
 def _rich_table(table): # score table -> rich tables, one for losses and one for the rest
     from rich.console import Group
@@ -129,8 +129,7 @@ def curate(
     if not (part := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", partition)) or int(part[1]) > int(part[2]): raise typer.BadParameter(f"{partition!r} is not of the form i/n with 1 <= i <= n.", param_hint="--partition")
     given = {k: v for k, v in dict(layer=reading, duplicates=str(reading.duplicates)).items()} if _reading_options(reading) else {}
     recipe = join_sources(sources, pairs(assume, "--assume"), pairs(exclude, "--exclude"), given, min_genes=min_genes, max_mito_fraction=max_mito, allow_assays=tuple(allow_assay or ()), deny_assays=tuple(deny_assay or ()))
-    say = lambda message: print(f"scemb curate: {message}", file=sys.stderr)
-    card = run(recipe, out, (int(part[1]), int(part[2])), merge, overwrite, shard_cells, threads, seed, progress=counter("cells"), say=say)
+    card = run(recipe, out, (int(part[1]), int(part[2])), merge, overwrite, shard_cells, threads, seed, progress=counter("cells"), say=lambda line: tell(f"scemb curate: {line}"))
     if card is None: print(f"{out}: part {partition} is done; after all parts: the same command with --merge and without --partition"); return
     for f in card["filters"]:
         if f["removed"]: print(f"{f['filter']:20} {f['cells_in']:>12,} -> {f['cells_out']:>12,}")
@@ -236,7 +235,7 @@ def pretrain(
         from scemb.checkpoint import load_checkpoint
         model = load_checkpoint(start_from)[0]
     else: model = new_model(cells, settings, **size)
-    run(cells, out, model, settings, held, resume, overwrite, deepspeed=deepspeed, report_to=report_to, card=dict(start_from=start_from, corpus=cells.card.get("corpus")))
+    run(cells, out, model, settings, held, resume, overwrite, quiet=STYLE[0] == "none", deepspeed=deepspeed, report_to=report_to, card=dict(start_from=start_from, corpus=cells.card.get("corpus")))
     if not int(os.environ.get("RANK", 0)): print(f"{out}: checkpoint, loss.csv, training.json")
 
 def _train_settings(config, given): # TOML file and command line -> TrainSettings, size of the model
@@ -307,7 +306,7 @@ def benchmark(
     embedders, absent = contestants(methods.split(",") if methods else METHODS, batch, model, read_tokens(corpus) if corpus else None, reading)
     if not embedders: raise ValueError("No method is left to compare. " + "; ".join(absent))
     adata = open_h5ad(file, backed=False)
-    result = compare(adata, embedders, label, batch, batch, file.stem, integration=integration, n_samples=samples, max_cells=max_cells, layer=reading, seed=seed, say=lambda line: print(line, file=sys.stderr, flush=True))
+    result = compare(adata, embedders, label, batch, batch, file.stem, integration=integration, n_samples=samples, max_cells=max_cells, layer=reading, seed=seed, say=tell)
     page = lambda folder: write_page(folder/"report.html", result.table, {"All scores": folder/"scores.png", "UMAPs by label and batch": folder/"umap.png"}, facts(adata, label, batch, file=file.name, methods=", ".join(result.embeddings), model=model, seed=seed, half_samples=samples if integration else "none"), absent + result.skipped, f"{file.stem}: embeddings compared")
     write_comparison(result, adata, label, batch, out, seed, more=page)
     for line in absent + result.skipped: print(f"skipped: {line}", file=sys.stderr)

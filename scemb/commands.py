@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STYLE', 'Style', 'Progress', 'BARS', 'Precision', 'Layer', 'GeneColumn', 'DuplicateRule', 'Duplicates', 'StripNames',
            'RoundCounts', 'Species', 'Seed', 'Overwrite', 'Model', 'Device', 'choice', 'shell_words', 'with_options',
-           'refusing', 'alone', 'check_species', 'reading_cells', 'loading', 'counter']
+           'refusing', 'alone', 'check_species', 'reading_cells', 'loading', 'counter', 'tell']
 
 # %% ../nbs/97_commands.ipynb #dceb62de
-import functools, gc, inspect, os, re, sys, warnings
+import functools, gc, inspect, json, os, re, sys, warnings
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -163,6 +163,13 @@ def counter(what): # "cells" -> progress(done, total): a bar with rate and time 
     if style == "lines" or not sys.stderr.isatty():
         return Pace(what, lambda line: print(line, file=sys.stderr, flush=True))
     return _bar(what)
+
+def tell(line): # words about the work, on stderr, as --progress asks
+    "A line for people; an object with the key `said` for programs; nothing."
+    if STYLE[0] == "json":
+        line = json.dumps(dict(said=str(line)))
+    if STYLE[0] != "none":
+        print(line, file=sys.stderr, flush=True)
 
 def _bar(what):
     from rich.console import Console

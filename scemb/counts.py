@@ -118,6 +118,7 @@ def iter_chunks(
     elif getattr(matrix, "format", None) == "csc":
         matrix = matrix.to_memory().tocsr()
     columns = getattr(matrix, "columns", None)             # of a 10x file: the features that are genes
+    on_disk = hasattr(matrix, "group")
     for first, part in _parts(matrix, chunk_size, start, pool):
         part = in_memory(part)
         if not sp.issparse(part):
@@ -126,6 +127,8 @@ def iter_chunks(
             chunk = part.tocsr(copy=True) if sp.issparse(matrix) else part.tocsr()
         if columns is not None and chunk.shape[1] != len(columns):
             chunk = chunk[:, columns]
+        if on_disk and chunk.nnz and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]:
+            raise ValueError(f"Cells {first:,} to {first + chunk.shape[0]:,} name a gene beyond the {chunk.shape[1]:,} that there are: the file is damaged. Copy it again.")
         if not chunk.has_canonical_format:
             chunk.sum_duplicates()
         if chunk.nnz and not chunk.data.all():
@@ -154,7 +157,8 @@ def shown_number(x)->str: # a number of a matrix
     "A number with as many digits as tell it from a whole one."
     x = x.item() if hasattr(x, "item") else x
     short = f"{x:g}"
-    return short if float(short) == x or x != x else f"{x:.9g}"
+    looks_whole = x == x and abs(x) < 2**53 and float(short) == round(float(short)) and x != round(x)
+    return f"{x:.9g}" if looks_whole else short
 
 def offending_value(
     matrix,      # Cells x genes, any layout

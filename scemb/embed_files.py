@@ -18,7 +18,7 @@ import torch
 from .counts import Reading, read_counts
 from .embed import CellEncoder, cell_encoder, check_not_all_empty
 from .files import kind_of_file, open_cells, open_zarr_group, size_and_time
-from .folders import Damaged, new_file, only_writer, own_folder, work_folder, write_json
+from .folders import Damaged, new_file, only_writer, work_folder, write_json
 from .results import check_key, check_results, remembered, write_cells
 from .tokens import encoded_chunks
 

@@ -190,6 +190,8 @@ def kind_of_file(
         with h5py.File(path, "r") as f:
             kind, keys = _hdf5_kind(f), sorted(f)[:6]
     except (OSError, RuntimeError, KeyError) as e:
+        if "unable to lock" in str(e).lower():
+            raise ValueError(f"{path} is open for writing in another program (its lock is held). Wait until that ends, or copy the file. ({str(e)[:120]})") from e
         raise ValueError(f"{path} ({size:,} bytes) is truncated or damaged and cannot be read. Copy or download it again. ({str(e)[:160]})") from e
     if kind in WAYS_OUT:
         holds = f" It has {keys}." if kind == "other hdf5" else ""
@@ -234,7 +236,17 @@ def _on_disk(element): # a group or array -> matrix on disk
     encoding = element.attrs.get("encoding-type", "nothing that is named")
     if encoding not in ("csr_matrix", "csc_matrix"):
         raise ValueError(f"it is stored as {encoding!r}, and a dense, csr or csc matrix is needed")
+    _check_pieces(element)
     return sparse_dataset(element)
+
+def _check_pieces(group): # a sparse matrix on disk: are its parts there, and do they fit?
+    data, indices, indptr = (group[k] for k in ("data", "indices", "indptr"))
+    ends = indptr[:]
+    if len(ends) == 0 or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > min(data.shape[0], indices.shape[0]):
+        raise ValueError("its rows do not fit its values, so the file is damaged. Copy or download it again")
+    pieces = getattr(data, "nchunks", 0)               # zarr fills in zeros for a piece that is missing
+    if pieces and hasattr(data, "nchunks_initialized") and 0 < data.nchunks_initialized < pieces:
+        raise ValueError(f"{pieces - data.nchunks_initialized} of {pieces} pieces of its values are missing, so the copy is not whole. Copy the store again")
 
 def _lazy(root, path, kind, file): # an open AnnData store -> LazyCells
     from anndata.io import read_elem
@@ -342,8 +354,12 @@ def _open_10x(path):
     var = pd.DataFrame(dict(gene_ids=ids), index=pd.Index(names))
     barcodes = _text(group["barcodes"])
     matrix = TenX(group, columns)
-    if matrix.shape[0] != len(barcodes):
-        raise ValueError(f"{path} has {len(barcodes):,} barcodes for {matrix.shape[0]:,} cells: it is damaged. Copy or download it again.")
+    if matrix.stored != (len(barcodes), len(ids)):
+        raise ValueError(f"{path} has {len(barcodes):,} barcodes and {len(ids):,} features for a matrix of {matrix.stored[0]:,} x {matrix.stored[1]:,}: it is damaged. Copy or download it again.")
+    try:
+        _check_pieces(group)
+    except ValueError as e:
+        raise ValueError(f"matrix of {path} cannot be read: {e}.") from e
     var = var if columns is None else var.iloc[columns]
     return LazyCells(matrix, var, pd.DataFrame(index=pd.Index(barcodes)), file=f, kind="10x h5")
 
@@ -482,6 +498,11 @@ def open_cells(
         return source
     path = Path(source)
     kind = kind_of_file(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* names are not unique")      # genes are looked at by `counts`
+        return _opened(path, kind, whole)
+
+def _opened(path, kind, whole):
     if kind == "h5ad" and whole:
         return _whole_h5ad(path)
     openers = {"h5ad": _open_h5ad, "old h5ad": _read_old, "zarr": _open_zarr, "10x h5": _open_10x, "loom": _open_loom, "mtx": _open_mtx}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VARLEN', 'FLASH', 'PRECISIONS', 'ScembConfig', 'Embeddings', 'Segments', 'segments', 'has_flash', 'owner_of_tokens',
            'attention_kernel', 'SelfAttention', 'AddNorm', 'Layer', 'ranks_of_segments', 'chosen_precision', 'autocast',
-           'slow_attention', 'compile_layers', 'ScembPreTrainedModel', 'ScembModel', 'Decoder', 'PredictionHead',
-           'ScembForMaskedLM']
+           'slow_attention', 'compile_layers', 'ScembPreTrainedModel', 'key_mask', 'ScembModel', 'Decoder',
+           'PredictionHead', 'ScembForMaskedLM']
 
 # %% ../nbs/06_model.ipynb #6fabaea7
 import math
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
@@ -333,6 +332,18 @@ class ScembPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing, _supports_sdpa = True, True
     _no_split_modules = ["Layer"]
 
+def key_mask(
+    attention_mask, # (B, K), 1 for keys that may be seen; or (B, 1, L, K), true for them
+    n_keys:int,     # Keys of each row: tokens, and those of a prefix before them
+):                  # Boolean, broadcast to (B, H, L, K)
+    "Which keys a query may see. Whether it is all of them is not asked: a GPU would have to answer."
+    if attention_mask.shape[-1] != n_keys:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[-1]} columns; wanted {n_keys}, one a key, "
+            "those of the prefix first.")
+    mask = attention_mask.bool()
+    return mask[:, None, None] if mask.dim() == 2 else mask
+
 def _check_row(input_ids, cells): # a row must be as long as its cells are together
     "Checked where the host knows the lengths; on a GPU the host trusts the batch."
     if input_ids.shape[0] == 1 and (cells.lengths is None or sum(cells.lengths) == input_ids.shape[1]):
@@ -379,8 +390,9 @@ class ScembModel(ScembPreTrainedModel):
             position_ids = places[None].expand_as(input_ids)
         x_BLD = self.embeddings(input_ids, bins, position_ids)
         mask = None
-        if cu_seqlens is None and (attention_mask is not None or past_key_values is not None):
-            mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_BLD, attention_mask=attention_mask, past_key_values=past_key_values)
+        if cu_seqlens is None and attention_mask is not None:
+            n_prefix = past_key_values.get_seq_length() if past_key_values is not None else 0
+            mask = key_mask(attention_mask, n_prefix + input_ids.shape[1])
         states, weights = (x_BLD,), ()
         for layer in self.encoder["layer"]:
             x_BLD, w = layer(x_BLD, mask, cells, past_key_values, output_attentions)

@@ -63,15 +63,16 @@ def _dealt(order, bounds, rank, world): # bounds (batches + 1,) -> RankBatches o
     return RankBatches(order, bounds[:-1][mine], bounds[1:][mine])
 
 # %% ../nbs/06b_orders.ipynb #93cd8e1b
-def _compiled(f, keep=True): # keep: on disk, for the next process
+def _compiled(f, keep=True, inline="never"): # keep: on disk, for the next process
     "By numba where it is installed; without it the loop is a hundred times slower."
     try:
         from numba import njit
     except ImportError:
         return f
-    return njit(cache=keep)(f)
+    return njit(cache=keep, inline=inline)(f)
 
-_inner = partial(_compiled, keep=False) # a function that a compiled one calls
+# a function that a compiled one calls, once a cell: the call would cost more than the work
+_inner = partial(_compiled, keep=False, inline="always")
 
 @_compiled
 def _cut(lengths, order, budget, limit, padded, bounds): # -> number of batches; bounds[i]:bounds[i + 1] of the order is batch i
@@ -114,12 +115,13 @@ def unpadded_batches(
 
 # %% ../nbs/06b_orders.ipynb #a2packed
 @_inner
-def _refill(head, tail, lengths, order, limit, cell, size, waiting, later, oldest, newest):
+def _refill(head, tail, lengths, order, limit, places,
+            cell, size, waiting, later, oldest, newest):
     "Go to the first waiting cell of the order and let new cells into the pool -> head, tail."
-    places = cell.size
+    ring = cell.size - 1                         # a mask: a division would take as long as the rest
     while True:
         while tail < min(order.size, head + places):
-            place = tail % places
+            place = tail & ring
             length = min(lengths[order[tail]], limit)
             cell[place] = order[tail]
             size[place] = length
@@ -131,7 +133,7 @@ def _refill(head, tail, lengths, order, limit, cell, size, waiting, later, oldes
                 later[newest[length]] = place
             newest[length] = place
             tail += 1
-        if head == tail or waiting[head % places]:
+        if head == tail or waiting[head & ring]:
             return head, tail
         head += 1
 
@@ -182,9 +184,12 @@ def _write_step(n_drawn, drawn, owner, done, packed, bounds):
 def _pack(lengths, order, budget, limit, world, window, packed, bounds):
     "Write the cells batch by batch into packed, where they begin into bounds -> batches."
     n_cells, places = order.size, max(1, min(window, order.size))
-    cell, size, later = np.zeros((3, places), np.int64)    # later: the next one of this length
-    waiting = np.zeros(places, np.bool_)
-    oldest, newest = np.full((2, limit + 1), -1, np.int64)     # of each length, the longest waiting
+    ring = 1                                                   # places of the ring, a power of two
+    while ring < places:
+        ring *= 2
+    cell, waiting = np.zeros(ring, np.int64), np.zeros(ring, np.bool_)
+    size, later = np.zeros((2, ring), np.int32)                # later: the next one of this length
+    oldest, newest = np.full((2, limit + 1), -1, np.int32)     # of each length, the longest waiting
     drawn, drawn_size, owner = np.empty((3, n_cells), np.int64) # cells of a step, lengths, batches
     room = np.empty(world, np.int64)
     head, tail, done, n_batches = 0, 0, 0, 0
@@ -192,9 +197,9 @@ def _pack(lengths, order, budget, limit, world, window, packed, bounds):
         room[:] = budget
         n_drawn, n_tokens = 0, 0
         while True:                              # 1. draw the cells that are certain to fit
-            head, tail = _refill(head, tail, lengths, order, limit,
+            head, tail = _refill(head, tail, lengths, order, limit, places,
                                  cell, size, waiting, later, oldest, newest)
-            length = size[head % places]
+            length = size[head & (ring - 1)]
             if head == tail or n_tokens + length > world*(budget - limit):
                 break
             place = _leave(length, waiting, later, oldest)
@@ -207,9 +212,9 @@ def _pack(lengths, order, budget, limit, world, window, packed, bounds):
             owner[i] = roomiest
             room[roomiest] -= drawn_size[i]
         while True:                              # 3. draw and deal until one does not fit
-            head, tail = _refill(head, tail, lengths, order, limit,
+            head, tail = _refill(head, tail, lengths, order, limit, places,
                                  cell, size, waiting, later, oldest, newest)
-            length, roomiest = size[head % places], np.argmax(room)
+            length, roomiest = size[head & (ring - 1)], np.argmax(room)
             if head == tail or length > room[roomiest]:
                 break
             place = _leave(length, waiting, later, oldest)

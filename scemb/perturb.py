@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'states', 'shifts_of', 'Plan', 'plan', 'windows', 'assembled
            'gene_impacts', 'open_job', 'resumed', 'job_of', 'perturb_file']
 
 # %% ../nbs/14_perturb.ipynb #fb158ff4
-import hashlib, json, os, shutil
+import hashlib, json, shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import torch
 from scipy import sparse
 
 from .counts import Counts, read_counts
-from .edits import Cells, Sets, cells_on, gene_sets, token_values, variants
+from .edits import (
+    Cells, Sets, cells_on, gene_sets, token_values, tokens_of_variants, variants)
 from .embed import CellEncoder, budget_batches, cell_encoder, to_device
 from .files import size_and_time
 from .labels import has_label
@@ -55,12 +56,6 @@ def _means(x_TD, owner, keep, n): # -> mean over the kept tokens of each of n ce
     count_n = torch.zeros(n, device=x_TD.device).index_add_(0, owner, weight_T)
     return total_nD/count_n[:, None]
 
-def _lengths_of_variants(lengths, which, places, tokens, kind): # see `shifts_of` -> (variants,)
-    "Tokens of each variant, known without asking the device."
-    absent = ((tokens >= 0) & (places < 0)).sum(1)
-    gone = (places >= 0).sum(1) if kind == "delete" else 0
-    return lengths[which] + absent - gone
-
 @torch.no_grad()
 def shifts_of(
     coder:CellEncoder, cells:Cells,
@@ -89,13 +84,14 @@ def shifts_of(
     total = torch.zeros(n_cells, s.shape[1], device=device).index_add_(0, owner, kept)
     in_mean = (~out_of[cells.ids]).float()
     count = torch.zeros(n_cells, device=device).index_add_(0, owner, in_mean)
-    size = _lengths_of_variants(lengths, which, places, tokens, kind)
-    batches = budget_batches(size + (places >= 0).sum(1)*(kind == "delete"), coder.token_budget)
+    built, size = tokens_of_variants(lengths, which, places, tokens, kind)
+    batches = budget_batches(built, coder.token_budget)
     shifts, impacts, bag_impacts = [], [], []
     for part in batches:
         put = lambda a, part=part: to_device(np.asarray(a[part], np.int64), device)
         c, p, t = put(which), put(places), put(tokens)
-        v = variants(cells, c, p, t, kind, factor, coder.settings.n_bins)
+        known = int(built[part].sum()), int(size[part].sum())
+        v = variants(cells, c, p, t, kind, factor, coder.settings.n_bins, known)
         ends = Segments.of(size[part], device)
         y0, y = states(net, v.ids, v.bins, ends, coder.pooling, coder.precision)
         at = (cells.first[c][:, None] + p).clamp(min=0)

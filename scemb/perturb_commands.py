@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import alone, Device, Model, Overwrite, Precision, Seed, choice, counter, reading_cells, refusing
+from .commands import alone, Device, Model, Overwrite, Precision, Seed, choice, counter, reading_cells, refusing, tell
 
 # %% ../nbs/97b_perturb_commands.ipynb #d7adbb33
 @refusing
@@ -110,7 +110,7 @@ def correlate(
     check_output(out, overwrite, "correlation.csv")
     listed = [line.strip() for line in genes.read_text().splitlines() if line.strip()] if genes else []
     match = match_files(open_h5ad(disease, backed=False), open_h5ad(screen, backed=False), group, case, control, donor, target, guide, reference, None if key else model, key or "X_scemb",
-                        batch, screen_batch, paired=paired, minimum=min_overlap, layer=reading, seed=seed, say=lambda line: print(f"scemb correlate: {line}", file=sys.stderr, flush=True))
+                        batch, screen_batch, paired=paired, minimum=min_overlap, layer=reading, seed=seed, say=lambda line: tell(f"scemb correlate: {line}"))
     record = dict(match.power, seed=seed, model=None if key else model, disease=disease.name, screen=screen.name)
     with new_folder(out, overwrite=overwrite) as part:
         def table(t, name, digits, index=False):

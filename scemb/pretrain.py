@@ -363,6 +363,8 @@ class Clock:
 
 # %% ../nbs/09_pretrain.ipynb #fc757d01
 def _trainer_class():
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")       # or DeepSpeed warns that it looked for a GPU
     try:
         from transformers import Trainer
         import accelerate  # noqa: F401

@@ -31,7 +31,8 @@ def remembered(
     step:str="", # "annotation", "integration", ...; empty: the embedding, whose record stands at the top
 )->dict:         # For uns["scemb"]
     "The record of a step beside those of earlier steps."
-    before = dict(uns.get("scemb", {}))
+    before = uns.get("scemb", {})
+    before = dict(before) if hasattr(before, "keys") else {}     # somebody may have put a text there
     if step:
         return before | {step: record}
     steps = {k: v for k, v in before.items() if isinstance(v, dict)}

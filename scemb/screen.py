@@ -7,7 +7,7 @@ __all__ = ['TOLERANCE', 'tokens_at_once', 'response', 'screened', 'goal_directio
            'products_in', 'chosen_products', 'kept_arrays', 'screen_file', 'screened_impact']
 
 # %% ../nbs/14a_screen.ipynb #35638910
-import math, os, shutil, warnings
+import math, shutil, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path

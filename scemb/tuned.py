@@ -14,14 +14,14 @@ import torch
 from .baselines import bin_table, masked_scores, table_scorer, unigram_prior
 from .batching import as_tensors
 from .checkpoint import load_checkpoint
-from .finetune import FinetuneSettings, adapted
+from .finetune import FinetuneSettings, adapted, seeded
 from .model import autocast, chosen_precision
-from .pretrain import Batches, TrainSettings, model_scorer, score_summary
+from .pretrain import (
+    Batches, LossWatch, TrainSettings, model_scorer, score_summary)
 from .stats import arrangements, permutation_p
 from .tokens import TokenSet
 
 # %% ../nbs/14c_tuned.ipynb #912ccf24
-@torch.random.fork_rng(devices=[])
 def tune_on(
     base,                   # A shipped model, a folder, or (model, vocabulary, settings): left as it is
     tokens:TokenSet,        # Cells to learn from, tokenised as the base wants them
@@ -32,20 +32,37 @@ def tune_on(
     say=lambda line: None,  # Called with a line now and then
 )->tuple:                   # (model, vocabulary, settings), ready as a base; DataFrame: loss of held-out cells before, with frequencies set, after, and by counting; or None
     "Continue masked-gene training by LoRA and merge the update."
-    net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]; s = settings
-    if s.way != "lora": raise ValueError(f"way={s.way!r}; only a LoRA update can be merged into a base: use way='lora'.")
+    base = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
+    net, vocabulary, _ = base
+    if settings.way != "lora": raise ValueError(f"way={settings.way!r}; only a LoRA update can be merged into a base: use way='lora'.")
     if tokens.vocabulary.hash != vocabulary.hash: raise ValueError(f"The cells are tokenised for the vocabulary {tokens.vocabulary.hash}, the base has {vocabulary.hash}; tokenise them with the vocabulary of the base.")
     if not len(tokens): raise ValueError("There are no cells to learn from; are there non-targeting cells with one guide?")
-    length = min(tokens.settings.max_len, net.config.max_position_embeddings); torch.manual_seed(s.seed)
-    tuned = copy.deepcopy(net).requires_grad_(False); tuned.bert = adapted(net.bert, s)
-    tuned.cls["predictions"].bias.copy_(torch.from_numpy(np.log(unigram_prior(tokens, length).clip(1e-9))).float())     # as pretraining starts: frequencies need not be learned
+    with seeded(settings.seed, net.device):
+        return _tuned(base, tokens, heldout, steps, token_budget, settings, say)
+
+def _tuned(base, tokens, heldout, steps, token_budget, s, say): # see `tune_on`
+    net, vocabulary, tokenizing = base
+    length = min(tokens.settings.max_len, net.config.max_position_embeddings)
+    tuned = copy.deepcopy(net).requires_grad_(False)
+    tuned.bert = adapted(net.bert, s)
+    # as pretraining starts: frequencies need not be learned
+    frequency = np.log(unigram_prior(tokens, length).clip(1e-9))
+    tuned.cls["predictions"].bias.copy_(torch.from_numpy(frequency).float())
     start = copy.deepcopy(tuned).eval()
-    batches = Batches(tokens, TrainSettings(steps=steps, warmup_steps=max(1, steps//10), token_budget=token_budget, max_len=length, seed=s.seed))
+    batches = Batches(tokens, TrainSettings(
+        steps=steps, warmup_steps=max(1, steps//10), token_budget=token_budget, max_len=length,
+        seed=s.seed))
     _descend(tuned.train(), batches, steps, s, say)
-    tuned.bert = tuned.bert.merge_and_unload(); tuned.tie_weights(); tuned.eval().requires_grad_(True)
-    if heldout is None: return (tuned, vocabulary, tokenizing), None
-    scorers = {"before": model_scorer(net), "frequencies set": model_scorer(start), "after": model_scorer(tuned), "counted by bin": table_scorer(bin_table(tokens, length))}
-    return (tuned, vocabulary, tokenizing), score_summary(masked_scores(heldout, scorers, length, seed=1))
+    tuned.bert = tuned.bert.merge_and_unload()
+    tuned.tie_weights()
+    tuned.eval().requires_grad_(True)
+    if heldout is None:
+        return (tuned, vocabulary, tokenizing), None
+    models = {"before": net, "frequencies set": start, "after": tuned}
+    scorers = {name: model_scorer(m) for name, m in models.items()}
+    scorers["counted by bin"] = table_scorer(bin_table(tokens, length))
+    scores = masked_scores(heldout, scorers, length, seed=1)
+    return (tuned, vocabulary, tokenizing), score_summary(scores)
 
 def _descend(model, batches, steps, s, say): # AdamW with warm-up and linear decay over ready-made batches
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -54,11 +71,18 @@ def _descend(model, batches, steps, s, say): # AdamW with warm-up and linear dec
     factor = lambda i: min((i + 1)/warm, max(0., (steps - i)/max(1, steps - warm)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     precision = chosen_precision(s.precision, model.device)
+    watch = LossWatch()
+
+    def stop_at_no_number(wait=False):
+        found = watch.failed(wait)
+        if found is not None:
+            step, loss, _ = found
+            raise FloatingPointError(f"The loss of step {step + 1} is {float(loss)}. Lower encoder_rate (now {s.rate:g}).")
     for i in range(steps):
         with autocast(model.device, precision):
             loss = model(**as_tensors(batches[i], model.device)).loss
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss of step {i + 1} is {float(loss)}. Lower encoder_rate (now {s.rate:g}).")
+        watch.add(i, loss, None)
+        stop_at_no_number()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
@@ -66,6 +90,7 @@ def _descend(model, batches, steps, s, say): # AdamW with warm-up and linear dec
         schedule.step()
         if (i + 1) % max(1, steps//10) == 0:
             say(f"step {i + 1} of {steps}: loss {float(loss):.3f}")
+    stop_at_no_number(wait=True)
 
 
 # %% ../nbs/14c_tuned.ipynb #f55a5af7

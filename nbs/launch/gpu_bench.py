@@ -673,6 +673,9 @@ def main():
                     help="a part that would end later is left out")
     ap.add_argument("--parts", help=f"some of {','.join(names)}, or all; "
                                     f"default {','.join(DEFAULT)}")
+    ap.add_argument("--limit", type=float, default=45.,
+                    help="seconds after which a part is broken off, unless it was to take longer")
+    ap.add_argument("--began", help=argparse.SUPPRESS)
     ap.add_argument("--hide", help="packages that are to look as if they were not installed")
     args = ap.parse_args()
     if args.toy:
@@ -691,7 +694,8 @@ def main():
     work = {name: getattr(b, name) for name in names if not name.startswith("ladder_")}
     work["ladder_all"] = lambda: b.ladder(whole=True)
     work["ladder_compiled"] = lambda: b.ladder(whole=True, compiled=True)
-    report = Report(Path(args.out)/file_name("bench", b.toy, b.cuda), b.about(), args.minutes)
+    report = Report(Path(args.out)/file_name("bench", b.toy, b.cuda), b.about(), args.minutes,
+                    args.limit*(8 if args.toy else 1))
     for name in chosen:
         estimate = 0. if b.toy else float((DEFAULT | MORE)[name])
         report.part(name, work[name], estimate)

@@ -31,7 +31,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent))
@@ -43,6 +42,7 @@ from scemb import model as model_module  # noqa: E402
 from scemb.model import (  # noqa: E402
     ScembConfig, ScembForMaskedLM, Segments, attention_kernel, autocast, chosen_precision,
     compile_layers)
+from scemb.prefetch import HostReads  # noqa: E402
 
 MODULES = ("model", "checkpoint", "tokens", "batching", "orders", "embed", "edits", "perturb",
            "screen", "finetune", "fit", "gene_embeddings", "baselines", "pretrain")
@@ -491,6 +491,7 @@ def check_fit(lab):
 
 
 STEPS, SAVE, DIES_AT = 30, 10, 24
+FEW = dict(steps=12, save_every=4)             # of a rehearsal, which dies in the tenth step
 
 
 def training_run(toy, **change):
@@ -504,7 +505,8 @@ def training_run(toy, **change):
     tokens = token_set(cells, vocabulary, longest)
     settings = dict(steps=STEPS, warmup_steps=3, token_budget=600 if toy else 8192,
                     max_len=longest, mask_share=.3, cell_weight=10., save_every=SAVE,
-                    precision="auto", start="random", compile=False, ahead=4) | change
+                    precision="auto", start="random", compile=False, ahead=4)
+    settings |= (FEW if toy else {}) | change
     settings = TrainSettings(**settings)
     size = dict(layers=2, width=32, heads=2) if toy else dict(layers=4, width=256, heads=4)
     model = new_model(tokens, settings, **size, dropout=.1, attention_dropout=0.)
@@ -517,7 +519,7 @@ def child(out, toy):
     original = Batches.__getitem__
 
     def dies(self, i):
-        if i + self.start >= DIES_AT:
+        if i + self.start >= (9 if toy else DIES_AT):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, i)
     with mock.patch.object(Batches, "__getitem__", dies):
@@ -526,7 +528,7 @@ def child(out, toy):
 
 
 def check_resume(lab):
-    "30 steps in one go, and 30 steps killed and taken up again: the same losses and weights."
+    "Steps in one go, and as many killed and taken up again: the same losses and weights."
     import pandas as pd
     from safetensors.torch import load_file
     from scemb.pretrain import pretrain
@@ -629,27 +631,9 @@ def _equal(a, b):
 # --- waits -------------------------------------------------------------------------------------
 
 
-class HostReads(TorchDispatchMode):
-    "On a CPU: count the operations for which the host would wait, were the numbers on a GPU."
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op._schema.name.split("::")[1]
-        by_mask = name == "index" and any(
-            torch.is_tensor(i) and i.dtype == torch.bool for i in args[1])
-        sizeless = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in self.WAITS or by_mask or sizeless:
-            self.lines.append(_line_outside_torch(name))
-        return op(*args, **(kwargs or {}))
-
-
 def _line_outside_torch(name):
     "The line of scemb, transformers or accelerate that asked for an operation."
-    for frame in reversed(traceback.extract_stack()[:-2]):
+    for frame in reversed(traceback.extract_stack()[:-4]):
         library = any(f"{os.sep}{n}{os.sep}" in frame.filename for n in PRODUCT)
         if library:
             return f"{Path(frame.filename).name}:{frame.lineno} {name}"
@@ -663,9 +647,9 @@ PRODUCT = ("scemb", "transformers", "accelerate")     # whose lines are named
 def counted_waits(lab, lines):
     "Collect the lines that make the host wait for the device."
     if not lab.cuda:
-        with HostReads() as mode:
+        # what a loader does with NumPy is no wait
+        with HostReads(lambda name: lines.append(_line_outside_torch(name)), reads=()):
             yield
-        lines += mode.lines
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -704,6 +688,43 @@ def check_waits_model(lab):
     counts = dict(Counter(lines).most_common())
     text = f"{len(lines)/2:g} waits a step: " + (", ".join(list(counts)[:8]) or "none")
     return dict(ok=True, waits_a_step=len(lines)/2, lines=counts, keys=sorted(data[0]), number=text)
+
+
+def check_waits_edits(lab):
+    "Waits of a perturbation do not grow with its batches; a pass with prefixes has none."
+    from scemb.finetune import Prefix, hidden_states
+    from scemb.perturb import shifts_of
+    n, longest, n_targets = (3, 40, 6) if lab.toy else (6, 400, 16)
+    cells = lab.cells(n, longest, seed=3)
+    coder = lab.coder(lab.device)
+    rows = {}
+    for kind in KINDS:
+        rng = np.random.default_rng(4)
+        asked = edits_of(cells, kind, n_targets, len(lab.vocabulary), rng)
+        for name, budget in (("one batch", 10**6), ("many", 2*longest)):
+            coder.token_budget = budget
+            on = on_device(cells, lab.device)
+            for warm in (True, False):
+                lines = []
+                with counted_waits(lab, lines):
+                    shifts_of(coder, on, *asked, kind)
+            rows[f"{kind}, {name}"] = dict(Counter(lines))
+    prefix = Prefix(coder.net.config).to(lab.device)
+    lengths = np.diff(cells["offsets"])
+    batch = {k: torch.from_numpy(cells[v].astype(np.int64))[None].to(lab.device)
+             for k, v in dict(input_ids="genes", bins="bins").items()}
+    batch["cu_seqlens"] = Segments.of(lengths, lab.device)
+    lines = []
+    for warm in (True, False):
+        lines.clear()
+        with counted_waits(lab, lines):
+            hidden_states(coder.net.bert, batch, prefix)[-1].square().mean().backward()
+    rows["prefix"] = dict(Counter(lines))
+    counts = {k: sum(v.values()) for k, v in rows.items()}
+    ok = counts["prefix"] == 0 and all(
+        counts[f"{k}, one batch"] == counts[f"{k}, many"] for k in KINDS)
+    text = "; ".join(f"{k} {v}" for k, v in counts.items())
+    return dict(ok=ok, rows=rows, number=f"waits: {text}")
 
 
 class Enough(Exception):
@@ -770,8 +791,9 @@ CHECKS = dict(
     imports=check_imports, precision=check_precision, attention=check_attention,
     dropout_kernel=check_dropout_kernel, embed=check_embed, perturb=check_perturb,
     screen=check_screen, resume=check_resume, nan=check_nan, waits_model=check_waits_model,
-    waits_trainer=check_waits_trainer, fit=check_fit, compiled=check_compiled, genes=check_genes,
-    scores=check_scores, batches=check_batches, deepspeed=check_deepspeed, devices=check_devices)
+    waits_trainer=check_waits_trainer, waits_edits=check_waits_edits, fit=check_fit,
+    compiled=check_compiled, genes=check_genes, scores=check_scores, batches=check_batches,
+    deepspeed=check_deepspeed, devices=check_devices)
 
 
 def main():
@@ -781,6 +803,9 @@ def main():
     ap.add_argument("--minutes", type=float, default=4., help="begin no check after this time")
     ap.add_argument("--tokens", help="token set folder: real cells instead of random ones")
     ap.add_argument("--parts", help=f"some of {','.join(CHECKS)}")
+    ap.add_argument("--limit", type=float, default=75.,
+                    help="seconds after which a part is broken off, unless it was to take longer")
+    ap.add_argument("--began", help=argparse.SUPPRESS)
     ap.add_argument("--hide", help="packages that are to look as if they were not installed")
     ap.add_argument("--child", help=argparse.SUPPRESS)
     args = ap.parse_args()
@@ -797,7 +822,8 @@ def main():
     out = Path(args.out)
     lab = Lab(args.toy, out, args.tokens)
     about = dict(device=device_name(lab.cuda), cells=lab.source, toy=lab.toy, **versions())
-    report = Report(out/file_name("check", lab.toy, lab.cuda), about, args.minutes)
+    report = Report(out/file_name("check", lab.toy, lab.cuda), about, args.minutes,
+                    args.limit*(8 if args.toy else 1))
     for name in chosen:
         report.part(name, lambda name=name: CHECKS[name](lab))
     failed = report.failed()

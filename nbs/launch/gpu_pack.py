@@ -194,14 +194,14 @@ def write_pack(out, vocabulary, counts, obs, measured, width):
     write_vectors(out / "gene_vectors.npz", gene_vectors(cells, width, max_len=512))
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", default="runs/corpus", help="folder made by scemb curate")
     parser.add_argument("--out", default="local/gpu_pack", help="folder to write")
     parser.add_argument("--width", type=int, default=192, help="width of the gene vectors")
     parser.add_argument("--share", type=float, default=0.25, help="cells in the token data set")
     parser.add_argument("--toy", action="store_true", help="a trial on the package's own cells")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     from scemb.tokenize import protein_vocabulary
 
     out = Path(args.out)

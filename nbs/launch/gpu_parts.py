@@ -1,15 +1,19 @@
 """What the GPU scripts share: parts that fail alone, a clock, and cells drawn at random.
 
 A lease of a GPU can end at any time. So every part runs in its own try, and the JSON is written
-after each one: what was measured is kept, and a failure stands in its place.
+after each one: what was measured is kept, and a failure stands in its place. A part that does not
+end is broken off; where even that does not help, the script is started again for the parts after it.
 """
 import gc
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import traceback
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,7 +32,9 @@ if "--hide" in sys.argv:
 for hidden_package in HIDDEN:
     sys.modules[hidden_package] = None
 
-BEGAN = time.monotonic()
+# `--began` is for a script that was started again: its time goes on, and so do its parts.
+GOES_ON = "--began" in sys.argv
+BEGAN = float(sys.argv[-1]) if GOES_ON else time.monotonic()
 PACKAGES = ("torch", "transformers", "numpy", "accelerate", "peft", "numba", "triton")
 
 
@@ -117,16 +123,29 @@ def versions()->dict:
     return found
 
 
+class TooLong(BaseException):
+    "A part did not end. No `except Exception` inside of it may take this for its own."
+
+
 class Report:
     "Parts of a script, each in its own try, written down after each."
+    GRACE = 20.          # Seconds that a part has to react before the script is started again
+
     def __init__(self,
         path:Path,       # JSON to write
         about:dict,      # What the JSON says before its parts
         minutes:float,   # No part begins after so many
+        limit:float=60., # Seconds that a part may take at least; three times its estimate if that is more
+        goes_on:bool=GOES_ON, # Take over the parts that are in the JSON
     ):
-        self.path, self.minutes = path, minutes
+        self.path, self.minutes, self.limit = path, minutes, limit
         self.result = about | dict(parts={})
+        if goes_on and path.exists():
+            self.result["parts"] = json.loads(path.read_text())["parts"]
         path.parent.mkdir(parents=True, exist_ok=True)
+        # what is there now stays: it need not be looked through whenever memory is given back
+        gc.collect()
+        gc.freeze()
 
     def part(self,
         name:str,
@@ -134,25 +153,57 @@ class Report:
         estimate:float=0., # Seconds that it will take; what does not fit is left out
     )->dict:             # The dict, or the error
         "Do one part; an error is its result and not the end."
+        if name in self.result["parts"]:
+            return self.result["parts"][name]
         forget_memory()
         began = time.monotonic()
         if minutes_gone() + estimate/60 > self.minutes:
             found = dict(left_out="no time")
         else:
             try:
-                found = work()
-            except Exception as e:
+                with self.limited(name, max(self.limit, 3*estimate)):
+                    found = work()
+            except (Exception, TooLong) as e:
                 found = dict(error=f"{type(e).__name__}: {e}"[:1500],
                              where=traceback.format_exc()[-1500:])
         found["part_seconds"] = round(time.monotonic() - began, 1)
         found["part_peak_gb"] = peak_gb()
         if estimate:
             found["part_estimate"] = estimate
+        self.write(name, found)
+        return found
+
+    def write(self, name, found):
+        "Keep the result of a part."
         self.result["parts"][name] = found
         self.result["minutes"] = round(minutes_gone(), 2)
         self.path.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
         print(self.line(name, found), flush=True)
-        return found
+
+    @contextmanager
+    def limited(self, name, seconds):
+        "An alarm breaks the part off; if it hangs where no alarm is heard, a thread acts."
+        def rings(*_):
+            raise TooLong(f"not done after {seconds:g} s")
+        before = signal.signal(signal.SIGALRM, rings)
+        guard = threading.Timer(seconds + self.GRACE, self.start_again, (name, seconds))
+        guard.daemon = True
+        guard.start()
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            guard.cancel()
+
+    def start_again(self, name, seconds):
+        "Leave a part that hangs: this process becomes a new one, which does the parts after it."
+        took = round(seconds + self.GRACE, 1)
+        self.write(name, dict(error=f"TooLong: hung for {took:g} s; the script was started again",
+                              part_seconds=took, part_peak_gb=None))
+        command = [a for a in sys.orig_argv if not GOES_ON or a not in ("--began", str(BEGAN))]
+        os.execv(sys.executable, [*command, "--began", str(BEGAN)])
 
     def line(self, name, found): # The line that is printed for a part
         took = f"{found['part_seconds']} s"

@@ -6,10 +6,11 @@
 
 All recipes share the paper's masked-gene loss, the same small BERT and the same cells. They differ
 in what they ask of the mean vector of a cell (section "Losses"). A recipe is a process of its own,
-so that small models fill a GPU. The learning rate follows the clock: it ends at zero when the time
-does, however fast the machine is.
+so that small models fill a GPU. Each times its steps 20 to 60; as many as then fit into the time are
+its schedule, so that the learning rate ends at zero however fast the machine is. The number of steps
+stands in the record, and `--steps` repeats the run with it.
 
-OUT gets results.json (every ninety seconds and at the end) and RECIPE.safetensors in float16, at
+OUT gets results.json and RECIPE.safetensors in float16, every ninety seconds and at the end, at
 most `--keep` of them. `--unpack OUT --recipe NAME --folder F` makes a checkpoint folder of one.
 
 The judged cells (PBMC 3k, two pancreas libraries) belong to the corpus: training has seen their
@@ -71,9 +72,9 @@ TOY = Size(
     budget=2048,
     windows=(32, 64),
     draws=2,
-    judged=150,
-    others=30,
-    fit_steps=20,
+    judged=60,
+    others=20,
+    fit_steps=10,
 )
 SMALL = Size(budget=2048, draws=2, judged=40, others=20, fit_steps=10)  # a rehearsal
 MASKED_SHARE = 0.3
@@ -518,9 +519,51 @@ def make_optimizers(model, heads, size, muon, fused):
     return optimizers
 
 
-def rate_at(done):
-    "Share of the peak learning rate at a share of the time: up for 4 %, then down to zero."
-    return min(1.0, done / 0.04) * (1 - done)
+WARM_UP = 200  # steps until the learning rate has its peak, or a fifth of all
+
+
+class Schedule:
+    """How many steps a training takes, and the learning rate of each.
+
+    The first steps start kernels and threads and are not timed. The next tell how many fit into
+    the time that is given; the learning rate falls to zero over these. Should the machine become
+    slower, the clock ends the training before: `cut_short` says so.
+    """
+
+    UNTIMED, PROBE = 20, 60
+    RESERVE = 0.03  # share of the time that is not planned for
+    SAVING = 45.0  # seconds between two scores on held-out cells
+
+    def __init__(self, steps=0, ends_at=0.0, clock=time.time):
+        self.steps, self.ends_at, self.clock = steps, ends_at, clock
+        self.by_probe, self.pace, self.cut_short = not steps, None, False
+
+    def goes_on(self, step, scoring=lambda: None):
+        "Whether a step is to be taken; `scoring` is done, and timed, once the probe has ended."
+        now = self.clock()
+        if self.by_probe and step == self.UNTIMED:
+            self.timed_from = now
+        if self.by_probe and step == self.PROBE:
+            self.pace = (now - self.timed_from) / (self.PROBE - self.UNTIMED)
+            scoring()
+            self.steps = step + self.that_fit(self.clock() - now)
+        if self.steps and step >= self.steps:
+            return False
+        self.cut_short = self.by_probe and self.clock() >= self.ends_at
+        return not self.cut_short
+
+    def that_fit(self, seconds_of_scoring):
+        "Steps for the time that is left, with a score every now and then and one at the end."
+        left = (self.ends_at - self.clock()) * (1 - self.RESERVE) - seconds_of_scoring
+        share = self.SAVING / (self.SAVING + seconds_of_scoring)
+        return max(1, int(left * share / max(self.pace, 1e-6)))
+
+    def rate(self, step):
+        "Share of the peak learning rate."
+        if not self.steps:
+            return min(1.0, (step + 1) / WARM_UP)
+        warm_up = min(WARM_UP, max(1, self.steps // 5))
+        return min(1.0, (step + 1) / warm_up) * (1 - step / self.steps)
 
 
 def autocast(device):
@@ -624,12 +667,27 @@ def train(name, cells, size, device, ends_at, steps, folder):
     )
     best, best_loss, step = None, np.inf, 0
     began = last_saved = time.time()
-    seconds_given = max(ends_at - began, 1.0)
-    wait_began = 0.0
-    while (done := step / steps if steps else (time.time() - began) / seconds_given) < 1:
+    schedule = Schedule(steps, ends_at)
+
+    def score():
+        "Score held-out cells; keep the weights that are best, and write what stands."
+        nonlocal best, best_loss, last_saved
+        found = held_out_loss(model, cells, held_out, max(size.windows), device)
+        record["held_out"].append(dict(step=step, loss=round(found, 4)))
+        if found < best_loss:
+            best_loss = found
+            best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        save(model, cells, size, folder, record)
+        last_saved = time.time()
+
+    while True:
+        if device == "cuda" and schedule.by_probe and step in (Schedule.UNTIMED, Schedule.PROBE):
+            torch.cuda.synchronize()  # what was asked for has been done
+        if not schedule.goes_on(step, score):
+            break
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = size.peak_rate * rate_at(done)
+                group["lr"] = size.peak_rate * schedule.rate(step)
         batch = loader()
         with autocast(device):
             loss, terms = losses(model, heads, recipe, batch)
@@ -639,9 +697,9 @@ def train(name, cells, size, device, ends_at, steps, folder):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        if step == 20:  # the first steps start kernels and threads
+        if step == Schedule.UNTIMED:
             wait_began, timed_from, timed_step = loader.waited, time.time(), step
-        if step % 50 == 0 or step == steps:
+        if step % 50 == 0 or step == schedule.steps:
             now = {k: round(float(v.detach()), 4) for k, v in terms.items()}
             if not all(np.isfinite(list(now.values()))):
                 raise FloatingPointError(
@@ -649,23 +707,16 @@ def train(name, cells, size, device, ends_at, steps, folder):
                     f"lower peak_rate ({size.peak_rate:g})."
                 )
             record["curve"].append(dict(step=step, seconds=round(time.time() - began, 1), **now))
-        if steps or time.time() - last_saved > 45:
-            if steps and step % max(1, steps // 2):
-                continue
-            last_saved = time.time()
-            found = held_out_loss(model, cells, held_out, max(size.windows), device)
-            record["held_out"].append(dict(step=step, loss=round(found, 4)))
-            if found < best_loss:
-                best_loss = found
-                best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            save(model, cells, size, folder, record)
+        if step == steps // 2 or time.time() - last_saved > Schedule.SAVING:
+            score()
     seconds = max(time.time() - began, 1e-9)
-    last = held_out_loss(model, cells, held_out, max(size.windows), device)
-    record["held_out"].append(dict(step=step, loss=round(last, 4)))
-    if best is not None and last > best_loss + 0.05:  # it got worse: go back
+    score()
+    last = record["held_out"][-1]["loss"]
+    if last > round(best_loss, 4):  # it got worse: the best weights are kept
         model.load_state_dict(best)
         last, record["went_back"] = best_loss, True
-    pace = time.time() - timed_from if step > 20 else seconds
+    timed = step > Schedule.UNTIMED
+    pace = time.time() - timed_from if timed else seconds
     record |= dict(
         steps=step,
         seconds=round(seconds, 1),
@@ -673,8 +724,11 @@ def train(name, cells, size, device, ends_at, steps, folder):
         n_tokens=loader.n_tokens,
         n_cells=loader.n_cells,
         tokens_a_second=round(loader.n_tokens / seconds),
-        ms_a_step=round(1000 * pace / max(step - timed_step, 1), 2) if step > 20 else None,
-        share_waiting=round((loader.waited - wait_began) / pace, 4),
+        ms_a_step=round(1000 * pace / (step - timed_step), 2) if timed else None,
+        share_waiting=round((loader.waited - (wait_began if timed else 0)) / pace, 4),
+        planned_steps=schedule.steps,
+        ms_a_step_in_probe=round(1000 * schedule.pace, 2) if schedule.pace else None,
+        cut_short=schedule.cut_short,
     )
     loader.pool.shutdown(wait=False, cancel_futures=True)
     save(model.eval(), cells, size, folder, record)
@@ -1191,6 +1245,18 @@ def table(result):
     return "\n".join(lines)
 
 
+class Here:
+    "What stands for a process of its own when the work is done in this one."
+
+    returncode = 0
+
+    def __init__(self, args):
+        work(args)
+
+    def poll(self):
+        return self.returncode
+
+
 def watch(args):
     "Start a process a recipe, write what stands every ninety seconds, and the table at the end."
     names = args.recipes.split(",")
@@ -1210,7 +1276,13 @@ def watch(args):
     # Without a limit each process would start a thread a core in every product.
     limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = os.environ | {name: str(args.threads) for name in limits}
-    start = lambda name: subprocess.Popen([*run, "--worker", name, *passed], env=environment)
+
+    def start(name):
+        if args.toy and name != names[0]:  # a rehearsal needs one process to see that it works
+            return Here(argparse.Namespace(**vars(args) | dict(worker=name, ends_at=ends_at)))
+        said = subprocess.DEVNULL if args.toy else None  # an error stands in its record
+        return subprocess.Popen([*run, "--worker", name, *passed], env=environment, stdout=said)
+
     out, last = Path(args.out), time.time()
     waiting, going = [*names, *BESIDE], {}
     at_once = args.at_once or len(waiting)
@@ -1285,7 +1357,7 @@ def judge_only(args):
     print(table(result))
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--minutes", type=float, default=5.5, help="of everything, judging included"
@@ -1307,7 +1379,7 @@ def main():
         "--grace", type=float, default=20, help="seconds after which late processes are ended"
     )
     parser.add_argument(
-        "--steps", type=int, default=0, help="a fixed number of steps instead of the clock"
+        "--steps", type=int, default=0, help="a fixed number of steps; 0: as many as fit into the time"
     )
     parser.add_argument(
         "--at-once", type=int, default=0, help="recipes trained at the same time; 0: all"
@@ -1326,7 +1398,7 @@ def main():
     parser.add_argument("--draws", type=int, default=20, help="with --judge: of labelled cells")
     parser.add_argument("--judged", type=int, default=10_000, help="with --judge: cells of a set")
     parser.add_argument("--folder", default="", help="with --unpack: the checkpoint to write")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.toy:
         args.steps, args.at_once, args.threads = args.steps or 6, args.at_once or 1, 1
     if args.unpack:
