@@ -70,6 +70,10 @@ def with_options(
 def _option(name, annotation, default):
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
 
+def _once(unraisable): # h5py repeats "disk full" for every object that it gives up; the command has said it already
+    if in_words(unraisable.exc_value) is None:
+        sys.__unraisablehook__(unraisable)
+
 def refusing(command): # a command -> the same, ending with code 1 and one clear message when input is refused
     "Turn refused input into a message and exit code 1; anything else is a bug and keeps its traceback. Adds --progress."
     name = command.__name__.strip("_")
@@ -77,6 +81,7 @@ def refusing(command): # a command -> the same, ending with code 1 and one clear
     @functools.wraps(command)
     def run(*args, progress="auto", **kwargs):
         _set_style(progress)
+        sys.unraisablehook = _once
         kwargs = {k: str(v) if isinstance(v, StrEnum) else v for k, v in kwargs.items()}
         try:
             with warnings.catch_warnings():
