@@ -18,7 +18,7 @@ from .counts import Counts, Reading, read_counts
 from .model import (
     ScembForMaskedLM, Segments, autocast, chosen_precision, owner_of_tokens, ranks_of_segments)
 from .results import check_key, remembered
-from .tokenize import CLS, Encoder, TokenizerSettings, Vocabulary, tokenizer_hash
+from .tokenize import CLS, SPECIAL, Encoder, TokenizerSettings, Vocabulary, tokenizer_hash
 from .tokens import encoded_chunks
 
 # %% ../nbs/10_embed.ipynb #7dfd017a
@@ -143,9 +143,11 @@ class CellEncoder:
         return Encoder(token, self.vocabulary, self.settings)
 
     def record(self, counts:Counts, n_empty, n_truncated): # -> what is written to uns["scemb"]
-        used = int((self.vocabulary.token_of_rows(counts.genes.rows) >= 0).sum())
+        token = self.vocabulary.token_of_rows(counts.genes.rows)
+        used = int((token >= 0).sum())
+        share = len(np.unique(token[token >= 0]))/max(1, len(self.vocabulary) - len(SPECIAL)) # genes of the model that the cells measured
         return dict(model=self.name, pooling=self.pooling, max_len=self.settings.max_len, precision=self.precision, tokenizer_hash=tokenizer_hash(self.settings, self.vocabulary),
-            vocabulary_hash=self.vocabulary.hash, counts_from=counts.place, n_genes_used=used, n_genes_given=len(counts.genes.rows), n_empty=int(n_empty), n_truncated=int(n_truncated))
+            vocabulary_hash=self.vocabulary.hash, counts_from=counts.place, n_genes_used=used, n_genes_given=len(counts.genes.rows), share_of_model=round(share, 4), n_empty=int(n_empty), n_truncated=int(n_truncated))
 
 # %% ../nbs/10_embed.ipynb #42331fa5
 def chosen_device(

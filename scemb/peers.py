@@ -155,8 +155,12 @@ class Peer(CellEncoder):
     depth: int|None = None         # Layers that are run; None: all
     unit_length: bool = False      # Whether vectors are scaled to length 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.net.peer = self.name    # perturbations read every layer of bare genes, and ask for this
+
     @property
-    def model(self): return self.net, self.vocabulary, self.settings       # what takes a model of ours takes this
+    def model(self): return self.net, self.vocabulary, self.settings
     @property
     def n_parameters(self): return sum(p.numel() for p in self.net.bert.parameters())
 

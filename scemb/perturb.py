@@ -134,6 +134,12 @@ def plan(adata, model="scemb-small", genes=None, kind="mask", factor=.2, by=None
     if kind not in KINDS: raise ValueError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}.")
     if kind == "shift" and not 0 < factor < 1: raise ValueError(f"factor is {factor}; a knock-down leaves a share of the counts between 0 and 1 (delete takes all).")
     coder = model if isinstance(model, CellEncoder) else cell_encoder(model, pooling, max_len, device, precision, token_budget)
+    peer = getattr(coder.net, "peer", None)
+    if peer:
+        raise ValueError(
+            f"{peer} reads a cell from a layer and between tokens of its own; perturb and screen read "
+            "scEMB's states and would answer for another model. Give a scEMB checkpoint; "
+            "`embed` and `scemb benchmark` take this one.")
     if seed is not None: coder = replace(coder, settings=replace(coder.settings, seed=seed))
     if coder.pooling == "cls": raise ValueError("pooling is 'cls', a token of its own; a perturbation is read off the other genes: use mean12 or last.")
     counts = read_counts(adata, layer); obs = counts.adata.obs
