@@ -101,8 +101,7 @@ FAULTS = [
     Fault("correlate", 'np.where(table.cosine < 0, "reversal", "mimic")', 'np.where(table.cosine > 0, "reversal", "mimic")', "reversal is called mimic"),
     Fault("stats", "(np.minimum(1, 2*np.minimum(greater, less)), greater, less)",
           "(np.minimum(greater, less), greater, less)", "a two-sided p is the smaller one"),
-    Fault("edits", "wanted = torch.full((n,), torch.inf, dtype=value.dtype, device=value.device); wanted[owner[p]] = value[p]*factor",
-          "wanted = torch.full((n,), torch.inf, dtype=value.dtype, device=value.device); wanted[owner[p]] = value[p]",
+    Fault("edits", "wanted = torch.where(there, value[p]*factor, torch.inf)", "wanted = torch.where(there, value[p], torch.inf)",
           "a knocked-down gene keeps its rank"),
     Fault("counts", "bad |= ~(flat == np.floor(flat))", "bad |= flat > np.floor(flat)", "NaN passes as a count"),
     # pretraining, files

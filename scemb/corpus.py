@@ -19,7 +19,7 @@ import pandas as pd
 from .counts import check_output
 from .curate import BY, Filters, coding_counts, counted_steps, funnel, gene_axis, gene_keys, measure
 from .datasets import available, locate, manifest, manifests
-from .folders import Damaged, check_file, inside, only_writer, open_folder, read_json, read_toml, tidy_locks, write_json, write_manifest
+from .folders import Damaged, check_file, inside, only_writer, open_folder, read_json, read_toml, tidy_folder, write_json, write_manifest
 from .genes import ASSETS
 from .shards import COMPOSITION, GENE_STEP, MITO_STEP, ShardWriter, enter, finished, rewrite, shard_column, shard_obs, shard_var
 from .sources import is_soma, open_counts, open_source
@@ -213,8 +213,8 @@ def merge(
 )->dict:        # The card, also written as corpus.json
     "Take out copies and write the card of the corpus."
     records, content = drop_duplicates(plan, folder, records)
-    for stray in folder.glob("*.part"): stray.unlink()
-    tidy_locks(folder)
+    for stray in folder.glob("shard-*.part"): stray.unlink()
+    tidy_folder(folder)
     sets = [data_set_card(c, [r for r in records if (r["source"], r["data_set"]) == (c.source, c.name)], plan) for c in plan.candidates]
     steps = list(dict.fromkeys(k for s in sets for k in s["removed"])); n, filters = sum(s["cells_in"] for s in sets), []
     for k in steps:

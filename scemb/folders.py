@@ -6,7 +6,7 @@
 __all__ = ['SIGN', 'MANIFEST', 'FORMAT', 'SMALL', 'remove', 'tidy', 'flush', 'new_file', 'put', 'write_file', 'write_json',
            'Damaged', 'checksum', 'inside', 'write_manifest', 'new_folder', 'check_file', 'Manifest', 'open_folder',
            'read_json', 'read_toml', 'tensor_shapes', 'read_tensors', 'compare_shapes', 'read_arrays', 'only_writer',
-           'tidy_locks', 'own_folder', 'work_folder', 'in_words', 'for_csv', 'table_for_csv', 'for_html',
+           'tidy_folder', 'own_folder', 'work_folder', 'in_words', 'for_csv', 'table_for_csv', 'for_html',
            'for_markdown', 'for_rich']
 
 # %% ../nbs/00a_folders.ipynb #ee2eb719
@@ -169,14 +169,15 @@ def write_json(
 )->Path:          # The file
     "Write a JSON file whole or not at all."
     if sign:
-        value = {**value, SIGN: _sum_of(value)}
+        value = json.loads(json.dumps(value, **options))
+        value[SIGN] = _sum_of(value)
     return write_file(path, json.dumps(value, indent=indent, **options))
 
 SIGN = "record_xxh3" # Key of the checksum that a record has of its other keys
 
-def _sum_of(value): # checksum of what JSON makes of a value, whatever the order of its keys
+def _sum_of(value): # checksum of what was read from JSON, whatever the order of its keys
     from xxhash import xxh3_128
-    return xxh3_128(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
+    return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00a_folders.ipynb #d836b52c
 MANIFEST = "manifest.json"
@@ -482,8 +483,12 @@ def _locked(lock, path): # -> handle of the lock; None where the file system has
             return handle
         os.close(handle)                 # its owner removed it between our two calls
 
-def tidy_locks(folder)->None:
-    "Remove the locks in a folder that no process holds."
+def tidy_folder(folder)->None:
+    "Clear away what killed writers left inside a folder: unfinished files, and locks that no process holds."
+    named = re.compile(rf"\.(.+)\.{_machine()}-\d+-\d+\.(part|old)")
+    for entry in list(Path(folder).iterdir()):
+        if found := named.fullmatch(entry.name):
+            tidy(entry.with_name(found[1]))
     for lock in Path(folder).glob(".*.lock"):
         name = lock.name[1:-len(".lock")]
         try:

@@ -17,7 +17,7 @@ from numba import njit
 from .embed import cell_encoder
 from .genes import gene_table, protein_coding
 from .model import ScembConfig, ScembForMaskedLM
-from .peers import Peer, fill, local_folder, read_json, read_pickle, read_weights
+from .peers import check_sizes, layers_in, Peer, fill, local_folder, read_json, read_pickle, read_weights
 from .tokenize import SPECIAL, Encoder, TokenizerSettings, Vocabulary, _TOP, _mix64, _tie_keys, kernel_arrays
 
 # %% ../nbs/18a_geneformer.ipynb #f4db2180
@@ -98,6 +98,11 @@ def geneformer_net(
     placed = lambda x, fallback: torch.where(torch.from_numpy(ids < 0).reshape(-1, *[1]*(x.ndim - 1)), torch.full((), fallback), x[torch.from_numpy(ids.clip(0))])
     word, types = "bert.embeddings.word_embeddings.weight", "bert.embeddings.token_type_embeddings.weight"
     if word not in w or types not in w: raise ValueError(f"{source} lacks {word if word not in w else types}; these are no weights of a BERT.")
+    size = lambda key, axis: next((x.shape[axis] for name, x in w.items() if name.endswith(key)), None)
+    check_sizes(source, [
+        ("num_hidden_layers", config["num_hidden_layers"], layers_in(w)), ("hidden_size", config["hidden_size"], w[word].shape[1]),
+        ("intermediate_size", config["intermediate_size"], size("layer.0.intermediate.dense.weight", 0)),
+        ("max_position_embeddings", config["max_position_embeddings"], size("position_embeddings.weight", 0))])
     w[word], w[types] = placed(w[word], 0.), w[types][:1].repeat(2, 1)
     for k in ("cls.predictions.bias", "cls.predictions.decoder.bias"): w |= {k: placed(w[k], -100.)} if k in w else {}
     w["cls.predictions.decoder.weight"] = w[word]

@@ -22,7 +22,7 @@ from .baselines import ClusterBinTable, adversary_scorer, bin_table, gene_vector
 from .batching import as_tensors, masked_batch
 from .checkpoint import ASSETS, check_fit, save_checkpoint, unfinished
 from .counts import check_output
-from .folders import Damaged, only_writer, open_folder, read_json, read_tensors, write_file, write_json, write_manifest
+from .folders import Damaged, checksum, only_writer, open_folder, read_json, read_tensors, write_file, write_json, write_manifest
 from .flops import flops_per_token, mfu, peak_flops
 from .model import (
     ScembConfig, ScembForMaskedLM, Segments, autocast, chosen_precision, compile_layers,
@@ -267,13 +267,16 @@ def _heldout_log(heldout, tokens, cells, s, out, step, args): # -> function(step
     heldout = heldout.subset(np.arange(min(len(heldout), s.eval_cells)))
     path = out/"heldout.csv"
     asked = dict(max_len=s.max_len, seed=1, share=SCORED_SHARE)      # the same question for all
-    if not args.process_index and not (out/"baselines.csv").exists():
+    kept = _kept_scores(out)
+    if not args.process_index and not _as_written(out/"baselines.csv", kept["baselines"]):
         chosen = np.sort(np.random.default_rng(s.seed).permutation(cells)[:50_000])
         clusters = min(40, 1 + len(chosen)//50)
         guesses = baseline_scorers(tokens.subset(chosen), s.max_len, s.seed, n_clusters=clusters)
         scores = masked_scores(heldout, guesses, **asked)
         write_file(out/"baselines.csv", score_summary(scores, s.seed).to_csv(index=False))
-    rows = [r for r in _scored_before(path) if r["step"] <= step] if step else []
+    rows = [r for r in kept["rows"] if r["step"] <= step] if step else []
+    if not args.process_index:
+        _keep_scores(out, rows)
 
     def score(step, model):
         training = model.training
@@ -285,8 +288,24 @@ def _heldout_log(heldout, tokens, cells, s, out, step, args): # -> function(step
         rows[:] = [r for r in rows if r["step"] != step] + [dict(step=step) | row]
         if not args.process_index:
             write_file(path, pd.DataFrame(rows).to_csv(index=False))
+            _keep_scores(out, rows)
         return row["loss"]
     return score
+
+def _kept_scores(out): # rows so far, and the checksum of baselines.csv; earlier versions kept no record of them
+    path = out/"steps"/"scores.json"
+    if path.exists():
+        return read_json(path, keys=("rows", "baselines"), way_out="Remove it: the scores are then taken from heldout.csv.")
+    return dict(rows=_scored_before(out/"heldout.csv"), baselines=None)
+
+def _keep_scores(out, rows):
+    (out/"steps").mkdir(exist_ok=True)
+    sums = checksum(out/"baselines.csv")
+    plain = lambda x: x.item()               # NumPy's numbers
+    write_json(out/"steps"/"scores.json", dict(rows=rows, baselines=sums), sign=True, default=plain)
+
+def _as_written(path, sums): # whether a table is there, and what was written where that is known
+    return path.exists() and (sums is None or checksum(path) == sums)
 
 def _scored_before(path): # rows of heldout.csv, every digit as it was written
     import pandas as pd
@@ -813,7 +832,7 @@ def _write_model(model, out, tokens, s, rates, card, weights, history): # all fi
     record = dict(
         settings=asdict(s), **rates, versions=versions(), n_cells=len(tokens),
         n_weights=n_weights, **(card or {}))
-    if scored := _scored_before(out/"heldout.csv"):
+    if scored := _kept_scores(out)["rows"]:
         record["heldout"] = scored[-1]
     window = replace(tokens.settings, max_len=min(s.max_len, tokens.settings.max_len))
     more = {"loss.csv": pd.DataFrame(log).to_csv(index=False), "training.json": json.dumps(record, indent=1)}

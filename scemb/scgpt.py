@@ -18,7 +18,7 @@ from torch import nn
 from .embed import cell_encoder
 from .genes import gene_table, map_genes, protein_coding
 from .model import ScembConfig, ScembModel, ScembPreTrainedModel
-from .peers import Peer, fill, local_folder, read_json, read_weights
+from .peers import check_sizes, layers_in, Peer, fill, local_folder, read_json, read_weights
 from .tokenize import Encoder, SPECIAL, TokenizerSettings, Vocabulary, _mix64, _tie_keys, kernel_arrays
 
 # %% ../nbs/18b_scgpt.ipynb #b43896ef
@@ -168,6 +168,8 @@ def ScGPT(
     state = {k.removeprefix("module."): v for k, v in read_weights(folder/"best_model.pt").items()}
     rows = len(state["encoder.embedding.weight"]) if "encoder.embedding.weight" in state else None
     if rows != len(vocab): raise ValueError(f"{path}: the weights have {'no gene vectors' if rows is None else f'{rows:,} tokens'} and vocab.json {len(vocab):,}: another vocabulary. Take both from the same model.")
+    inner = next((x.shape[0] for name, x in state.items() if name.endswith("layers.0.linear1.weight")), None)
+    check_sizes(path, [("embsize", args["embsize"], state["encoder.embedding.weight"].shape[1]), ("nlayers", args["nlayers"], layers_in(state)), ("d_hid", args["d_hid"], inner)])
     if not 2 <= max_len: raise ValueError(f"max_len={max_len}; <cls> and at least one gene are needed.")
     vocabulary, ids, symbols = scgpt_vocabulary(vocab)
     dropout = args.get("dropout", .2)

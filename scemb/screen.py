@@ -282,7 +282,7 @@ def _kept_choice(folder, choose): # the choice of a job that was stopped holds f
     if folder is None:
         return choose()
     note = folder/"products.txt"
-    if not note.exists() or note.read_text() not in ("fp32", "tf32"):
+    if not note.exists() or note.read_bytes() not in (b"fp32", b"tf32"):
         write_file(note, choose())
     return note.read_text()
 

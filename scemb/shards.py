@@ -112,11 +112,19 @@ def shard_column(path, name):
     import h5py
     with h5py.File(path) as f: return f["obs"][name][:]
 
+def _uns_of(path):
+    import h5py
+    from anndata.io import read_elem
+    with h5py.File(path) as f:
+        return read_elem(f["uns"]) if "uns" in f else {}
+
 def rewrite(folder, unit, record, left): # a shard without some of its cells
     counts = open_counts(folder/record["file"]); adata = counts.adata
     writer = ShardWriter(folder/record["file"], adata.n_vars)
     for first, chunk in counts.chunks(): writer.append(chunk[left[first:first + chunk.shape[0]]])
-    obs, var, uns = adata.obs[left].copy(), adata.var.copy(), dict(adata.uns); adata.file.close()
+    obs, var = adata.obs[left].copy(), adata.var.copy()
+    counts.close()
+    uns = _uns_of(folder/record["file"])
     for c in obs.select_dtypes("category"): obs[c] = obs[c].cat.remove_unused_categories()
     path = folder/record["file"] if left.any() else None
     if path: writer.close(obs, var, uns)
