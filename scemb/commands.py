@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'Style', 'Progress', 'BARS', 'Precision', 'Layer', 'GeneColumn', 'DuplicateRule', 'Duplicates', 'StripNames',
            'RoundCounts', 'Species', 'Seed', 'Overwrite', 'Model', 'Device', 'choice', 'shell_words', 'with_options',
-           'refusing', 'alone', 'check_species', 'reading_cells', 'loading', 'counter', 'tell']
+           'end_with_parent', 'refusing', 'alone', 'check_species', 'reading_cells', 'loading', 'counter', 'tell']
 
 # %% ../nbs/97_commands.ipynb #dceb62de
 import functools, gc, inspect, json, os, re, sys, warnings
@@ -70,6 +70,15 @@ def with_options(
 def _option(name, annotation, default):
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
 
+def end_with_parent()->None:
+    "Have the system end this process when the one that started it is killed (Linux): else it would wait for the others, and hold its output, for half an hour."
+    if sys.platform != "linux":
+        return
+    import ctypes
+    import signal
+    set_signal_of_parents_death = 1
+    ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
+
 def _once(unraisable): # h5py repeats "disk full" for every object that it gives up; the command has said it already
     if in_words(unraisable.exc_value) is None:
         sys.__unraisablehook__(unraisable)
@@ -82,6 +91,8 @@ def refusing(command): # a command -> the same, ending with code 1 and one clear
     def run(*args, progress="auto", **kwargs):
         _set_style(progress)
         sys.unraisablehook = _once
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
         kwargs = {k: str(v) if isinstance(v, StrEnum) else v for k, v in kwargs.items()}
         try:
             with warnings.catch_warnings():

@@ -496,10 +496,13 @@ def kills_of_two(toys, rng, n):
     def run(*more, seconds=None):
         p = subprocess.Popen([str(w) for w in (*words, *more)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         try:
-            said = p.communicate(timeout=seconds or 600)[0]
+            said = p.communicate(timeout=seconds or 300)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(p.pid, signal.SIGKILL)
-            said = p.communicate()[0]
+            os.killpg(p.pid, signal.SIGKILL)             # the launcher; its processes must end with it
+            try:
+                said = p.communicate(timeout=60)[0]
+            except subprocess.TimeoutExpired:
+                raise SystemExit("the processes of a killed launcher go on") from None
         return Ended(p.returncode, said)
     began = time.monotonic()
     end = run()
@@ -860,6 +863,7 @@ def main():
     parser.add_argument("--out", type=Path, help="CSV to write: a row an area.")
     parser.add_argument("--small", action="store_true", help="A few tries of the areas that need no kills.")
     parser.add_argument("--only", nargs="*", choices=list(AREAS), help="These areas.")
+    parser.add_argument("--resume", action="store_true", help="Keep the rows that --out has already, and do the other areas.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", type=Path, help="CSV to write, in place of all tries: what the checksums cost a reader.")
     parser.add_argument("--pairs", type=int, default=9, help="Readings with and without, for --cost.")
@@ -875,6 +879,10 @@ def main():
         areas.setdefault(area, WHOLE[area])
     torch.set_num_threads(1)
     rows = []
+    if given.resume and given.out.exists():
+        with open(given.out, newline="") as f:
+            rows = [{k: v if k == "area" else int(v) for k, v in r.items()} for r in csv.DictReader(f)]
+        areas = dict(list(areas.items())[len(rows):])
     with tempfile.TemporaryDirectory() as folder:
         toys = Toys(Path(folder), given.small)
         toys.make()
@@ -882,11 +890,11 @@ def main():
             began = time.monotonic()
             tally = AREAS[name](toys, random.Random(f"{given.seed} {name}"), n)
             rows.append(dict(area=tally.area, tries=sum(tally.counts.values()), **tally.counts))
+            if given.out:
+                write_rows(given.out, rows)
             print(f"{rows[-1]}  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             for line in tally.odd if given.list else ():
                 print(f"    {line}", file=sys.stderr, flush=True)
-    if given.out:
-        write_rows(given.out, rows)
     bad = sum(r[k] for r in rows for k in OUTCOMES[2:])
     print(f"{sum(r['tries'] for r in rows)} tries, {bad} of them lost, accepted, with a traceback or unclear", file=sys.stderr)
     return min(bad, 100)
