@@ -24,7 +24,7 @@ TABLE = ROOT/"benchmarks"/"matrix.csv"
 # What the pages below need besides the base: peft, matplotlib and accelerate, and the reader of the Census.
 EXTRAS = ("finetune", "demo", "census")
 # Tools of the development that pages use; no user needs them.
-PAGE_TOOLS = ("nbdev", "execnb", "fastcore", "zarr", "hypothesis", "tensorboard")
+PAGE_TOOLS = ("nbdev", "execnb", "fastcore", "zarr", "hypothesis", "tensorboard", "harmonypy")
 PAGES = ("00_*", "01_*", "02*", "03_*", "04*", "05*", "06*", "07*", "08*", "09*", "10*", "11*", "18a_*", "99_*")
 PAGE_SECONDS = 900
 COMMAND_SECONDS = 600
@@ -56,7 +56,8 @@ def requirements(versions):
     users = cfg["requirements"].split()
     for extra in EXTRAS:
         users += cfg[f"{extra}_requirements"].split()
-    developers = (cfg["dev_requirements"] + " " + cfg["train_requirements"]).split()
+    extras = ("dev", "train", "bench")
+    developers = " ".join(cfg[f"{extra}_requirements"] for extra in extras).split()
     tools = [word for word in developers if Requirement(word).name in PAGE_TOOLS]
     if versions == "lowest":
         users = [lower_bound(word) for word in users]
