@@ -271,6 +271,26 @@ def check_compiled(root, package="scemb", settled=("_mix64",)):
     return bad
 
 
+def reads_committed(tree):
+    "Whether a syntax tree names the folder of committed tables: `root/\"benchmarks\"`, `Path(\"../../benchmarks/x.csv\")`."
+    names = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return any(re.match(r"(?:\.\./)*benchmarks(?:/|$)", name) for name in names)
+
+
+def check_claims(root):
+    "A page of figures/ or benchmarks/ that shows a committed table asserts something that every suite runs."
+    bad = []
+    for p in pages(root):
+        if p.folder not in ("figures", "benchmarks"): continue
+        try: cells = list(trees(p))
+        except SyntaxError: continue    # check_order names it
+        shows = any(reads_committed(tree) for _, _, tree in cells)
+        run = [tree for _, cell, tree in cells if not {d.split()[0] for d in directives(cell)} & {"gpu", "net"}]
+        if shows and not any(isinstance(node, ast.Assert) for tree in run for node in ast.walk(tree)):
+            bad.append(f"nbs/{p.rel} shows a committed table and asserts nothing: add a hidden cell that compares the page's sentences with the table.")
+    return bad
+
+
 # Names of functions, by their beginning, that return nothing to look at.
 SILENT = ("test_", "assert", "check_", "write", "save", "to_", "close", "cleanup", "rmtree", "remove", "unlink", "copy", "mkdir", "set_")
 
@@ -337,4 +357,5 @@ STATIC = {
     "modules": check_modules,
     "imports in cells of their own": check_import_cells,
     "compiled functions kept on disk": check_compiled,
+    "claims are asserted": check_claims,
 }

@@ -258,6 +258,19 @@ class Planted(unittest.TestCase):
         complaints = "\n".join(suite.wheel_contents(wheel, self.root))
         for words in ["lacks scemb/__init__.py", "genes.csv differs", "gone is a link", "holds nbs/index.ipynb", "no `scemb` command"]: self.assertIn(words, complaints)
 
+    def test_claims(self):
+        "a page that shows a committed table asserts something, in a cell that every suite runs"
+        head, tagged = cell("# Fig\n\n> A figure.", "markdown"), cell("n = 1", tags=["parameters"])
+        for source in ['t = pd.read_csv("../../benchmarks/t.csv")', 't = pd.read_csv(root/"benchmarks"/"t.csv")', 'p = Path("benchmarks/t.json")']:
+            for no_test in ["#| gpu\nassert len(t)", "#| eval: false\nassert len(t)", "print('assert')"]:
+                self.page("figures/fig.ipynb", head, tagged, cell(source), cell(no_test))
+                self.found(checks.check_claims(self.root), "figures/fig.ipynb", "asserts nothing")
+            self.page("figures/fig.ipynb", head, tagged, cell(source), cell("#| hide\nfor x in t: assert x"))
+            self.clean(checks.check_claims)
+        self.page("figures/fig.ipynb", head, tagged, cell("print('no table')"))
+        self.page("launch/other.ipynb", head, tagged, cell('t = pd.read_csv("../../benchmarks/t.csv")'))
+        self.clean(checks.check_claims)
+
     def test_ruff(self):
         "ruff sees an unused import and an unknown name, and lets star imports pass"
         shutil.copy(checks.ROOT/"pyproject.toml", self.root)
