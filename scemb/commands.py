@@ -79,9 +79,19 @@ def end_with_parent()->None:
     set_signal_of_parents_death = 1
     ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
 
-def _once(unraisable): # h5py repeats "disk full" for every object that it gives up; the command has said it already
-    if in_words(unraisable.exc_value) is None:
-        sys.__unraisablehook__(unraisable)
+def _say_once(): # h5py repeats "disk full", with a traceback, for every object that it gives up; the command says it itself
+    def repeated(error):
+        words = ("decrement id ref count", "file write failed")
+        return isinstance(error, (RuntimeError, OSError)) and any(w in str(error) for w in words)
+    before, before_unraisable = sys.excepthook, sys.unraisablehook
+    def unraisable(args):
+        if not repeated(args.exc_value):
+            before_unraisable(args)
+    def uncaught(kind, error, trace):
+        if not repeated(error):
+            before(kind, error, trace)
+    if getattr(sys.excepthook, "__name__", "") != "uncaught":
+        sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 def refusing(command): # a command -> the same, ending with code 1 and one clear message when input is refused
     "Turn refused input into a message and exit code 1; anything else is a bug and keeps its traceback. Adds --progress."
@@ -90,7 +100,7 @@ def refusing(command): # a command -> the same, ending with code 1 and one clear
     @functools.wraps(command)
     def run(*args, progress="auto", **kwargs):
         _set_style(progress)
-        sys.unraisablehook = _once
+        _say_once()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent()
         kwargs = {k: str(v) if isinstance(v, StrEnum) else v for k, v in kwargs.items()}
