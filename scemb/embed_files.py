@@ -18,7 +18,7 @@ import torch
 from .counts import Reading, read_counts
 from .embed import CellEncoder, cell_encoder, check_not_all_empty
 from .files import kind_of_file, open_cells, open_zarr_group, size_and_time
-from .folders import Damaged, new_file, only_writer, work_folder, write_json
+from .folders import Damaged, new_file, only_writer, room_for, work_folder, write_json
 from .results import check_key, check_results, remembered, write_cells
 from .tokens import encoded_chunks
 
@@ -135,6 +135,7 @@ def _assemble(source, out, windows, key, record): # copy the source, add the vec
         else:
             shutil.copyfile(source, part)
             os.chmod(part, 0o600)                    # the source may be read-only
+            room_for(part, windows.n_cells*windows.width*4 + (1 << 17), part.stat().st_size)
             _add_to_h5ad(part, windows, key, record)
         _check_copy(part, windows)
 

@@ -6,7 +6,7 @@
 __all__ = ['SIGN', 'MANIFEST', 'FORMAT', 'SMALL', 'remove', 'tidy', 'flush', 'new_file', 'put', 'write_file', 'write_json',
            'Damaged', 'checksum', 'inside', 'write_manifest', 'new_folder', 'check_file', 'Manifest', 'open_folder',
            'read_json', 'read_toml', 'tensor_shapes', 'read_tensors', 'compare_shapes', 'read_arrays', 'only_writer',
-           'tidy_folder', 'own_folder', 'work_folder', 'in_words', 'for_csv', 'table_for_csv', 'for_html',
+           'tidy_folder', 'own_folder', 'work_folder', 'room_for', 'in_words', 'for_csv', 'table_for_csv', 'for_html',
            'for_markdown', 'for_rich']
 
 # %% ../nbs/00a_folders.ipynb #ee2eb719
@@ -535,6 +535,26 @@ def work_folder(
     folder.mkdir(mode=0o700)
     write_file(note, key)
     return False
+
+# %% ../nbs/00a_folders.ipynb #32e10c32
+def room_for(
+    path,         # File that will be written, or will grow
+    n_bytes:int,  # Of what will be written
+    size:int=0,   # Of the file as it is
+)->None:
+    "Refuse, as the system would, to write so much: full disk, quota, limit of a file's size."
+    path = Path(path)
+    probe = _aside(path, "room")
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        if n_bytes > 0 and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, size, n_bytes)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
+    finally:                             # a file system without this call is not asked
+        os.close(handle)
+        probe.unlink()
 
 # %% ../nbs/00a_folders.ipynb #d3963ad7
 _WORDS = {

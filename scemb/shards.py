@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .genes import gene_table
-from .folders import Damaged, checksum, flush, inside, read_json, write_json
+from .folders import Damaged, checksum, flush, inside, read_json, room_for, write_json
 from .sources import open_counts
 
 # %% ../nbs/04b_shards.ipynb #0ae8d51a
@@ -43,15 +43,22 @@ class ShardWriter:
             flat = np.concatenate(self.open[k]) if self.open[k] else np.zeros(0, np.int32); self.open[k] = [flat[n:]]
             blocks.append(np.pad(flat[:n], (0, -n % self.CHUNK)).reshape(-1, self.CHUNK))
         order = [block for pair in zip(*blocks) for block in pair]
-        for i, packed in enumerate((self.pool.map if self.pool else map)(_deflate, order)):
+        compressed = list((self.pool.map if self.pool else map)(_deflate, order))
+        self._room(sum(len(packed) for packed in compressed))
+        for i, packed in enumerate(compressed):
             at, d = self.size + i//2*self.CHUNK, list(self.sets.values())[i % 2]
             d.resize((min(at + self.CHUNK, self.size + n),)); d.id.write_direct_chunk((at,), packed)
         self.size += n; self.held -= n
+
+    def _room(self, n_bytes): # HDF5 does not survive a full disk
+        self.file.flush()
+        room_for(self.part, n_bytes + (1 << 16), self.part.stat().st_size)
 
     def close(self, obs, var, uns): # -> the file
         import anndata as ad
         self._write(self.held)
         indptr = np.concatenate(self.indptr)
+        self._room(indptr.nbytes + int(obs.memory_usage(deep=True).sum() + var.memory_usage(deep=True).sum()))
         self.x.create_dataset("indptr", data=indptr, compression="gzip", compression_opts=1, shuffle=True)
         self.x.attrs["shape"] = np.array([len(indptr) - 1, self.n_genes])
         self.file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
