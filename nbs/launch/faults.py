@@ -1,6 +1,6 @@
 """Kills, full disks, damage, two writers and strangers' files, tried on toys; what came of each try is counted.
 
-    python nbs/launch/faults.py --out benchmarks/faults.csv    # all of it: some 450 tries, about 20 minutes
+    python nbs/launch/faults.py --out benchmarks/faults.csv    # all of it: some 530 tries, about 20 minutes
     python nbs/launch/faults.py --small --out FILE             # a few of each area, under a minute
     python nbs/launch/faults.py --only checkpoint              # one area
 
@@ -848,7 +848,7 @@ def costs(folder, pairs):
 AREAS = dict(checkpoint=checkpoint, tokens=tokens, corpus=corpus, repaired=repaired, adapter=adapter, unfinished=unfinished_work, kills=kills, two=kills_of_two,
              disks=disks, writers=writers, repeated=repeated, strangers=strangers, inputs=inputs)
 SMALL = dict(checkpoint=6, tokens=6, corpus=5, repaired=2, adapter=6, strangers=3, writers=2, inputs=1)
-WHOLE = dict(checkpoint=None, tokens=60, corpus=40, repaired=20, adapter=None, unfinished=48, kills=8, two=3, disks=4, writers=None, repeated=None, strangers=None, inputs=None)
+WHOLE = dict(checkpoint=None, tokens=60, corpus=40, repaired=20, adapter=None, unfinished=48, kills=10, two=10, disks=4, writers=None, repeated=None, strangers=None, inputs=None)
 
 
 def write_rows(path, rows):
