@@ -18,7 +18,6 @@ The parts `ceilings`, `full_cells`, `profile`, `ladder`, `head` and `optimizer` 
 transformers and numpy; `trainer`, `embed`, `perturb` and `screen` run the product itself.
 """
 import argparse
-import importlib
 import inspect
 import json
 import math
@@ -26,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +37,7 @@ from gpu_parts import (  # noqa: E402
     TOP, Report, device_name, file_name, forget_memory, minutes_gone, peak_gb, random_cells, rate,
     spread, timed, token_set, versions, vocabulary_of, wait)
 
+from scemb import model as model_module  # noqa: E402
 from scemb.flops import forward_flops, mfu, peak_flops, training_flops  # noqa: E402
 from scemb.model import (  # noqa: E402
     ScembConfig, ScembForMaskedLM, Segments, _by_kernel, attention_kernel, autocast,
@@ -53,7 +52,15 @@ SEPARATE = "eager, three products for q, k, v"
 # Seconds that each part should take on an H100, compilation included, most wanted first.
 DEFAULT = dict(full_cells=55, trainer=30, embed=15, profile=15, screen=20, ceilings=4, ladder=18,
                perturb=12, optimizer=3, head=6)
-MORE = dict(kernels=45, checkpointing=25, ladder_all=30, ladder_compiled=45, agreement=10)
+MORE = dict(kernels=45, cudnn_step=15, checkpointing=25, ladder_all=30, ladder_compiled=45,
+            agreement=10)
+
+
+def cudnn_rows(kernel, q_THd, k_THd, v_THd, s, dropout=0.): # -> (T, H, d)
+    "Attention within the cells of a row by cuDNN's kernel, called with torch's own derivative."
+    q_THd, k_THd, v_THd = (x.contiguous() for x in (q_THd, k_THd, v_THd))
+    return torch.ops.aten._cudnn_attention_forward(
+        q_THd, k_THd, v_THd, None, s.cu, s.cu, s.longest, s.longest, True, 0., False, False)[0]
 
 
 class Bench:
@@ -591,14 +598,9 @@ class Bench:
                 q, k, v = (x.transpose(0, 1)[None] for x in qkv)
                 return attend(q, k, v, block_mask=mask)[0].transpose(0, 1)
             return run
-        # torch's row kernel can call cuDNN's, but does not ask for it; only this row does
-        asked = nullcontext
-        if self.cuda:
-            varlen = importlib.import_module("torch.nn.attention.varlen")
-            asked = lambda: mock.patch.object(varlen, "_should_use_cudnn", lambda *_: True)
         found = {k: (lambda k=k: lambda: _by_kernel(k, *qkv, cells, 0.))
                  for k in ("varlen", "flash_attn", "padded")} | dict(
-                     flex=flex, cudnn=lambda: lambda: _by_kernel("varlen", *qkv, cells, 0.))
+                     flex=flex, cudnn=lambda: lambda: cudnn_rows("cudnn", *qkv, cells))
         with torch.no_grad():
             reference = _by_kernel("padded", *qkv, cells, 0.).float()
         out = {}
@@ -610,10 +612,9 @@ class Bench:
 
                 def both(attend=attend):
                     torch.autograd.grad(attend().float().square().sum(), qkv)
-                with asked() if name == "cudnn" else nullcontext():
-                    with torch.no_grad():
-                        difference = float((attend().float() - reference).abs().max())
-                    seconds = timed(both, self.repeats)
+                with torch.no_grad():
+                    difference = float((attend().float() - reference).abs().max())
+                seconds = timed(both, self.repeats)
                 rates = spread([flops/s/1e12 for s in seconds], 2)
                 out[name] = dict(ms=spread([1e3*s for s in seconds]), tflops=rates,
                                  max_difference_to_padded=difference)
@@ -621,6 +622,37 @@ class Bench:
                 out[name] = dict(broke=f"{type(e).__name__}: {e}"[:300])
         text = "; ".join(f"{k} {v['ms']['median']:.2f} ms" for k, v in out.items() if "ms" in v)
         return out | dict(tokens=total, cells=len(lengths), number=text)
+
+    def cudnn_step(self):
+        "Eager steps on full cells with torch's row kernel and with cuDNN's, in turn."
+        ways = dict(flash=_by_kernel, cudnn=cudnn_rows)
+        model, out = self.model().train(), {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0., fused=True)
+        for cells in (2,) if self.toy else (32, 16):
+            lengths = [np.full(cells, self.window)]
+            batch = self.flat(lengths[0])
+            seconds = {name: [] for name in ways}
+            for i in range(self.repeats + 1):
+                for name, kernel in ways.items():
+                    with mock.patch.object(model_module, "_by_kernel", kernel):
+                        took = timed(self.training(model, [batch], optimizer), 1, 0)
+                    if i:                                       # the first round warms up
+                        seconds[name] += took
+            for name in ways:
+                out[f"{name}, {cells} cells"] = self.report(seconds[name], lengths)
+        # Ten cells of mixed lengths, without dropout: gradients of both, against each other
+        model.eval()
+        mixed = self.flat(np.linspace(self.window//8, self.window, 10).astype(int))
+        gradients = []
+        for kernel in ways.values():
+            model.zero_grad(set_to_none=True)
+            with mock.patch.object(model_module, "_by_kernel", kernel), self.autocast():
+                model(**mixed).loss.backward()
+            some = [p.grad.flatten()[:10_000].float() for p in model.bert.encoder.parameters()]
+            gradients.append(torch.cat(some))
+        a, b = gradients
+        text = "; ".join(f"{k} MFU {v['mfu']}" for k, v in out.items())
+        return out | dict(gradient_relative_difference=float((a - b).norm()/a.norm()), number=text)
 
     def checkpointing(self):
         "The largest batch of full cells that fits, with and without gradient checkpointing."

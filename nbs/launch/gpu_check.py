@@ -168,11 +168,12 @@ def check_imports(lab):
 
 
 def _there(name):
-    "Whether a package can be found."
+    "Whether a package is installed; a plain folder of that name on the path is none."
     try:
-        return importlib.util.find_spec(name) is not None
+        found = importlib.util.find_spec(name)
     except ValueError:
         return False
+    return found is not None and found.origin is not None
 
 
 def check_precision(lab):
@@ -313,7 +314,8 @@ def check_compiled(lab):
 def check_embed(lab):
     "64 cells as vectors: three poolings, both precisions, an empty cell, against the CPU."
     from scemb.embed import encode_cells
-    n, longest = (8, 60) if lab.toy else (64, 512)
+    ranks = lab.net.config.max_position_embeddings
+    n, longest = (8, 60) if lab.toy else (64, min(512, ranks - 1))             # <cls> takes a rank
     cells = lab.cells(n, longest)
     cells["offsets"] = np.append(cells["offsets"], cells["offsets"][-1])       # an empty cell
     rows, ok = {}, True
@@ -480,7 +482,9 @@ def check_fit(lab):
                    same_class=float((found.argmax(1) == on_cpu.argmax(1)).mean()))
         limit = .15 if lab.cuda and "fp32" not in way else 1e-3
         ok &= row["against_cpu"] < limit and row["same_class"] > .95
-        ok &= bool(np.isfinite(loss).all()) and (len(loss) < 2 or loss[-1] < 1.1*loss[0])
+        # A way that starts from the probe starts low: half of chance's loss is low enough.
+        learns = len(loss) < 2 or loss[-1] < max(1.1*loss[0], np.log(2)/2)
+        ok &= bool(np.isfinite(loss).all()) and learns
         rows[way] = row
     text = "; ".join(f"{k} accuracy {v['accuracy']:.2f}, CPU copy {v['against_cpu']:.1e}"
                      for k, v in rows.items())
@@ -659,7 +663,7 @@ def counted_waits(lab, lines):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     lines += [f"{Path(w.filename).name}:{w.lineno}" for w in caught
-              if "synchronizing" in str(w.message)]
+              if "called a synchronizing" in str(w.message)]
 
 
 def check_waits_model(lab):

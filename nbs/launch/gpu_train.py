@@ -249,7 +249,7 @@ class Loader:
     "Batches of one recipe: batch i is a function of (seed, i), made by threads ahead of the GPU."
 
     def __init__(self, cells, chosen, recipe, size, seed, device, threads=2, ahead=6):
-        self.cells, self.chosen, self.recipe = cells, chosen, RECIPES[recipe]
+        self.cells, self.chosen, self.recipe = cells, chosen, (RECIPES | LATER)[recipe]
         self.size, self.seed, self.device, self.ahead = size, seed, device, ahead
         self.n_vocab = len(cells.vocabulary)
         self.encoders = {}
@@ -465,6 +465,11 @@ RECIPES = {
     "vicreg": Recipe("pair", ((hidden_genes_of_cell, 3.0), (vicreg, 25.0))),
     "supcon": Recipe("whole", (CELL, (labelled_contrast, 5.0))),
 }
+# What followed from the first comparison: "thin" with a little of what frees it of depth, or with labels.
+LATER = {
+    "thin_free": Recipe("part", ((other_part, 10.0), (components_of_cell, 5.0)), True),
+    "thin_labels": Recipe("part", ((other_part, 10.0), (labelled_contrast, 5.0))),
+}
 
 
 class Heads(torch.nn.Module):
@@ -647,7 +652,7 @@ def train(name, cells, size, device, ends_at, steps, folder):
         "-"
     )  # "cell-s1-muon": recipe cell, seed 1, with Muon
     seed = next((int(o[1:]) for o in options.split("-") if o[:1] == "s"), 0)
-    recipe, muon = RECIPES[recipe_name], "muon" in options
+    recipe, muon = (RECIPES | LATER)[recipe_name], "muon" in options
     chosen, held_out = split_held_out(len(cells.indptr) - 1)
     held_out = held_out[:40] if steps else held_out
     model = new_model(cells, size, seed).to(device).train()
@@ -1167,7 +1172,8 @@ def work(args):
             model, record = train(name, cells, size, device, args.ends_at, args.steps, folder)
             say(f"{record['steps']} steps, held-out loss {record['held_out_loss']}")
             keep = lambda rows: write(record | dict(judged=dict(rows=rows)))
-            record["judged"] = judge_model(model, cells, size, device, say, keep)
+            if not args.train_only:
+                record["judged"] = judge_model(model, cells, size, device, say, keep)
     except Exception as e:
         record["error"] = f"{type(e).__name__}: {e}"[:1000]
         record["where"] = traceback.format_exc()[-2000:]
@@ -1261,9 +1267,9 @@ def watch(args):
     "Start a process a recipe, write what stands every ninety seconds, and the table at the end."
     names = args.recipes.split(",")
     for name in names:
-        if name.split("-")[0] not in RECIPES:
+        if name.split("-")[0] not in RECIPES | LATER:
             raise SystemExit(
-                f"There is no recipe {name!r}; the recipes are {', '.join(RECIPES)} "
+                f"There is no recipe {name!r}; the recipes are {', '.join(RECIPES | LATER)} "
                 "(with -s1 for another seed, -muon for Muon)."
             )
     args.scratch = tempfile.mkdtemp()
@@ -1272,6 +1278,8 @@ def watch(args):
     told |= {"pack": args.pack, "threads": args.threads}
     passed = [f"--{name}={value}" for name, value in told.items()]
     passed += ["--toy"] * args.toy + ["--small"] * args.small
+    passed += ["--train-only"] * args.train_only
+    beside = [] if args.train_only else BESIDE
     run = [sys.executable, str(Path(__file__).resolve())]
     # Without a limit each process would start a thread a core in every product.
     limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -1284,7 +1292,7 @@ def watch(args):
         return subprocess.Popen([*run, "--worker", name, *passed], env=environment, stdout=said)
 
     out, last = Path(args.out), time.time()
-    waiting, going = [*names, *BESIDE], {}
+    waiting, going = [*names, *beside], {}
     at_once = args.at_once or len(waiting)
     while waiting or going:
         while waiting and len(going) < at_once:
@@ -1306,7 +1314,7 @@ def watch(args):
     result = gather(args, names, out, final=True)
     print(table(result), flush=True)
     shutil.rmtree(args.scratch, ignore_errors=True)
-    started = [*names, *BESIDE]
+    started = [*names, *beside]
     failed = [name for name in started if "error" in result["recipes"].get(name, {"error": 0})]
     if failed:
         raise SystemExit(f"These gave no result: {', '.join(failed)}; see results.json.")
@@ -1374,6 +1382,9 @@ def main(arguments=None):
     )
     parser.add_argument(
         "--judging", type=float, default=60, help="seconds of the time that judging gets"
+    )
+    parser.add_argument(
+        "--train-only", action="store_true", help="weights and curves; judge them later, see --judge"
     )
     parser.add_argument(
         "--grace", type=float, default=20, help="seconds after which late processes are ended"
