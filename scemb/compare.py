@@ -85,6 +85,7 @@ def compare(
     shots=(5, 20), n_draws:int=20,        # See `few_shot_scores`
     layer:str|None=None, seed:int=0,
     say=lambda text: None,            # Called with a line now and then
+    fair:bool=True,                   # Probes choose scaling and penalty, see `linear_probe`
 )->Comparison:
     "Put every method before every question."
     for c in (label, batch):
@@ -102,8 +103,8 @@ def compare(
         embeddings[e.name] = x = xs[0]
         say(f"scoring {e.name}")
         if integration: rows += integration_scores(integration_draws(xs, y, b, before, n_samples, max_cells, seed), e.name, len(y))
-        named, right[e.name] = leave_batch_out(x, y, b, e.name, unit, seed)
-        rows += named + few_shot_scores(x, y, e.name, shots, n_draws, seed=seed) + depth_scores(x, detected, total, e.name, seed)
+        named, right[e.name] = leave_batch_out(x, y, b, e.name, unit, seed, fair)
+        rows += named + few_shot_scores(x, y, e.name, shots, n_draws, seed=seed, fair=fair) + depth_scores(x, detected, total, e.name, seed)
     return Comparison(tidy(rows, dataset, seed, right, b, reference), embeddings, skipped)
 
 def tidy(rows, dataset, seed=0, right=None, batch=None, reference=""):
