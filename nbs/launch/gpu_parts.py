@@ -123,6 +123,11 @@ def versions()->dict:
     return found
 
 
+def plain(value):
+    "What JSON has no word for: NumPy's numbers and truths as Python's, all else as text."
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
 class TooLong(BaseException):
     "A part did not end. No `except Exception` inside of it may take this for its own."
 
@@ -177,7 +182,8 @@ class Report:
         "Keep the result of a part."
         self.result["parts"][name] = found
         self.result["minutes"] = round(minutes_gone(), 2)
-        self.path.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
+        text = json.dumps(self.result, indent=1, default=plain)
+        self.path.write_text(text + "\n")
         print(self.line(name, found), flush=True)
 
     @contextmanager
