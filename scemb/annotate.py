@@ -23,7 +23,7 @@ from .labels import UNKNOWN, compare_names, has_label, label_table, labelled, ma
 from .lesson import AT_ONCE, Lesson, learn_by_fit, learn_probe, likelier, named_once, read_vectors, rival_of, verdict
 from .prefix import knowledge_of, with_control
 from .probe import probe_scores
-from .progress import Pace
+from .progress import Pace, stage
 from .results import check_results, remembered, write_cells
 from .tokenize import SPECIAL, TokenizerSettings, tokenizer_hash
 from .tokens import TokenSet, tokenize
@@ -243,14 +243,16 @@ def learn(
         new_model(settings), classes, vocabulary, tokenizing,
         "in memory" if isinstance(base, tuple) else str(base), knowledge=knowledge,
         genes=measured_genes(reference, vocabulary, layer))
-    lesson = lesson_of(a, reference, rows, y, layer, donor)
+    with stage(say, "tokenising the reference"):
+        lesson = lesson_of(a, reference, rows, y, layer, donor)
 
     tried, again = [], True
     by_probe = settings.way == "probe" and settings.head == "linear" and knowledge is None
     what = f"{settings.way}, {tokenizing.max_len} genes a cell, {len(y):,} labelled cells of {len(classes)} classes"
     if by_probe:
         v = read_vectors(a.model, lesson, say, what)
-        held, history = learn_probe(a.model, lesson, v)
+        with stage(say, "choosing and checking the probe"):
+            held, history = learn_probe(a.model, lesson, v)
     else:
         say(what)
         held, history, again = learn_by_fit(a.model, lesson, say)
@@ -263,7 +265,8 @@ def learn(
         automatic=automatic, tried=tried, scores=scores, precision=a.model.precision,
         tokenizer=tokenizer_hash(a.tokenizing, vocabulary))
     if rival and len(held.cells) >= 10 and _has_scanpy():
-        simple = rival_of(lesson, held, len(classes), settings, layer)
+        with stage(say, "fitting the simple baseline"):
+            simple = rival_of(lesson, held, len(classes), settings, layer)
         a.card["simple_scores"] = probe_scores(simple, lesson.y[held.cells])
         a.card["verdict"] = verdict(held.p, simple, lesson.y[held.cells])
     return a
@@ -284,7 +287,9 @@ def _try_lora(a, lesson, v, by_probe, new_model, say): # LoRA beside the probe -
     if len(lora.cells) < 10:
         say(f"LoRA is left: {len(lora.cells)} cells held out cannot tell which is better")
         return held, history, True, []
-    probe_p, y = named_once(v, lesson, lora.cells, model.n_classes, a.model.settings), lesson.y[lora.cells]
+    with stage(say, "comparing LoRA with the probe"):
+        probe_p = named_once(v, lesson, lora.cells, model.n_classes, a.model.settings)
+    y = lesson.y[lora.cells]
     better = likelier(lora.p, probe_p, y)
     tried = [dict(way="probe", kept=not better, **probe_scores(probe_p, y)),
              dict(way="lora", kept=better, **probe_scores(lora.p, y))]
@@ -380,7 +385,8 @@ def annotate(
     a = annotator if isinstance(annotator, Annotator) else load_annotator(annotator)
     thresholds = _thresholds_for(a, threshold)
     _look_at_names(a, query)
-    tokens = a.tokens(query, layer)
+    with stage(say, "tokenising the query"):
+        tokens = a.tokens(query, layer)
     footing = dict(genes=np.nan, tokens=np.nan)
     if a.genes is not None and tokens.lengths.any():
         footing = shared_footing(tokens, measured_genes(query, a.vocabulary, layer), a.genes)
@@ -411,8 +417,9 @@ def _scores_of(a, tokens, knowledge, say): # -> (cells, classes)
     cells, pace = np.arange(len(tokens)), Pace("cells of the query read", say)
     parts = []
     for some in np.array_split(cells, max(1, -(-len(cells)//AT_ONCE))):
-        parts.append(predict(a.model, tokens, some, knowledge))
-        pace(int(some[-1]) + 1, len(cells))
+        first = int(some[0]) if len(some) else 0
+        on = lambda done, first=first: pace(first + done, len(cells))
+        parts.append(predict(a.model, tokens, some, knowledge, progress=on))
     return np.concatenate(parts)
 
 def _thresholds_for(a, threshold): # -> one a class
@@ -469,7 +476,9 @@ def annotate_file(
         raise ValueError("Give either the folder of an adapter or a reference with its label column.")
     if reference is not None and not label:
         raise ValueError("A reference needs the name of its label column (--label).")
-    adata = open_h5ad(query, backed=False)
+    say = learning.get("say", lambda line: None)
+    with stage(say, f"opening {Path(query).name}"):
+        adata = open_h5ad(query, backed=False)
     _check_cells(query, adata, layer)            # what is wrong with the files is said before training
     if (key := learning.get("knowledge")) is not None:
         knowledge_of(adata, key)
@@ -480,8 +489,9 @@ def annotate_file(
         _check_cells(reference, cells, layer if reference_layer is None else reference_layer)
         learning["missing"] = (*learning.get("missing", ()), *own_missing)
         a = learn(cells, label, layer=layer if reference_layer is None else reference_layer, **learning)
-    annotate(adata, a, layer, threshold, learning.get("say", lambda line: None))
-    write_cells(adata, out)
+    annotate(adata, a, layer, threshold, say)
+    with stage(say, f"writing {out.name}"):
+        write_cells(adata, out)
     return adata
 
 def _check_cells(path, adata, layer): # a refusal says which of the two files it means

@@ -14,7 +14,7 @@ import typer
 
 from .adapt_commands import annotate, finetune, integrate
 from .commands import (
-    STYLE, Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing, tell)
+    Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing, tell)
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -235,7 +235,7 @@ def pretrain(
         from scemb.checkpoint import load_checkpoint
         model = load_checkpoint(start_from)[0]
     else: model = new_model(cells, settings, **size)
-    run(cells, out, model, settings, held, resume, overwrite, quiet=STYLE[0] == "none", deepspeed=deepspeed, report_to=report_to, card=dict(start_from=start_from, corpus=cells.card.get("corpus")))
+    run(cells, out, model, settings, held, resume, overwrite, quiet=tell.style == "none", deepspeed=deepspeed, report_to=report_to, card=dict(start_from=start_from, corpus=cells.card.get("corpus")))
     if not int(os.environ.get("RANK", 0)): print(f"{out}: checkpoint, loss.csv, training.json")
 
 def _train_settings(config, given): # TOML file and command line -> TrainSettings, size of the model
