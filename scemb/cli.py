@@ -274,7 +274,7 @@ def embed(
     """
     with loading(): from scemb.embed_files import embed_file
     r = embed_file(file, out, model, pooling, max_len, reading, key=key, device=device, precision=precision, token_budget=token_budget, seed=seed, overwrite=overwrite, progress=counter("cells"))
-    print(f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, {r['share_of_model']:.0%} of those that the model knows; {r['n_truncated']:,} cells cut at {r['max_len']} genes, {r['n_empty']:,} without genes (NaN)")
+    print(f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, {r['share_of_model']:.0%} of those that the model knows, with {r['share_of_counts']:.0%} of the counts; {r['n_truncated']:,} cells cut at {r['max_len']} genes, {r['n_empty']:,} without genes (NaN)")
 
 @app.command()
 @refusing

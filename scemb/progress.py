@@ -95,7 +95,7 @@ class Voice:
 
     def bar(self, what:str):
         "A bar with rate and time left: called with done, total and a note."
-        task = self._start(what)
+        task = self._start(what, "left")
         def move(done, total, note=""):
             if task.finished_time is not None:
                 return
@@ -131,18 +131,18 @@ class Voice:
         self.bars, self.moving, self.ended = None, 0, None
         del self.doing[1:]
 
-    def _start(self, what): # -> task of rich
+    def _start(self, what, left=""): # -> task of rich; a word beside the time left
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         if self.bars is None:
             columns = (
                 TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}", markup=False),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+                TimeElapsedColumn(), TextColumn("so far"), TimeRemainingColumn(), TextColumn("{task.fields[left]}"))
             console = Console(stderr=True, force_jupyter=False)
             self.bars = Progress(*columns, console=console, redirect_stdout=False)
             self.bars.start()
         self.moving += 1
-        made = self.bars.add_task(what, total=None, said="")
+        made = self.bars.add_task(what, total=None, said="", left=left)
         return next(t for t in self.bars.tasks if t.id == made)
 
     def _stop(self, task): # bars that do not move leave the terminal to others
