@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import load_checkpoint
-from .counts import Reading, open_h5ad, read_counts
-from .embed import FOOTING_GOOD, FOOTING_LEAST
+from .counts import FOOTING_GOOD, FOOTING_LEAST, Reading, open_h5ad, read_counts
 from .folders import Damaged
 from .finetune import CellModel, FinetuneSettings, load_adapter, save_adapter
 from .fit import predict, probabilities
