@@ -358,7 +358,9 @@ def read_tokens(
     "Open a token data set without reading it; a shard is compared with its checksum when it is first read."
     import pyarrow as pa
     folder = Path(folder)
-    if not (folder/"tokens.json").exists(): raise FileNotFoundError(f"{folder} is no token data set (it has no tokens.json). Make one with: scemb tokenize FILE --out {folder.name}")
+    if not (folder/"tokens.json").exists():
+        way = f"{folder} --out tokens" if folder.is_file() else f"FILE --out {folder.name}"
+        raise FileNotFoundError(f"{folder} is no token data set (it has no tokens.json). Make one with: scemb tokenize {way}")
     manifest = open_folder(folder, "tokens", WAY_OUT)
     card = read_json(folder/"tokens.json", keys=("tokenizer_hash", "settings", "shards"), way_out=WAY_OUT)
     vocabulary = Vocabulary.load(folder)
