@@ -218,6 +218,9 @@ def pretrain(
 ):
     """Train a model on masked genes, on one device or many.
 
+    It says its rate and the time left, in a terminal as a bar, else after ten seconds and then every half minute.
+    It saves within the first minute and then every `save_every` steps (or `save_minutes`), says when, and `--resume` goes on from there.
+
     Example: `scemb pretrain tokens --out model --config small.toml --nproc 8 --deepspeed zero2`
     """
     from scemb.pretrain import deepspeed_config, new_model, pretrain as run

@@ -97,7 +97,7 @@ class Voice:
         "A bar with rate and time left: called with done, total and a note."
         task = self._start(what, "left")
         def move(done, total, note=""):
-            if task.finished_time is not None:
+            if self.bars is None or task.finished_time is not None:
                 return
             speed = task.speed or 0.
             rate = f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s" if speed else ""

@@ -332,16 +332,15 @@ class Encoder:
         used = self.token[self.token >= 0]
         self.shared = np.unique(used).size < used.size         # two input names of one gene
 
-    def __call__(self, chunk)->dict: # CSR -> genes uint16, bins uint8 (flat), offsets, a value a cell: detected, total, cut, rescued; and given
-        "Tokenise the cells of one chunk; `cut` are the counts that truncation lost, `rescued` the protected genes it would have cut, `given` all counts of the chunk, of `total` those of the vocabulary."
+    def __call__(self, chunk)->dict: # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut, rescued
+        "Tokenise the cells of one chunk; `cut` are the counts that truncation lost, `rescued` the protected genes it would have cut."
         if self.shared: chunk = self._summed(chunk)
         s, n = self.settings, chunk.shape[0]
         bound = int(np.minimum(np.diff(chunk.indptr), s.max_len + int(self.protected.sum())).sum())
         out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32),
                    total=np.empty(n, np.int64), cut=np.empty(n, np.int64), rescued=np.empty(n, np.int32))
         size = _encode(*kernel_arrays(chunk), self.token, self.mixed, self.scale, self.seed, s.max_len, s.n_bins, s.bins_over == "window", s.ties == "index", self.protected, *out.values())
-        given = int(chunk.data.sum(dtype=np.int64))
-        return out | {k: out[k][:size] for k in ("genes", "bins")} | dict(given=given)
+        return out | {k: out[k][:size] for k in ("genes", "bins")}
 
     def _summed(self, chunk): # counts of all names of a gene are added, so that no gene stands twice in a cell
         import scipy.sparse as sp

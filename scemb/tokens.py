@@ -125,12 +125,14 @@ def encoded_chunks(
     counts:Counts, encoder:Encoder,
     start:int=0, chunk_size:int=2048, # First cell, cells a chunk
     n_threads:int=1,                  # Chunks are encoded in parallel, read ahead by one a thread; the result is the same
-):                                    # Yields (first cell, what `Encoder` returns)
+):                                    # Yields (first cell, what `Encoder` returns and `given`: all counts of the chunk)
     "Tokenise a data set of any size, chunk by chunk."
+    def work(chunk):
+        return encoder(chunk) | dict(given=int(chunk.data.sum(dtype=np.int64)))
     with ThreadPoolExecutor(n_threads) as pool:
         waiting = []
         for first, chunk in counts.chunks(chunk_size, start, pool if n_threads > 1 else None):
-            waiting.append((first, pool.submit(encoder, chunk)))
+            waiting.append((first, pool.submit(work, chunk)))
             if len(waiting) > n_threads:
                 f, job = waiting.pop(0); yield f, job.result()
         for f, job in waiting: yield f, job.result()
