@@ -94,7 +94,9 @@ def _add_to_zarr(part, windows, key, record):
     group = open_zarr_group(part, "r+")
     _add_to_group(group, windows, key, record, lambda g, **k: g.create_array(key, **k))
     if consolidated:
-        zarr.consolidate_metadata(str(part))
+        with warnings.catch_warnings():                  # as the input had it; zarr warns of its own future
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(str(part))
 
 def _consolidated(part): # folder of a zarr store -> whether its metadata stand once more at the top
     "Format 2 keeps them in a file of their own, format 3 in the group's."
