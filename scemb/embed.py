@@ -82,6 +82,10 @@ def encode_cells(
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}; choose one of {POOLINGS}.")
     lengths = np.diff(offsets)
+    ranks = model.config.max_position_embeddings - (pooling == "cls")   # <cls> takes a rank
+    if len(lengths) and lengths.max() > ranks:
+        raise ValueError(f"A cell has {lengths.max()} genes, but the model has ranks for {ranks}; "
+                         f"keep the first {ranks} of each.")
     out = np.full((len(lengths), model.config.hidden_size), np.nan, np.float32)
     batches = budget_batches(lengths, token_budget)
     if not batches:

@@ -74,6 +74,7 @@ def tidy(
 def _place(path): # a new folder beside the target, cleared away afterwards
     tidy(path)
     place = _aside(path, "part")
+    place.parent.mkdir(parents=True, exist_ok=True)
     with _LOCK:
         place.mkdir(mode=0o700)          # exclusive: fails where anything has this name
         _OPEN.add(os.path.realpath(place))

@@ -140,7 +140,10 @@ def without_depth(z, log_counts, study):
     return z.astype(np.float32)
 
 
-def split_held_out(n_cells, share=0.03):
+HELD_OUT_SHARE = 0.03
+
+
+def split_held_out(n_cells, share=HELD_OUT_SHARE):
     "Cells for training and cells held out for the masked-gene loss."
     order = np.random.default_rng(4).permutation(n_cells)
     n = round(share * n_cells)
@@ -1321,24 +1324,50 @@ def watch(args):
 
 
 def unpack(args):
-    "Make a checkpoint folder of the weights of one recipe."
+    "Make a checkpoint folder of the weights of one recipe, and score it where tokens are given."
     from safetensors.torch import load_file
 
-    record = json.loads((Path(args.unpack) / "results.json").read_text())["recipes"][args.recipe]
+    result = json.loads((Path(args.unpack) / "results.json").read_text())
+    record = result["recipes"][args.recipe]
     model = ScembForMaskedLM(ScembConfig(**record["config"]))
     model.load_state_dict(
         load_file(Path(args.unpack) / f"{args.recipe}.safetensors"), strict=False
     )
     model.tie_weights()
     settings = TokenizerSettings(max_len=max(record["windows"]))
-    save_checkpoint(
-        model.eval(),
-        args.folder,
-        Vocabulary.load(args.pack),
-        settings,
-        dict(recipe=args.recipe),
-        half=True,
+    folder = Path(args.folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary = Vocabulary.load(args.pack)
+    recipe = dict(recipe=args.recipe)
+    if not args.tokens:
+        save_checkpoint(model.eval(), folder, vocabulary, settings, recipe, half=True)
+        return
+    heldout, guesses = scores_of(model.eval(), args.tokens, settings.max_len)
+    kept = ("steps", "windows", "seed", "n_tokens", "n_cells", "ms_a_step", "held_out_loss")
+    training = dict(
+        settings=recipe | {k: record[k] for k in kept} | dict(validation_share=HELD_OUT_SHARE),
+        versions={k: result[k] for k in ("device", "torch")},
+        n_cells=len(read_pack(args.pack).obs),
+        heldout=heldout,
     )
+    save_checkpoint(model, folder, vocabulary, settings, recipe, half=True)
+    write_whole(folder / "training.json", json.dumps(training) + "\n")
+    guesses.to_csv(folder / "baselines.csv", index=False)
+
+
+def scores_of(model, tokens, max_len):
+    "Masked-gene scores on the held-out cells: of the model, and of tables that count."
+    from scemb.baselines import masked_scores
+    from scemb.pretrain import SCORED_SHARE, baseline_scorers, model_scorer, score_summary
+    from scemb.tokens import read_tokens
+
+    cells = read_tokens(tokens)
+    training, held_out = split_held_out(len(cells))
+    asked = dict(max_len=max_len, seed=1, share=SCORED_SHARE)
+    held_out = cells.subset(held_out)
+    own = score_summary(masked_scores(held_out, dict(model=model_scorer(model)), **asked))
+    guesses = baseline_scorers(cells.subset(training), max_len)
+    return own.iloc[0].to_dict(), score_summary(masked_scores(held_out, guesses, **asked))
 
 
 def judge_checkpoint(name, cells, size, device, say=print):
@@ -1405,6 +1434,9 @@ def main(arguments=None):
     parser.add_argument("--ends-at", type=float, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--unpack", default="", help="folder written by a run")
     parser.add_argument("--recipe", default="", help="with --unpack")
+    parser.add_argument(
+        "--tokens", default="", help="with --unpack: tokens of the corpus, to score held-out cells"
+    )
     parser.add_argument("--judge", default="", help="only judge a finished model")
     parser.add_argument("--draws", type=int, default=20, help="with --judge: of labelled cells")
     parser.add_argument("--judged", type=int, default=10_000, help="with --judge: cells of a set")
