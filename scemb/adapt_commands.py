@@ -90,8 +90,9 @@ def annotate(
 ):
     """Name the cells of a query by a labelled reference, or by a saved adapter.
 
-    By default the model stays as it is and a probe learns the labels: seconds to minutes. Scores of the
-    probe and of a simple baseline, on reference cells that neither had seen, are printed.
+    By default the model stays as it is and a probe learns the labels: on two cores 2,000 reference
+    cells take at most five minutes. Scores of the probe and of a simple baseline, on reference cells
+    that neither had seen, are printed.
 
     Example: `scemb annotate sample.h5ad --reference atlas.h5ad --label cell_type --out named.h5ad`
     """
