@@ -20,7 +20,9 @@ Disks are filled on a tmpfs where one can be mounted (as root), else by a limit 
 import argparse
 import contextlib
 import csv
+import gc
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -55,7 +57,7 @@ from scemb.corpus import read_corpus  # noqa: E402
 from scemb.folders import checksum  # noqa: E402
 from scemb.model import ScembConfig, ScembForMaskedLM  # noqa: E402
 from scemb.tokenize import TokenizerSettings, protein_vocabulary  # noqa: E402
-from scemb.tokens import read_tokens  # noqa: E402
+from scemb.tokens import read_tokens, tokenize  # noqa: E402
 
 OUTCOMES = ("right", "harmless", "lost", "accepted", "traceback", "unclear")
 TIMEOUT = 120       # seconds of one try
@@ -264,6 +266,19 @@ class Toys:
             if end.code:
                 raise SystemExit(f"{name} does not run on the toys: {end.said[-1500:]}")
             self.truth[name] = self.result(name, out)
+
+
+def load_before_the_forks(cells):
+    "What the commands would import and compile in each process; nothing here may start a thread."
+    for name in ("adapt_batches", "annotate", "batching", "corpus", "curate", "embed_files", "finetune", "orders",
+                 "perturb", "pretrain", "screen"):
+        importlib.import_module(f"scemb.{name}")
+    for name in ("peft", "rich.progress", "sklearn.cluster", "sklearn.linear_model", "transformers.trainer", "xxhash"):
+        importlib.import_module(name)
+    tokenize(ad.read_h5ad(cells)[:4].copy(), settings=TokenizerSettings(max_len=64), n_threads=1)
+    importlib.import_module("scemb.orders").unpadded_batches(np.array([3, 4, 5]), 8)
+    gc.collect()
+    gc.freeze()
 
 
 def read_all_tokens(folder):
@@ -885,6 +900,7 @@ def main():
         areas = dict(list(areas.items())[len(rows):])
     with tempfile.TemporaryDirectory() as folder:
         toys = Toys(Path(folder), given.small)
+        load_before_the_forks(toys.cells)
         toys.make()
         for name, n in areas.items():
             began = time.monotonic()
