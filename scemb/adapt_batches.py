@@ -22,7 +22,7 @@ from .embed import to_device
 from .finetune import CellModel, FinetuneSettings, hidden_states, seeded
 from .fit import out_of_memory, predict, sent
 from .model import autocast, segments
-from .progress import Pace
+from .progress import Pace, stage
 from .results import check_key, remembered
 from .tokens import tokenize
 
@@ -127,6 +127,8 @@ def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step,
         if pace.due() or (step + 1) % max(1, s.steps//10) == 0:
             contrast, masked = steps[-1].tolist()
             pace(step + 1, s.steps, f"contrast {contrast:.3f}, masked genes {masked:.2f}", now=True)
+        else:
+            pace(step + 1, s.steps)
     model.eval()
     history = torch.stack(steps).tolist() if steps else []
     return [dict(step=i, contrast=c, masked=m) for i, (c, m) in enumerate(history, 1)]
@@ -182,19 +184,29 @@ def adapt_batches(
     if f.way == "probe": raise ValueError("way='probe' trains no part of the encoder; for integration choose lora, prefix, freeze or full.")
     net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
     if max_len and max_len > net.config.max_position_embeddings: raise ValueError(f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; lower max_len.")
-    tokens = tokenize(read_counts(adata, layer), vocabulary, replace(tokenizing, max_len=min(max_len or tokenizing.max_len, net.config.max_position_embeddings)))
+    window = min(max_len or tokenizing.max_len, net.config.max_position_embeddings)
+    with stage(say, "tokenising the cells"):
+        tokens = tokenize(read_counts(adata, layer), vocabulary, replace(tokenizing, max_len=window))
     b, full = adata.obs[batch].astype(str).to_numpy(), np.flatnonzero(tokens.lengths > 0)
-    x = directions(pca_embedding(adata, layer=layer, seed=f.seed))
-    pairs = full[mutual_pairs(x[full], b[full], s.neighbours)]
+    with stage(say, "looking for mutual neighbours"):
+        x = directions(pca_embedding(adata, layer=layer, seed=f.seed))
+        pairs = full[mutual_pairs(x[full], b[full], s.neighbours)]
     if len(pairs) < s.pairs: raise ValueError(f"Only {len(pairs)} mutual neighbours between the {len(np.unique(b))} batches of obs[{batch!r}]; they share too little to be drawn together. Raise neighbours, or leave them apart.")
     probe = FinetuneSettings(way="probe", token_budget=f.token_budget, precision=f.precision)
-    frozen = predict(CellModel(net.bert, 2, probe).to(device), tokens, vectors=True)
+    frozen = _vectors(CellModel(net.bert, 2, probe).to(device), tokens, "cells read by the model as it is", say)
     model = CellModel(net.bert, 2, f).to(device); put = lambda v: torch.as_tensor(v, dtype=torch.float32, device=device)
     model.head.mean.copy_(put(np.nanmean(frozen, 0))); model.head.spread.copy_(put(np.nanstd(frozen, 0) + 1e-6))
     torch.set_flush_denormal(True)
     with seeded(f.seed, model.device):
         history = _train(model, net.cls["predictions"].to(device), tokens, pairs, x, b, s, say)
-    return dict(before=unit_vectors(model, frozen), after=unit_vectors(model, predict(model, tokens, vectors=True)), model=model, history=history, pairs=pairs)
+    adapted = _vectors(model, tokens, "cells read by the adapted model", say)
+    return dict(
+        before=unit_vectors(model, frozen), after=unit_vectors(model, adapted), model=model,
+        history=history, pairs=pairs)
+
+def _vectors(model, tokens, what, say): # -> (cells, D)
+    pace = Pace(what, say)
+    return predict(model, tokens, vectors=True, progress=lambda done: pace(done, len(tokens)))
 
 # %% ../nbs/11e_adapt_batches.ipynb #4502d461
 def neighbours_kept(
@@ -232,7 +244,8 @@ def integrate(
     "Write vectors in which batches are drawn together."
     check_key(key)
     got = adapt_batches(adata, batch, base, settings, layer, max_len, device, say)
-    kept = neighbours_kept(got["before"], got["after"], adata.obs[batch].astype(str).to_numpy())
+    with stage(say, "counting the neighbours that were kept"):
+        kept = neighbours_kept(got["before"], got["after"], adata.obs[batch].astype(str).to_numpy())
     if kept < .3: warnings.warn(f"Only {kept:.0%} of the neighbours within a batch were kept, beyond chance: this may be over-corrected. Train fewer steps, or lower contrast (now {settings.contrast:g}).")
     adata.obsm[key] = got["after"].astype(np.float32); f = asdict(settings.finetune)
     record = dict(

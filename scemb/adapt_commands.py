@@ -57,7 +57,8 @@ def finetune(
     settings = FinetuneSettings(
         way=named, head=head, epochs=epochs, control=control, token_budget=token_budget,
         precision=precision, seed=seed)
-    cells, own_missing = open_reference(reference)
+    with tell.stage(f"opening {reference.name}"):
+        cells, own_missing = open_reference(reference)
     a = learn(
         cells, label, base, settings, reading, max_len, knowledge, cells_a_class, donor=donor,
         device=chosen_device(device), say=tell, way=way, thorough=thorough,
@@ -89,8 +90,9 @@ def annotate(
 ):
     """Name the cells of a query by a labelled reference, or by a saved adapter.
 
-    By default the model stays as it is and a probe learns the labels: seconds to minutes. Scores of the
-    probe and of a simple baseline, on reference cells that neither had seen, are printed.
+    By default the model stays as it is and a probe learns the labels: on two cores 2,000 reference
+    cells take at most five minutes. Scores of the probe and of a simple baseline, on reference cells
+    that neither had seen, are printed.
 
     Example: `scemb annotate sample.h5ad --reference atlas.h5ad --label cell_type --out named.h5ad`
     """
@@ -106,7 +108,7 @@ def annotate(
         raise ValueError(
             f"{options}: this says how an adapter is learned, and {adapter} is learned already. "
             "Leave it out, or give --reference in place of --adapter.")
-    learning = dict(base=base, device=chosen_device(device))
+    learning = dict(base=base, device=chosen_device(device), say=tell)
     if not adapter:
         named = "probe" if way == "auto" else way
         learning = dict(
@@ -154,7 +156,9 @@ def integrate(
     from scemb.results import check_results, write_cells
     check_results(out, overwrite, (".h5ad", ".zarr"))
     settings = BatchSettings(FinetuneSettings(way=way, precision=precision, seed=seed), steps=steps)
-    cells = mix(open_cells(file, whole=True), batch, base, settings, reading, max_len, device=chosen_device(device), say=tell)
-    write_cells(cells, out)
+    cells = open_cells(file, whole=True)
+    cells = mix(cells, batch, base, settings, reading, max_len, device=chosen_device(device), say=tell)
+    with tell.stage(f"writing {out.name}"):
+        write_cells(cells, out)
     record = cells.uns["scemb"]["integration"]
     print(f"{out}: {record['n_pairs']:,} mutual neighbours, {record['neighbours_kept']:.0%} of the neighbours within a batch kept, beyond chance")

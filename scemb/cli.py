@@ -14,7 +14,7 @@ import typer
 
 from .adapt_commands import annotate, finetune, integrate
 from .commands import (
-    STYLE, Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing, tell)
+    Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing, tell)
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
@@ -218,6 +218,9 @@ def pretrain(
 ):
     """Train a model on masked genes, on one device or many.
 
+    It says its rate and the time left, in a terminal as a bar, else after ten seconds and then every half minute.
+    It saves within the first minute and then every `save_every` steps (or `save_minutes`), says when, and `--resume` goes on from there.
+
     Example: `scemb pretrain tokens --out model --config small.toml --nproc 8 --deepspeed zero2`
     """
     from scemb.pretrain import deepspeed_config, new_model, pretrain as run
@@ -235,7 +238,7 @@ def pretrain(
         from scemb.checkpoint import load_checkpoint
         model = load_checkpoint(start_from)[0]
     else: model = new_model(cells, settings, **size)
-    run(cells, out, model, settings, held, resume, overwrite, quiet=STYLE[0] == "none", deepspeed=deepspeed, report_to=report_to, card=dict(start_from=start_from, corpus=cells.card.get("corpus")))
+    run(cells, out, model, settings, held, resume, overwrite, quiet=tell.style == "none", deepspeed=deepspeed, report_to=report_to, card=dict(start_from=start_from, corpus=cells.card.get("corpus")))
     if not int(os.environ.get("RANK", 0)): print(f"{out}: checkpoint, loss.csv, training.json")
 
 def _train_settings(config, given): # TOML file and command line -> TrainSettings, size of the model
@@ -274,7 +277,7 @@ def embed(
     """
     with loading(): from scemb.embed_files import embed_file
     r = embed_file(file, out, model, pooling, max_len, reading, key=key, device=device, precision=precision, token_budget=token_budget, seed=seed, overwrite=overwrite, progress=counter("cells"))
-    print(f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, {r['share_of_model']:.0%} of those that the model knows; {r['n_truncated']:,} cells cut at {r['max_len']} genes, {r['n_empty']:,} without genes (NaN)")
+    print(f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, {r['share_of_model']:.0%} of those that the model knows, with {r['share_of_counts']:.0%} of the counts; {r['n_truncated']:,} cells cut at {r['max_len']} genes, {r['n_empty']:,} without genes (NaN)")
 
 @app.command()
 @refusing

@@ -16,7 +16,8 @@ import numpy as np
 
 from .folders import for_rich
 from .counts import (
-    Counts, Reading, as_reading, count_layers, cut_to_few_genes, find_counts, gene_names, what_fractions)
+    FOOTING_GOOD, FOOTING_LEAST, Counts, Reading, as_reading, count_layers, cut_to_few_genes, find_counts,
+    gene_names, what_fractions)
 from .files import kind_of_file, open_cells
 from .genes import ASSETS, guess_identifiers, map_genes, odd_names, protein_coding
 
@@ -158,21 +159,32 @@ def _window(): # genes of a cell that the shipped model reads
     return int(config["max_position_embeddings"])
 
 def _examine_cells(counts): # one streaming pass
-    detected, depth = [], []
+    detected, depth, known = [], [], 0
+    in_model = np.isin(counts.genes.rows, protein_coding()).astype(np.int64)
     try:
         for _, chunk in counts.chunks():
             detected.append(np.diff(chunk.indptr))
             depth.append(np.asarray(chunk.sum(1)).ravel())
+            known += int((chunk @ in_model).sum())
     except ValueError as e:
         return [Finding("raw counts", "fix", str(e).split(". ")[0], "counts are whole numbers >= 0; load the unnormalised matrix")]
     detected, depth, window = np.concatenate(detected), np.concatenate(depth), _window()
     empty, thin = int((detected == 0).sum()), int(((detected > 0) & (detected < 200)).sum())
     over = np.mean(detected > window)
     out = [Finding("depth", "ok", f"median {np.median(depth):,.0f} counts and {np.median(detected):,.0f} genes a cell")]
+    if depth.sum():
+        out.append(_counts_known(known/depth.sum()))
     out.append(Finding("what is read", "note" if over > .5 else "ok", f"scemb-small reads the {window} highest genes of a cell; {over:.0%} of cells have more", "the lowest are cut" if over > .5 else ""))
     out.append(Finding("empty cells", "fix" if empty == len(detected) else "note" if empty else "ok", f"{empty:,}", "the file holds no counts at all" if empty == len(detected) else "they are kept, as NaN rows" if empty else ""))
     if thin: out.append(Finding("thin cells", "note", f"{thin:,} with fewer than 200 genes", "the paper's corpus leaves them out; their vectors say little"))
     return out
+
+def _counts_known(share): # of the counts, in genes that the shipped model knows
+    found = f"{share:.0%} of all counts are in protein-coding genes, the ones that scemb-small knows"
+    if share < FOOTING_LEAST:
+        return Finding("counts known", "fix", found, f"at least {FOOTING_LEAST:.0%} are needed: most counts belong to names that are not known")
+    few = share < FOOTING_GOOD
+    return Finding("counts known", "note" if few else "ok", found, "vectors speak of these alone" if few else "")
 
 def _examine_obs(obs): # columns that could serve as label or batch
     few = [c for c in obs.columns if 2 <= obs[c].nunique() <= max(50, len(obs)//20) and obs[c].dtype.kind not in "fc"]

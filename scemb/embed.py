@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'layer_outputs', 'to_device', 'budget_batches', 'flat_cells', 'encode_cells', 'segment_means',
-           'CellEncoder', 'chosen_device', 'cell_encoder', 'embed', 'check_not_all_empty']
+           'share_of_counts', 'refuse_unknown_counts', 'warn_of_unknown_counts', 'CellEncoder', 'chosen_device',
+           'cell_encoder', 'embed', 'check_not_all_empty']
 
 # %% ../nbs/10_embed.ipynb #967c9fda
 import re, warnings
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from .checkpoint import load_checkpoint
-from .counts import Counts, Reading, read_counts
+from .counts import FOOTING_GOOD, FOOTING_LEAST, Counts, Reading, read_counts
 from .model import (
     ScembForMaskedLM, Segments, autocast, chosen_precision, owner_of_tokens, ranks_of_segments)
 from .results import check_key, remembered
@@ -124,6 +125,30 @@ def segment_means(
     return total_CD.index_add_(0, owner_T, x_TD)/cu.diff()[:, None]
 
 # %% ../nbs/10_embed.ipynb #a3008e07
+def share_of_counts(
+    known, # Counts in genes that the model knows
+    given, # All counts
+)->float:  # 0 where there is none
+    "Share of the counts that a model reads."
+    return float(known)/float(given) if given else 0.
+
+def refuse_unknown_counts(
+    share:float,         # From `share_of_counts`
+    of:str="the cells",
+):
+    "Refuse cells of which a model would read hardly a count."
+    if share < FOOTING_LEAST:
+        raise ValueError(
+            f"The model knows the genes of {share:.1%} of the counts of {of}; at least {FOOTING_LEAST:.0%} "
+            "are needed. `scemb doctor` shows which names are not known.")
+
+def warn_of_unknown_counts(share:float): # from `share_of_counts`
+    "Warn where a model reads less than half of the counts."
+    if share < FOOTING_GOOD:
+        warnings.warn(
+            f"The model knows the genes of {share:.1%} of the counts; the vectors speak of these alone. "
+            "`scemb doctor` shows which names are not known.")
+
 @dataclass
 class CellEncoder:
     "Counts in, vectors out: a model with its vocabulary and settings, on a device."
@@ -146,12 +171,17 @@ class CellEncoder:
         if not (token >= 0).any(): raise ValueError("None of the genes is in the model's vocabulary; see `scemb doctor` for what the file holds.")
         return Encoder(token, self.vocabulary, self.settings)
 
-    def record(self, counts:Counts, n_empty, n_truncated): # -> what is written to uns["scemb"]
+    def record(self, counts:Counts, n_empty, n_truncated, share_of_counts=None): # -> what is written to uns["scemb"]
         token = self.vocabulary.token_of_rows(counts.genes.rows)
         used = int((token >= 0).sum())
         share = len(np.unique(token[token >= 0]))/max(1, len(self.vocabulary) - len(SPECIAL)) # genes of the model that the cells measured
-        return dict(model=self.name, pooling=self.pooling, max_len=self.settings.max_len, precision=self.precision, tokenizer_hash=tokenizer_hash(self.settings, self.vocabulary),
-            vocabulary_hash=self.vocabulary.hash, counts_from=counts.place, n_genes_used=used, n_genes_given=len(counts.genes.rows), share_of_model=round(share, 4), n_empty=int(n_empty), n_truncated=int(n_truncated))
+        record = dict(
+            model=self.name, pooling=self.pooling, max_len=self.settings.max_len,
+            precision=self.precision, tokenizer_hash=tokenizer_hash(self.settings, self.vocabulary),
+            vocabulary_hash=self.vocabulary.hash, counts_from=counts.place, n_genes_used=used,
+            n_genes_given=len(counts.genes.rows), share_of_model=round(share, 4),
+            n_empty=int(n_empty), n_truncated=int(n_truncated))
+        return record if share_of_counts is None else record | dict(share_of_counts=round(share_of_counts, 4))
 
 # %% ../nbs/10_embed.ipynb #42331fa5
 def chosen_device(
@@ -219,9 +249,12 @@ def embed(
         encoder = cell_encoder(model, pooling, max_len, device, precision, token_budget)
     counts = read_counts(adata, layer, gene_column, duplicates)
     vectors = np.empty((counts.n_cells, encoder.net.config.hidden_size), np.float32)
-    n_cut = 0
+    n_cut = known = given = 0
     for first, chunk in encoded_chunks(counts, encoder.tokenizer(counts), chunk_size=4096):
         done = first + len(chunk["detected"])
+        known, given = known + int(chunk["total"].sum()), given + chunk["given"]
+        if first == 0 and known:                       # before long work
+            refuse_unknown_counts(share_of_counts(known, given), f"the first {done:,} cells")
         vectors[first:done] = encoder(chunk)
         n_cut += int((chunk["detected"] > encoder.settings.max_len).sum())
         if progress:
@@ -232,8 +265,11 @@ def embed(
         warnings.warn(
             f"{n_empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; "
             f"their rows in obsm['{key}'] are NaN.")
+    share = share_of_counts(known, given)
+    refuse_unknown_counts(share)
+    warn_of_unknown_counts(share)
     adata.obsm[key] = vectors
-    adata.uns["scemb"] = remembered(adata.uns, encoder.record(counts, n_empty, n_cut))
+    adata.uns["scemb"] = remembered(adata.uns, encoder.record(counts, n_empty, n_cut, share))
     return adata
 
 def check_not_all_empty(n_empty, n_cells): # refuse an embedding of nothing

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from .counts import Reading, read_counts
-from .embed import CellEncoder, cell_encoder, check_not_all_empty
+from .embed import (
+    CellEncoder, cell_encoder, check_not_all_empty, refuse_unknown_counts, share_of_counts,
+    warn_of_unknown_counts)
 from .files import kind_of_file, open_cells, open_zarr_group, size_and_time
 from .folders import Damaged, new_file, only_writer, room_for, work_folder, write_json
 from .results import check_key, check_results, remembered, write_cells
@@ -37,14 +39,15 @@ class _Windows:
             return
         for name, size in sizes.items():
             with open(self.folder/name, "wb") as f: f.truncate(size)
-    ROW = 32 # bytes of a window in the list: whether it is finished, its empty cells, its cut cells, the checksum of all that
-    def done(self): # (windows, 4) int64
-        return np.fromfile(self.folder/"done", np.int64).reshape(-1, 4)
+    FIELDS = 6 # of a window in the list: whether it is finished, empty cells, cut cells, counts that the model knows, all counts, the checksum of all that
+    ROW = FIELDS*8 # bytes
+    def done(self): # (windows, fields) int64
+        return np.fromfile(self.folder/"done", np.int64).reshape(-1, self.FIELDS)
     def _forget_damaged(self): # windows that are not what was written are done again
         table = self.done()
         for window, row in enumerate(table):
-            if row.any() and (row[0] != 1 or row[3] != self._sum(row[:3], self._read(window))):
-                self._put("done", window*self.ROW, np.zeros(4, np.int64))
+            if row.any() and (row[0] != 1 or row[-1] != self._sum(row[:-1], self._read(window))):
+                self._put("done", window*self.ROW, np.zeros(self.FIELDS, np.int64))
     def _sum(self, numbers, content):
         from xxhash import xxh3_64
         return np.uint64(xxh3_64(np.asarray(numbers, np.int64).tobytes() + content).intdigest()).astype(np.int64)
@@ -54,15 +57,15 @@ class _Windows:
             return f.read(self.size*self.width*4)
     def _put(self, name, at, array):
         with open(self.folder/name, "r+b") as f: f.seek(at); f.write(array.tobytes()); f.flush(); os.fsync(f.fileno())
-    def enter(self, window, vectors, n_cut):
+    def enter(self, window, vectors, n_cut, known, given):
         vectors = vectors.astype(np.float32)
         self._put("vectors", window*self.size*self.width*4, vectors)
-        numbers = [1, int(np.isnan(vectors[:, 0]).sum()), n_cut]
+        numbers = [1, int(np.isnan(vectors[:, 0]).sum()), n_cut, known, given]
         self._put("done", window*self.ROW, np.array([*numbers, self._sum(numbers, vectors.tobytes())], np.int64))
     def __iter__(self): # (first cell, vectors) of each window
         for window, row in enumerate(self.done()):
             content = self._read(window)
-            if row[3] != self._sum(row[:3], content):
+            if row[-1] != self._sum(row[:-1], content):
                 raise Damaged(f"{self.folder/'vectors'} is damaged in window {window}. Give the same command again: that window is done anew.")
             yield window*self.size, np.frombuffer(content, np.float32).reshape(-1, self.width)
 
@@ -91,7 +94,9 @@ def _add_to_zarr(part, windows, key, record):
     group = open_zarr_group(part, "r+")
     _add_to_group(group, windows, key, record, lambda g, **k: g.create_array(key, **k))
     if consolidated:
-        zarr.consolidate_metadata(str(part))
+        with warnings.catch_warnings():                  # as the input had it; zarr warns of its own future
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(str(part))
 
 def _consolidated(part): # folder of a zarr store -> whether its metadata stand once more at the top
     "Format 2 keeps them in a file of their own, format 3 in the group's."
@@ -188,16 +193,22 @@ def _embed_file(path, out, model, pooling, max_len, layer, gene_column, duplicat
     total = counts.n_cells if world == 1 else int(cells_of[todo].sum()); seen = total - int(cells_of[todo].sum())
     for run in _runs(todo):
         for w, (_, e) in zip(run, encoded_chunks(counts, tokenizer, int(run[0])*window, window)):
-            windows.enter(int(w), encoder(e), int((e["detected"] > encoder.settings.max_len).sum()))
+            known, n_long = int(e["total"].sum()), int((e["detected"] > encoder.settings.max_len).sum())
+            if w == 0 and known:                         # before long work
+                refuse_unknown_counts(share_of_counts(known, e["given"]), f"the first {cells_of[0]:,} cells of {path.name}")
+            windows.enter(int(w), encoder(e), n_long, known, e["given"])
             seen += int(cells_of[w])
             if progress: progress(seen, total)
     _wait(world)
-    n_empty, n_cut = windows.done()[:, 1:3].sum(0)
+    n_empty, n_cut, known, given = windows.done()[:, 1:5].sum(0)
     check_not_all_empty(int(n_empty), counts.n_cells)
-    record = encoder.record(counts, n_empty, n_cut)
+    share = share_of_counts(known, given)
+    refuse_unknown_counts(share, f"the cells of {path.name}")
+    record = encoder.record(counts, n_empty, n_cut, share)
     if rank == 0: _assemble(path, out, windows, key, record); shutil.rmtree(windows.folder)
     _wait(world)
     if n_empty and rank == 0: warnings.warn(f"{n_empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; their rows are NaN.")
+    if rank == 0: warn_of_unknown_counts(share)
     return record
 
 def _key(path, counts, encoder, window): # the same job resumes, another starts anew

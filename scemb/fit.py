@@ -19,7 +19,7 @@ from .embed import budget_batches, to_device
 from .finetune import CellModel, seeded
 from .model import slow_attention
 from .orders import epoch_order
-from .progress import Pace
+from .progress import Pace, stage
 from .tokens import TokenSet
 
 # %% ../nbs/11b_fit.ipynb #e5dc54ca
@@ -85,6 +85,7 @@ def predict(
     knowledge=None,         # Vectors of all cells, shape (len(tokens), length)
     vectors:bool=False,     # Vectors before the head instead of scores
     budget:Budget|None=None, # None: that of the settings
+    progress=None,          # Called with the number of cells done, after each batch
 )->np.ndarray:              # Scores (cells, classes), or vectors (cells, D)
     "Run a model over cells."
     cells = np.arange(len(tokens)) if cells is None else np.asarray(cells)
@@ -95,7 +96,7 @@ def predict(
     out = np.full((len(cells), width), np.nan, np.float32)
     training = model.training
     model.eval()
-    waiting, results = [], []
+    waiting, results, done = [], [], 0
     batches = budget_batches(lengths, budget.tokens)
     for i, some in enumerate(batches):
         def work(piece, some=some):
@@ -103,6 +104,9 @@ def predict(
             return asked(batch).float()
         results += budget.run(work, lengths[some])
         waiting.append(some)
+        done += len(some)
+        if progress is not None:
+            progress(done)
         if i + 1 == len(batches) or sum(map(len, waiting)) >= READ_AT:
             out[np.concatenate(waiting)] = torch.cat(results).cpu().numpy()
             waiting, results = [], []
@@ -277,14 +281,20 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty): # 
     if model.prefix is not None and model.n_knowledge:
         _measure_knowledge(model, knowledge[train])
     weights = class_weights(y[train], model.n_classes, s.class_weight)
-    v = predict(model, tokens, train, knowledge, True, budget)
-    held_v = predict(model, tokens, validation, knowledge, True, budget)
-    model.penalty = start_from_probe(model, v, y[train], weights, held_v, y[validation], penalty)
+    read = Pace("cells read", say)
+    on = lambda before: lambda done: read(before + done, len(train) + len(validation))
+    v = predict(model, tokens, train, knowledge, True, budget, on(0))
+    held_v = predict(model, tokens, validation, knowledge, True, budget, on(len(train)))
+    with stage(say, "choosing where to start"):
+        model.penalty = start_from_probe(model, v, y[train], weights, held_v, y[validation], penalty)
 
     def held():
         if not len(validation):
             return np.nan
-        scores = predict(model, tokens, validation, knowledge, budget=budget)
+        checked = Pace("held-out cells read", say)
+        scores = predict(
+            model, tokens, validation, knowledge, budget=budget,
+            progress=lambda done: checked(done, len(validation)))
         return nll(scores/fit_temperature(scores, y[validation]), y[validation])
 
     history = [dict(epoch=0, loss=np.nan, held_out=held())]
@@ -324,9 +334,10 @@ def fit_again(
     tokens:TokenSet, y:np.ndarray, cells:np.ndarray, # As for `fit`; all labelled cells
     history:list,         # From `fit`
     knowledge=None,
+    say=lambda line: None, # Called with a line now and then
 )->int:                   # Epochs
     "Learn from all labelled cells, as long as was best for those held out."
     model.load_state_dict(start, strict=False)
     best = min(history, key=lambda h: h["held_out"])["epoch"]
-    fit(model, tokens, y, cells, (), knowledge, stop=best, penalty=model.penalty)
+    fit(model, tokens, y, cells, (), knowledge, say, best, model.penalty)
     return best

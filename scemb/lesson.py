@@ -15,7 +15,7 @@ import numpy as np
 from .finetune import CellModel
 from .fit import fit, fit_again, fit_temperature, predict, probabilities, split_labelled, trained_state
 from .probe import Probed, probe_scores, probed, simple_rival
-from .progress import Pace
+from .progress import Pace, stage
 from .tokens import TokenSet
 
 # %% ../nbs/11d_lesson.ipynb #41ba9fba
@@ -38,7 +38,8 @@ def read_vectors(
 )->np.ndarray:  # Vectors before the head, shape (cells, D)
     "Run the encoder over the labelled cells, and say how long it will take."
     cells, lengths = np.arange(len(lesson.y)), lesson.tokens.lengths
-    read = lambda some: predict(model, lesson.tokens, some, lesson.knowledge, True)
+    read = lambda some, progress=None: predict(
+        model, lesson.tokens, some, lesson.knowledge, True, progress=progress)
     warm, timed, rest = np.split(cells, [16, 80])
     parts = [read(warm)]
     if len(timed):
@@ -48,8 +49,8 @@ def read_vectors(
         say(f"{what}: about {max(1, seconds):.0f} s to read them")
     pace = Pace("cells read", say)
     for some in np.array_split(rest, -(-len(rest)//AT_ONCE)) if len(rest) else ():
-        parts.append(read(some))
-        pace(int(some[-1]) + 1, len(cells))
+        first = int(some[0])
+        parts.append(read(some, lambda done, first=first: pace(first + done, len(cells))))
     return np.concatenate(parts)
 
 # %% ../nbs/11d_lesson.ipynb #19893ca9
@@ -95,13 +96,15 @@ def learn_by_fit(model:CellModel, lesson:Lesson, say)->tuple: # `Held`; history,
     history = fit(model, lesson.tokens, y, train, cells, lesson.knowledge, say)
     scores = np.zeros((0, model.n_classes))
     if len(cells):
-        scores = predict(model, lesson.tokens, cells, lesson.knowledge)
+        with stage(say, "naming the held-out cells"):
+            scores = predict(model, lesson.tokens, cells, lesson.knowledge)
     temperature = fit_temperature(scores, y[cells])
     by_donor = lesson.donors is not None and len(np.unique(lesson.donors)) >= 3
     how = "once, whole donors" if by_donor else "once"
     again = 0 < len(cells) and len(y) <= s.refit
     if again:
-        fit_again(model, start, lesson.tokens, y, np.arange(len(y)), history, lesson.knowledge)
+        say("once more, from all labelled cells")
+        fit_again(model, start, lesson.tokens, y, np.arange(len(y)), history, lesson.knowledge, say)
     history = [{k: None if value != value else value for k, value in h.items()} for h in history]
     return Held(cells, probabilities(scores, temperature), temperature, how), history, again
 

@@ -169,9 +169,9 @@ class Peer(CellEncoder):
         if not (token >= 0).any(): raise ValueError(f"None of the {len(token):,} genes is in the vocabulary of {self.name}; see `scemb doctor` for what the file holds.")
         return token, step
     def tokenizer(self, counts:Counts): return Encoder(self.tokens_of(counts)[0], self.vocabulary, self.settings)
-    def record(self, counts:Counts, n_empty, n_truncated): # -> what is written to uns["scemb"]
+    def record(self, counts:Counts, n_empty, n_truncated, share_of_counts=None): # -> what is written to uns["scemb"]
         step = self.tokens_of(counts)[1]
-        return super().record(counts, n_empty, n_truncated) | dict(depth=-1 if self.depth is None else self.depth, n_genes_used=int((step >= 0).sum()), **{f"n_genes_by_{s.replace(' ', '_')}": int((step == i).sum()) for i, s in enumerate(STEPS)})
+        return super().record(counts, n_empty, n_truncated, share_of_counts) | dict(depth=-1 if self.depth is None else self.depth, n_genes_used=int((step >= 0).sum()), **{f"n_genes_by_{s.replace(' ', '_')}": int((step == i).sum()) for i, s in enumerate(STEPS)})
 
     @torch.no_grad()
     def __call__(self, encoded): # what `tokenizer` returns -> (cells, D), NaN for empty cells

@@ -20,7 +20,7 @@ import torch
 
 from .baselines import ClusterBinTable, adversary_scorer, bin_table, gene_vectors, masked_scores, table_scorer, unigram_prior
 from .batching import as_tensors, masked_batch
-from .checkpoint import ASSETS, check_fit, save_checkpoint, unfinished
+from .checkpoint import ASSETS, check_fit, save_checkpoint, spare_deepspeed_the_search, unfinished
 from .counts import check_output
 from .folders import Damaged, checksum, only_writer, open_folder, read_json, read_tensors, write_file, write_json, write_manifest
 from .flops import flops_per_token, mfu, peak_flops
@@ -382,8 +382,7 @@ class Clock:
 
 # %% ../nbs/09_pretrain.ipynb #fc757d01
 def _trainer_class():
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")       # or DeepSpeed warns that it looked for a GPU
+    spare_deepspeed_the_search()
     try:
         from transformers import Trainer
         import accelerate  # noqa: F401

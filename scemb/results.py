@@ -6,6 +6,7 @@
 __all__ = ['check_key', 'remembered', 'check_results', 'check_readable', 'size_of', 'write_cells']
 
 # %% ../nbs/02c_results.ipynb #20ffdbf7
+import warnings
 from pathlib import Path
 
 from .counts import check_output
@@ -93,7 +94,9 @@ def write_cells(
         room_for(part, size_of(adata))
         try:
             if out.suffix == ".zarr":
-                adata.write_zarr(part)
+                with warnings.catch_warnings():          # of the next version's format
+                    warnings.simplefilter("ignore")
+                    adata.write_zarr(part)
             else:
                 adata.write_h5ad(part)
         except Exception as e:

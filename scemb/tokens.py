@@ -125,12 +125,14 @@ def encoded_chunks(
     counts:Counts, encoder:Encoder,
     start:int=0, chunk_size:int=2048, # First cell, cells a chunk
     n_threads:int=1,                  # Chunks are encoded in parallel, read ahead by one a thread; the result is the same
-):                                    # Yields (first cell, what `Encoder` returns)
+):                                    # Yields (first cell, what `Encoder` returns and `given`: all counts of the chunk)
     "Tokenise a data set of any size, chunk by chunk."
+    def work(chunk):
+        return encoder(chunk) | dict(given=int(chunk.data.sum(dtype=np.int64)))
     with ThreadPoolExecutor(n_threads) as pool:
         waiting = []
         for first, chunk in counts.chunks(chunk_size, start, pool if n_threads > 1 else None):
-            waiting.append((first, pool.submit(encoder, chunk)))
+            waiting.append((first, pool.submit(work, chunk)))
             if len(waiting) > n_threads:
                 f, job = waiting.pop(0); yield f, job.result()
         for f, job in waiting: yield f, job.result()
@@ -358,7 +360,9 @@ def read_tokens(
     "Open a token data set without reading it; a shard is compared with its checksum when it is first read."
     import pyarrow as pa
     folder = Path(folder)
-    if not (folder/"tokens.json").exists(): raise FileNotFoundError(f"{folder} is no token data set (it has no tokens.json). Make one with: scemb tokenize FILE --out {folder.name}")
+    if not (folder/"tokens.json").exists():
+        way = f"{folder} --out tokens" if folder.is_file() else f"FILE --out {folder.name}"
+        raise FileNotFoundError(f"{folder} is no token data set (it has no tokens.json). Make one with: scemb tokenize {way}")
     manifest = open_folder(folder, "tokens", WAY_OUT)
     card = read_json(folder/"tokens.json", keys=("tokenizer_hash", "settings", "shards"), way_out=WAY_OUT)
     vocabulary = Vocabulary.load(folder)
