@@ -80,7 +80,8 @@ WAY_OUT = "Copy the folder again from where it came; if the change is wanted, de
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
           "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "vocabulary_hash")
 SIZES = NEEDED[:5] + NEEDED[6:8]
-DROPPED = ("auto_map", "attn_implementation", "torch_dtype", "_name_or_path", "id2label", "label2id")
+DROPPED = ("auto_map", "attn_implementation", "torch_dtype", "_name_or_path", "id2label", "label2id",
+           "use_cache")  # of decoders; the Trainer writes it
 
 def read_config(
     path,           # config.json
