@@ -291,7 +291,7 @@ def git_status():
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--fast", action="store_true", help="cells without flags only; no documentation, wheel, papermill run and processors")
+    ap.add_argument("--fast", action="store_true", help="cells without flags only; no tutorials, documentation, wheel, papermill run and processors")
     ap.add_argument("--flags", default="slow", help="flags of the cells to run besides the unflagged ones (default: slow)")
     ap.add_argument("--warm", action="store_true", help="with --page: fork the pages from a process with warm imports, as the whole suite does")
     ap.add_argument("--page", default="*", help="only pages whose path below nbs/ fits this pattern, and no other check")
@@ -321,7 +321,10 @@ def main():
     tally.check("README.md equals nbs/index.ipynb", docs.check_readme, ROOT)
     tally.check("importing scemb is light", light_import)
     others = []
-    if not args.fast:
+    if args.fast:
+        # What tutorials do has been tested by the pages that they are made of.
+        found = [p for p in found if p.folder != "tutorials"]
+    else:
         page = papermill_page(found)
         if page: others.append((f"papermill sets a parameter of {page.rel}", papermill_wins, page))
         elif any(p.folder in TAGGED for p in found): tally.add("papermill sets a parameter", ["no launch page has `seed = <whole number>` in its parameters cell."])
@@ -332,7 +335,7 @@ def main():
             ("answers depend neither on the processor nor on threads", processors.same_everywhere),
         ]
     test_pages(tally, found, flags, context, others)
-    if args.fast: print("      left out of the fast suite: slow cells, papermill, processors, wheel, documentation")
+    if args.fast: print("      left out of the fast suite: slow cells, tutorials, papermill, processors, wheel, documentation")
     after = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "benchmarks"))
     left = [f"{p} was changed or left behind by a test." for p in changed(tree, after)]
     if status is not None and not left and git_status() != status and not status: left = [f"the tests changed the work tree:\n{git_status()}"]
