@@ -6,6 +6,7 @@ The suite runs every page; `warm` keeps it from importing and compiling the same
 each of them.
 """
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -46,6 +47,7 @@ def forked(page, flags, out, err, env):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream)
         os.close(file)
+    faulthandler.enable(file=2)     # a crash says where every thread was
     try:
         code = main(page, *flags)
     except SystemExit as stop:

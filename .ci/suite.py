@@ -186,10 +186,17 @@ def run_forked(context, page, flags, timeout):
 
 def test_page(page, flags, root=ROOT, timeout=TIMEOUT, context=None):
     "(complaints, seconds, processor seconds, skipped lines) of one page, run in a process of its own."
-    start = time.time()
-    if context: rc, out, err = run_forked(context, page.path, flags, timeout)
-    else: rc, out, err = run([sys.executable, ROOT/".ci"/"one_page.py", page.path, *flags], cwd=root, timeout=timeout)
-    skips = [s.strip() for s in err.split("\n") if s.strip().startswith("skipped: ")]
+    start, forks_that_died = time.time(), []
+    by_itself = [sys.executable, ROOT/".ci"/"one_page.py", page.path, *flags]
+    if context:
+        rc, out, err = run_forked(context, page.path, flags, timeout)
+        if (rc or 0) < 0:
+            # Killed by a signal, which the fork may have caused: a process of its own decides.
+            print(f"      {page.rel} died of signal {-rc} after the fork:\n{tail(err)}", flush=True)
+            forks_that_died = [f"skipped: the fork of {page.rel}, which died of signal {-rc}; it was run by itself"]
+            rc, out, err = run(by_itself, cwd=root, timeout=timeout)
+    else: rc, out, err = run(by_itself, cwd=root, timeout=timeout)
+    skips = forks_that_died + [s.strip() for s in err.split("\n") if s.strip().startswith("skipped: ")]
     complaints = []
     if rc:
         cell = re.search(r"While Executing Cell #(\d+)", err)

@@ -1,11 +1,14 @@
 "Plant the mistake that each check is for, in a throw-away project, and see it found."
+import io
 import json
 import os
 import shutil
 import tempfile
 import unittest
 import zipfile
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -215,6 +218,18 @@ class Planted(unittest.TestCase):
         (self.root/"nbs"/"left.csv").write_text("1")
         (self.root/"nbs"/"sidebar.yml").write_text("generated")
         self.assertEqual(checks.changed(before, checks.snapshot(self.root)), ["nbs/left.csv"])
+
+    def test_dead_fork(self):
+        "a page whose fork dies of a signal is run by itself, which is said and decides"
+        died = mock.patch.object(suite, "run_forked", lambda *_: (-6, "", "corrupted size"))
+        with died, redirect_stdout(io.StringIO()) as said:
+            good = self.page("02_good.ipynb", cell("1 + 1"))
+            complaints, _, _, skips = suite.test_page(good, [], self.root, context=True)
+            bad, *_ = suite.test_page(self.page("03_bad.ipynb", cell("1/0")), [], self.root, context=True)
+        self.assertEqual(complaints, [])
+        self.assertIn("signal 6", skips[0])
+        self.assertIn("corrupted size", said.getvalue())
+        self.assertIn("failed", bad[0])
 
     def test_pages(self):
         "a failing cell, a page that hangs and a skipped line are told; slow cells run only with their flag"
