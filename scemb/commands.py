@@ -180,5 +180,5 @@ def counter(what): # "cells" -> progress(done, total): a bar with rate and time 
 
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
-Model = Annotated[str, typer.Option(help="A shipped model or the folder of a checkpoint.")]
+Model = Annotated[str, typer.Option(help="A shipped model (scemb-small, or scemb-base, which is better and slower) or the folder of a checkpoint.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:1; default: a GPU when there is one.")]
