@@ -1,4 +1,5 @@
-"""Build `scemb` from settings.ini, the one place where its name, version and requirements are written."""
+"""Build `scemb` from settings.ini, where its name, version and requirements are written."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -6,14 +7,15 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
-settings.read(here/"settings.ini", encoding="utf-8")
+settings.read(here / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
 # `transformers>=5.0` and `nbdev>=2.4.14,<3` hold no spaces, so one requirement is one word.
-extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
+keys = [key for key in cfg if key.endswith("_requirements")]
+extras = {key.removesuffix("_requirements"): cfg[key].split() for key in keys}
 extras["dev"] = sorted({word for words in extras.values() for word in words})
 
-readme = here/"README.md"
+readme = here / "README.md"
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],

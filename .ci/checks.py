@@ -1,7 +1,9 @@
 """Checks that read the pages without running them.
 
-Each check takes the project's root folder and returns complaints, one a line; none means that it passed.
+Each check takes the project's root folder and returns complaints, one a line; none means that it
+passed.
 """
+
 import ast
 import hashlib
 import json
@@ -11,42 +13,89 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE_BYTES = 200 * 1024     # what a page may weigh in git, outputs included
-TAGGED = ("launch", "figures", "benchmarks")    # folders of papermill pages
+PAGE_BYTES = 200 * 1024  # what a page may weigh in git, outputs included
+TAGGED = ("launch", "figures", "benchmarks")  # folders of papermill pages
 GENERATED = {"sidebar.yml", "nbdev.yml", ".last_checked"}
-SKIP_DIRS = {".git", ".venv", "runs", "local", "build", "dist", "_docs", "_proc", "__pycache__", ".ipynb_checkpoints", ".ruff_cache", ".hypothesis"}
-TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".ini", ".txt", ".csv", ".tsv", ".css", ".in", ""}
+SKIP_DIRS = {
+    ".git",
+    ".venv",
+    "runs",
+    "local",
+    "build",
+    "dist",
+    "_docs",
+    "_proc",
+    "__pycache__",
+    ".ipynb_checkpoints",
+    ".ruff_cache",
+    ".hypothesis",
+}
+TEXT = {
+    ".py",
+    ".md",
+    ".toml",
+    ".yml",
+    ".yaml",
+    ".json",
+    ".ini",
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".css",
+    ".in",
+    "",
+}
 
 WALK = re.compile(r"(\d+)([a-z]?)_(\w+)\.ipynb")
 ABSOLUTE = re.compile(r"(?<![\w.~)}\]>*-])/(?:work|farm|root|home|tmp|mnt|opt|Users)/\w[\w./-]*")
-PROGRESS = re.compile(r"\d%\|.*\||[\d.]+\s?(?:it/s|s/it)\b|\bWall time:|\bCPU times:|\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+PROGRESS = re.compile(
+    r"\d%\|.*\||[\d.]+\s?(?:it/s|s/it)\b|\bWall time:|\bCPU times:|\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+)
 INLINE_IMAGE = re.compile(r"data:image/[\w+.-]+;base64,[A-Za-z0-9+/=\s]+")
 # The package must run without the tools that write it, and load what is slow only where it is used.
 AUTHORING = {"nbdev", "fastcore", "execnb"}
-LAZY = {"scanpy", "jax", "deepspeed", "tiledbsoma", "tiledbsoma_ml", "cellxgene_census", "peft", "torch_geometric", "scib_metrics"}
+LAZY = {
+    "scanpy",
+    "jax",
+    "deepspeed",
+    "tiledbsoma",
+    "tiledbsoma_ml",
+    "cellxgene_census",
+    "peft",
+    "torch_geometric",
+    "scib_metrics",
+}
 
 
 @dataclass
 class Page:
     path: Path
-    rel: str                # path below nbs/, such as launch/demo.ipynb
+    rel: str  # path below nbs/, such as launch/demo.ipynb
     nb: dict
 
     @property
-    def cells(self): return self.nb["cells"]
+    def cells(self):
+        return self.nb["cells"]
+
     @property
-    def folder(self): return self.rel.split("/")[0] if "/" in self.rel else ""
+    def folder(self):
+        return self.rel.split("/")[0] if "/" in self.rel else ""
+
     @property
     def order(self):
         "(number, letter) of a page of the walk; None for every other page."
         m = WALK.fullmatch(self.rel)
         return (int(m[1]), m[2]) if m else None
+
     @property
     def module(self):
         "The module that the page writes, from `#| default_exp`."
         for c in self.cells:
-            m = c["cell_type"] == "code" and re.search(r"^#\|\s*default_exp\s+(\S+)", text(c["source"]), re.M)
-            if m: return m[1]
+            m = c["cell_type"] == "code" and re.search(
+                r"^#\|\s*default_exp\s+(\S+)", text(c["source"]), re.M
+            )
+            if m:
+                return m[1]
 
 
 def text(lines):
@@ -57,46 +106,70 @@ def text(lines):
 def pages(root):
     "Every page below nbs/ in the order of its path; a page that is no notebook raises ValueError."
     found = []
-    for p in sorted((root/"nbs").rglob("*.ipynb")):
-        rel = p.relative_to(root/"nbs").as_posix()
-        if any(part[0] in "._" for part in rel.split("/")): continue
-        try: found.append(Page(p, rel, json.loads(p.read_text(encoding="utf-8"))))
-        except ValueError as e: raise ValueError(f"nbs/{rel} is not a notebook: {e}") from e
+    for p in sorted((root / "nbs").rglob("*.ipynb")):
+        rel = p.relative_to(root / "nbs").as_posix()
+        if any(part[0] in "._" for part in rel.split("/")):
+            continue
+        try:
+            found.append(Page(p, rel, json.loads(p.read_text(encoding="utf-8"))))
+        except ValueError as e:
+            raise ValueError(f"nbs/{rel} is not a notebook: {e}") from e
     return found
 
 
 def directives(cell):
     "Names of a code cell's `#|` lines, such as export, hide, slow, eval: false."
-    return {m.strip() for m in re.findall(r"^\s*#\|\s*(.+)$", text(cell["source"]), re.M)} if cell["cell_type"] == "code" else set()
+    return (
+        {m.strip() for m in re.findall(r"^\s*#\|\s*(.+)$", text(cell["source"]), re.M)}
+        if cell["cell_type"] == "code"
+        else set()
+    )
 
 
-def exported(cell): return any(d.split()[0] in ("export", "exporti", "exports") for d in directives(cell))
+def exported(cell):
+    return any(d.split()[0] in ("export", "exporti", "exports") for d in directives(cell))
 
 
 def trees(page):
     "(cell number, cell, syntax tree) of each Python cell; shell and magic lines are left out."
     for n, cell in enumerate(page.cells):
         src = text(cell["source"])
-        if cell["cell_type"] != "code" or src.lstrip().startswith("%%"): continue
-        if any(re.fullmatch(r"eval:\s*false", d) for d in directives(cell)): continue
-        src = "\n".join(re.sub(r"^(\s*)[%!?].*", r"\1pass", line) for line in src.split("\n"))
+        if cell["cell_type"] != "code" or src.lstrip().startswith("%%"):
+            continue
+        if any(re.fullmatch(r"eval:\s*false", d) for d in directives(cell)):
+            continue
+        lines = [re.sub(r"^(\s*)(?:%+[a-z]|[!?]).*", r"\1pass", line) for line in src.split("\n")]
+        src = "\n".join(lines)
         yield n, cell, ast.parse(src)
 
 
 def imports(tree, package):
-    "Modules of `package` that a tree imports, at any depth: `from scemb.genes import x` gives genes."
+    """Modules of `package` that a tree imports, at any depth: `from scemb.genes import x` gives
+    genes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
-                if a.name.startswith(f"{package}."): yield a.name.split(".")[1]
+                if a.name.startswith(f"{package}."):
+                    yield a.name.split(".")[1]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            if node.level: base = f"{package}.{base}".rstrip(".")
-            if base == package: yield from (a.name for a in node.names if not a.name.startswith("__") and a.name != "*")
-            elif base.startswith(f"{package}."): yield base.split(".")[1]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
-            if str(name).startswith(f"{package}."): yield name.split(".")[1]
+            if node.level:
+                base = f"{package}.{base}".rstrip(".")
+            if base == package:
+                yield from (
+                    a.name for a in node.names if not a.name.startswith("__") and a.name != "*"
+                )
+            elif base.startswith(f"{package}."):
+                yield base.split(".")[1]
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
+        ):
+            name = (
+                node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+            )
+            if str(name).startswith(f"{package}."):
+                yield name.split(".")[1]
 
 
 def check_order(root, package="scemb"):
@@ -104,60 +177,112 @@ def check_order(root, package="scemb"):
     found, bad = pages(root), []
     owner = {}
     for p in found:
-        if not p.module: continue
-        if p.module in owner: bad.append(f"nbs/{p.rel} and nbs/{owner[p.module].rel} both write {package}.{p.module}.")
+        if not p.module:
+            continue
+        if p.module in owner:
+            bad.append(
+                f"nbs/{p.rel} and nbs/{owner[p.module].rel} both write {package}.{p.module}."
+            )
         owner[p.module] = p
     walk = [p for p in found if p.order]
     for a, b in zip(walk, walk[1:], strict=False):
-        if a.order == b.order: bad.append(f"nbs/{a.rel} and nbs/{b.rel} have the same number; give the later one a letter.")
+        if a.order == b.order:
+            bad.append(
+                f"nbs/{a.rel} and nbs/{b.rel} have the same number; give the later one a letter."
+            )
     for p in found:
         if not p.folder and not p.order and p.rel != "index.ipynb":
-            bad.append(f"nbs/{p.rel} has no number: a page of the walk is called like 07a_name.ipynb.")
-        try: cells = list(trees(p))
+            bad.append(
+                f"nbs/{p.rel} has no number: a page of the walk is called like 07a_name.ipynb."
+            )
+        try:
+            cells = list(trees(p))
         except SyntaxError as e:
-            bad.append(f"nbs/{p.rel}: a code cell is not Python: {e.msg}, line {e.lineno}: {(e.text or '').strip()}")
+            bad.append(
+                f"nbs/{p.rel}: a code cell is not Python: {e.msg}, line {e.lineno}: "
+                f"{(e.text or '').strip()}"
+            )
             continue
         for n, _, tree in cells:
             for name in imports(tree, package):
-                if name not in owner: bad.append(f"nbs/{p.rel} cell {n} imports {package}.{name}, which no page writes.")
-                elif not p.order: continue
-                elif name == p.module: bad.append(f"nbs/{p.rel} cell {n} imports its own module {package}.{name}; the cells above already define it.")
-                elif not owner[name].order: bad.append(f"nbs/{p.rel} cell {n} imports {package}.{name}, which nbs/{owner[name].rel} writes outside the walk.")
+                if name not in owner:
+                    bad.append(
+                        f"nbs/{p.rel} cell {n} imports {package}.{name}, which no page writes."
+                    )
+                elif not p.order:
+                    continue
+                elif name == p.module:
+                    bad.append(
+                        f"nbs/{p.rel} cell {n} imports its own module {package}.{name}; the "
+                        "cells above already define it."
+                    )
+                elif not owner[name].order:
+                    bad.append(
+                        f"nbs/{p.rel} cell {n} imports {package}.{name}, which "
+                        f"nbs/{owner[name].rel} writes outside the walk."
+                    )
                 elif owner[name].order > p.order:
-                    bad.append(f"nbs/{p.rel} cell {n} imports {package}.{name} from the higher page nbs/{owner[name].rel}; join the two in a later page.")
+                    bad.append(
+                        f"nbs/{p.rel} cell {n} imports {package}.{name} from the higher page "
+                        f"nbs/{owner[name].rel}; join the two in a later page."
+                    )
     return bad
 
 
 def check_heads(root):
-    "A page opens with a markdown cell of its title and one sentence, which nbdev turns into the head of the rendered page."
+    """A page opens with a markdown cell of its title and one sentence, which nbdev turns into the
+    head of the rendered page."""
     bad = []
     for p in pages(root):
-        head = next((text(c["source"]).strip() for c in p.cells if c["cell_type"] == "markdown"), "")
+        head = next(
+            (text(c["source"]).strip() for c in p.cells if c["cell_type"] == "markdown"), ""
+        )
         if not re.fullmatch(r"# \S.*\n\n> \S.*", head):
-            bad.append(f"nbs/{p.rel}: the first markdown cell must be `# Title`, an empty line and `> one sentence`, and nothing else: the documentation drops the rest. It starts {head[:50]!r}.")
-        if p.order and not p.module: bad.append(f"nbs/{p.rel} has no `#| default_exp name`; a page of the walk writes a module.")
+            bad.append(
+                f"nbs/{p.rel}: the first markdown cell must be `# Title`, an empty line and `> "
+                "one sentence`, and nothing else: the documentation drops the rest. It starts "
+                f"{head[:50]!r}."
+            )
+        if p.order and not p.module:
+            bad.append(
+                f"nbs/{p.rel} has no `#| default_exp name`; a page of the walk writes a module."
+            )
     return bad
 
 
 def check_parameters(root):
-    "Exactly one code cell tagged `parameters`, of plain literals, in each papermill page; none in the walk."
+    """Exactly one code cell tagged `parameters`, of plain literals, in each papermill page; none in
+    the walk."""
     bad = []
     for p in pages(root):
         tagged = [c for c in p.cells if "parameters" in (c["metadata"].get("tags") or [])]
         if p.folder in TAGGED:
             if len(tagged) != 1:
-                bad.append(f"nbs/{p.rel} has {len(tagged)} cells tagged `parameters`, wanted exactly one; without it papermill's values are overwritten.")
+                bad.append(
+                    f"nbs/{p.rel} has {len(tagged)} cells tagged `parameters`, wanted exactly "
+                    "one; without it papermill's values are overwritten."
+                )
                 continue
-            if tagged[0]["cell_type"] != "code": bad.append(f"nbs/{p.rel}: the cell tagged `parameters` is not a code cell."); continue
+            if tagged[0]["cell_type"] != "code":
+                bad.append(f"nbs/{p.rel}: the cell tagged `parameters` is not a code cell.")
+                continue
             try:
                 for node in ast.parse(text(tagged[0]["source"])).body:
                     value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else node
                     ast.literal_eval(value)
-                    if value is node: raise ValueError
+                    if value is node:
+                        raise ValueError
             except (ValueError, TypeError, SyntaxError):
-                bad.append(f"nbs/{p.rel}: the cell tagged `parameters` must hold only `name = literal` lines, so that a parameter file can set each.")
+                bad.append(
+                    f"nbs/{p.rel}: the cell tagged `parameters` must hold only `name = literal` "
+                    "lines, so that a parameter file can set each."
+                )
         elif p.order or p.rel == "index.ipynb":
-            if tagged: bad.append(f"nbs/{p.rel} is a page of the walk but has a cell tagged `parameters`; papermill pages live in {', '.join(TAGGED)}.")
+            if tagged:
+                bad.append(
+                    f"nbs/{p.rel} is a page of the walk but has a cell tagged `parameters`; "
+                    f"papermill pages live in {', '.join(TAGGED)}."
+                )
     return bad
 
 
@@ -169,19 +294,31 @@ def shown(output):
 
 
 def check_outputs(root):
-    "A page weighs less than 200 KB and stores no error, widget, progress bar, timing or dated line of a log."
+    """A page weighs less than 200 KB and stores no error, widget, progress bar, timing or dated
+    line of a log."""
     bad = []
     for p in pages(root):
         size = p.path.stat().st_size
-        if size >= PAGE_BYTES: bad.append(f"nbs/{p.rel} weighs {size/1024:.0f} KB, wanted less than {PAGE_BYTES//1024} KB: make its pictures smaller or print less.")
+        if size >= PAGE_BYTES:
+            bad.append(
+                f"nbs/{p.rel} weighs {size / 1024:.0f} KB, wanted less than {PAGE_BYTES // 1024} "
+                "KB: make its pictures smaller or print less."
+            )
         for n, cell in enumerate(p.cells):
             where = f"nbs/{p.rel} cell {n}"
             for out in cell.get("outputs", []):
-                if out["output_type"] == "error": bad.append(f"{where} stores an error: {out.get('ename')}: {out.get('evalue')}")
-                if any("jupyter.widget" in k for k in out.get("data", {})): bad.append(f"{where} stores a widget, which nobody else can see.")
+                if out["output_type"] == "error":
+                    bad.append(f"{where} stores an error: {out.get('ename')}: {out.get('evalue')}")
+                if any("jupyter.widget" in k for k in out.get("data", {})):
+                    bad.append(f"{where} stores a widget, which nobody else can see.")
                 m = PROGRESS.search(shown(out))
-                if m or "\r" in shown(out).replace("\r\n", "\n"): bad.append(f"{where} stores a progress bar or timing: {(m[0] if m else 'carriage return')[:60]!r}")
-        if p.nb.get("metadata", {}).get("widgets"): bad.append(f"nbs/{p.rel} stores widget state.")
+                if m or "\r" in shown(out).replace("\r\n", "\n"):
+                    bad.append(
+                        f"{where} stores a progress bar or timing: "
+                        f"{(m[0] if m else 'carriage return')[:60]!r}"
+                    )
+        if p.nb.get("metadata", {}).get("widgets"):
+            bad.append(f"nbs/{p.rel} stores widget state.")
     return list(dict.fromkeys(bad))
 
 
@@ -190,7 +327,8 @@ def files(root):
     for folder, dirs, names in os.walk(root):
         dirs[:] = sorted(d for d in dirs if d not in SKIP_DIRS and not d.endswith(".egg-info"))
         for n in sorted(names):
-            if n not in GENERATED: yield Path(folder)/n
+            if n not in GENERATED:
+                yield Path(folder) / n
 
 
 def check_paths(root):
@@ -198,101 +336,232 @@ def check_paths(root):
     bad = []
     for p in pages(root):
         for n, cell in enumerate(p.cells):
-            for kind, s in [("source", text(cell["source"])), *(("output", shown(o)) for o in cell.get("outputs", []))]:
-                for m in ABSOLUTE.findall(s): bad.append(f"nbs/{p.rel} cell {n} {kind} has the absolute path {m}; print a name or a relative path.")
+            for kind, s in [
+                ("source", text(cell["source"])),
+                *(("output", shown(o)) for o in cell.get("outputs", [])),
+            ]:
+                for m in ABSOLUTE.findall(s):
+                    bad.append(
+                        f"nbs/{p.rel} cell {n} {kind} has the absolute path {m}; print a name or "
+                        "a relative path."
+                    )
     for f in files(root):
-        if f.is_symlink() or f.suffix not in TEXT or f.stat().st_size > 2**20: continue
-        try: s = f.read_text(encoding="utf-8")
-        except UnicodeDecodeError: continue
+        if f.is_symlink() or f.suffix not in TEXT or f.stat().st_size > 2**20:
+            continue
+        try:
+            s = f.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
         bad += [f"{f.relative_to(root)} has the absolute path {m}." for m in ABSOLUTE.findall(s)]
     return list(dict.fromkeys(bad))
 
 
 def check_modules(root, package="scemb"):
-    "Each module comes from a page and loads neither the authoring tools nor slow libraries when it is imported."
+    """Each module comes from a page and loads neither the authoring tools nor slow libraries when
+    it is imported."""
     bad, found = [], pages(root)
-    written = {f"{p.module.replace('.', '/')}.py" for p in found if p.module} | {"__init__.py", "_modidx.py"}
-    for f in sorted((root/package).rglob("*.py")):
-        rel = f.relative_to(root/package).as_posix()
-        if rel not in written: bad.append(f"{package}/{rel} comes from no page; pages are the only source of {package}/. Delete it or write its page.")
+    written = {f"{p.module.replace('.', '/')}.py" for p in found if p.module} | {
+        "__init__.py",
+        "_modidx.py",
+    }
+    for f in sorted((root / package).rglob("*.py")):
+        rel = f.relative_to(root / package).as_posix()
+        if rel not in written:
+            bad.append(
+                f"{package}/{rel} comes from no page; pages are the only source of {package}/. "
+                "Delete it or write its page."
+            )
     for p in found:
-        try: cells = [(n, t) for n, c, t in trees(p) if exported(c)]
-        except SyntaxError: continue    # check_order names it
+        try:
+            cells = [(n, t) for n, c, t in trees(p) if exported(c)]
+        except SyntaxError:
+            continue  # check_order names it
         for n, tree in cells:
             for node in ast.walk(tree):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                names = (
+                    [a.name for a in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
                 for name in {x.split(".")[0] for x in names}:
-                    if name in AUTHORING: bad.append(f"nbs/{p.rel} cell {n} exports an import of {name}; users do not have it.")
-                    if name in LAZY and node in tree.body: bad.append(f"nbs/{p.rel} cell {n} exports a top-level import of {name}; move it into the function that uses it.")
+                    if name in AUTHORING:
+                        bad.append(
+                            f"nbs/{p.rel} cell {n} exports an import of {name}; users do not "
+                            "have it."
+                        )
+                    if name in LAZY and node in tree.body:
+                        bad.append(
+                            f"nbs/{p.rel} cell {n} exports a top-level import of {name}; move it "
+                            "into the function that uses it."
+                        )
     return bad
 
 
 def harmless(node):
-    "Whether a statement may stand beside imports: definitions, and settings such as `plt.rcParams[\"figure.dpi\"] = 72` or `pd.set_option(...)`."
-    if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Pass): return True
-    if isinstance(node, ast.With | ast.Try): return all(map(harmless, [*node.body, *(s for h in getattr(node, "handlers", []) for s in h.body)]))
-    if isinstance(node, ast.Assign): return isinstance(node.value, ast.Constant) and not any(isinstance(t, ast.Name) for t in node.targets)
+    """Whether a statement may stand beside imports: definitions, and settings such as
+    `plt.rcParams["figure.dpi"] = 72` or `pd.set_option(...)`."""
+    if isinstance(
+        node,
+        ast.Import
+        | ast.ImportFrom
+        | ast.FunctionDef
+        | ast.AsyncFunctionDef
+        | ast.ClassDef
+        | ast.Pass,
+    ):
+        return True
+    if isinstance(node, ast.With | ast.Try):
+        return all(
+            map(harmless, [*node.body, *(s for h in getattr(node, "handlers", []) for s in h.body)])
+        )
+    if isinstance(node, ast.Assign):
+        return isinstance(node.value, ast.Constant) and not any(
+            isinstance(t, ast.Name) for t in node.targets
+        )
     call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
-    return bool(call) and isinstance(call.func, ast.Attribute) and all(isinstance(a, ast.Constant) for a in [*call.args, *(k.value for k in call.keywords)])
+    return (
+        bool(call)
+        and isinstance(call.func, ast.Attribute)
+        and all(
+            isinstance(a, ast.Constant) for a in [*call.args, *(k.value for k in call.keywords)]
+        )
+    )
 
 
 def check_import_cells(root):
-    "On a page that exports code, a cell that imports does nothing else but set options: the documentation runs every such cell."
+    """On a page that exports code, a cell that imports does nothing else but set options: the
+    documentation runs every such cell."""
     bad = []
     for p in pages(root):
-        try: cells = list(trees(p))
-        except SyntaxError: continue    # check_order names it
-        if not any(exported(c) for _, c, _ in cells): continue
+        try:
+            cells = list(trees(p))
+        except SyntaxError:
+            continue  # check_order names it
+        if not any(exported(c) for _, c, _ in cells):
+            continue
         for n, cell, tree in cells:
             works = [node for node in tree.body if not harmless(node)]
-            if not exported(cell) and works and any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)):
-                bad.append(f"nbs/{p.rel} cell {n} imports and also works (`{ast.unparse(works[0]).splitlines()[0][:60]}`); give the imports a cell of their own, or the documentation runs this one too.")
+            if (
+                not exported(cell)
+                and works
+                and any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
+            ):
+                bad.append(
+                    f"nbs/{p.rel} cell {n} imports and also works "
+                    f"(`{ast.unparse(works[0]).splitlines()[0][:60]}`); give the imports a cell "
+                    "of their own, or the documentation runs this one too."
+                )
     return bad
 
 
 def check_compiled(root, package="scemb", settled=("_mix64",)):
-    """A compiled function that numba keeps on disk is called by no other one, and calls none of another module but `settled` ones, which never change.
+    """A compiled function that numba keeps on disk is called by no other one, and calls none of
+    another module but `settled` ones, which never change.
 
-    Numba renews what it kept when the file of that one function changes, whatever became of the functions inside it; and its index of the
-    variants of a function has no lock, while inner functions have several variants that test workers store at the same time.
+    Numba renews what it kept when the file of that one function changes, whatever became of the
+    functions inside it; and its index of the
+    variants of a function has no lock, while inner functions have several variants that test
+    workers store at the same time.
     """
-    bad, compiled = [], {}    # (module, function) -> (kept on disk, names called)
-    for f in sorted((root/package).glob("*.py")):
+    bad, compiled = [], {}  # (module, function) -> (kept on disk, names called)
+    for f in sorted((root / package).glob("*.py")):
         for node in ast.walk(ast.parse(f.read_text(encoding="utf-8"))):
-            made = next((d for d in getattr(node, "decorator_list", []) if ast.unparse(d).startswith("njit")), None)
-            if made is None: continue
-            kept = isinstance(made, ast.Call) and any(k.arg == "cache" and ast.unparse(k.value) != "False" for k in made.keywords)
-            compiled[f.stem, node.name] = kept, {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+            made = next(
+                (
+                    d
+                    for d in getattr(node, "decorator_list", [])
+                    if ast.unparse(d).startswith("njit")
+                ),
+                None,
+            )
+            if made is None:
+                continue
+            kept = isinstance(made, ast.Call) and any(
+                k.arg == "cache" and ast.unparse(k.value) != "False" for k in made.keywords
+            )
+            compiled[f.stem, node.name] = (
+                kept,
+                {
+                    n.func.id
+                    for n in ast.walk(node)
+                    if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+                },
+            )
     for (module, name), (kept, calls) in compiled.items():
         for called in sorted(calls):
-            home = module if (module, called) in compiled else next((m for m, n in compiled if n == called), None)
-            if home and compiled[home, called][0]: bad.append(f"{package}/{module}.py: {name} calls {called}, which numba keeps on disk; give cache=True to the outermost function only.")
-            elif home not in (None, module) and kept and called not in settled: bad.append(f"{package}/{module}.py: numba keeps {name} on disk with {called} of {home} inside, and will not see when that changes; take cache=True away.")
+            home = (
+                module
+                if (module, called) in compiled
+                else next((m for m, n in compiled if n == called), None)
+            )
+            if home and compiled[home, called][0]:
+                bad.append(
+                    f"{package}/{module}.py: {name} calls {called}, which numba keeps on disk; "
+                    "give cache=True to the outermost function only."
+                )
+            elif home not in (None, module) and kept and called not in settled:
+                bad.append(
+                    f"{package}/{module}.py: numba keeps {name} on disk with {called} of {home} "
+                    "inside, and will not see when that changes; take cache=True away."
+                )
     return bad
 
 
 def reads_committed(tree):
-    "Whether a syntax tree names the folder of committed tables: `root/\"benchmarks\"`, `Path(\"../../benchmarks/x.csv\")`."
-    names = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    """Whether a syntax tree names the folder of committed tables: `root/"benchmarks"`,
+    `Path("../../benchmarks/x.csv")`."""
+    names = (
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
     return any(re.match(r"(?:\.\./)*benchmarks(?:/|$)", name) for name in names)
 
 
 def check_claims(root):
-    "A page of figures/ or benchmarks/ that shows a committed table asserts something that every suite runs."
+    """A page of figures/ or benchmarks/ that shows a committed table asserts something that every
+    suite runs."""
     bad = []
     for p in pages(root):
-        if p.folder not in ("figures", "benchmarks"): continue
-        try: cells = list(trees(p))
-        except SyntaxError: continue    # check_order names it
+        if p.folder not in ("figures", "benchmarks"):
+            continue
+        try:
+            cells = list(trees(p))
+        except SyntaxError:
+            continue  # check_order names it
         shows = any(reads_committed(tree) for _, _, tree in cells)
-        run = [tree for _, cell, tree in cells if not {d.split()[0] for d in directives(cell)} & {"gpu", "net"}]
-        if shows and not any(isinstance(node, ast.Assert) for tree in run for node in ast.walk(tree)):
-            bad.append(f"nbs/{p.rel} shows a committed table and asserts nothing: add a hidden cell that compares the page's sentences with the table.")
+        run = [
+            tree
+            for _, cell, tree in cells
+            if not {d.split()[0] for d in directives(cell)} & {"gpu", "net"}
+        ]
+        if shows and not any(
+            isinstance(node, ast.Assert) for tree in run for node in ast.walk(tree)
+        ):
+            bad.append(
+                f"nbs/{p.rel} shows a committed table and asserts nothing: add a hidden cell "
+                "that compares the page's sentences with the table."
+            )
     return bad
 
 
 # Names of functions, by their beginning, that return nothing to look at.
-SILENT = ("test_", "assert", "check_", "write", "save", "to_", "close", "cleanup", "rmtree", "remove", "unlink", "copy", "mkdir", "set_")
+SILENT = (
+    "test_",
+    "assert",
+    "check_",
+    "write",
+    "save",
+    "to_",
+    "close",
+    "cleanup",
+    "rmtree",
+    "remove",
+    "unlink",
+    "copy",
+    "mkdir",
+    "set_",
+)
 
 
 def silent_functions(page):
@@ -300,19 +569,29 @@ def silent_functions(page):
     names = set()
     for _, _, tree in trees(page):
         for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef): continue
-            returns = [n for n in ast.walk(node) if isinstance(n, ast.Return | ast.Yield | ast.YieldFrom) and n.value is not None]
-            if not returns: names.add(node.name)
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            returns = [
+                n
+                for n in ast.walk(node)
+                if isinstance(n, ast.Return | ast.Yield | ast.YieldFrom) and n.value is not None
+            ]
+            if not returns:
+                names.add(node.name)
     return names
 
 
 def shows_something(node, silent):
     "Whether a statement leaves something below its cell: a value, or what is printed."
-    if not isinstance(node, ast.Expr): return False
-    if isinstance(node.value, ast.Constant): return False
-    if not isinstance(node.value, ast.Call): return True
+    if not isinstance(node, ast.Expr):
+        return False
+    if isinstance(node.value, ast.Constant):
+        return False
+    if not isinstance(node.value, ast.Call):
+        return True
     name = getattr(node.value.func, "attr", getattr(node.value.func, "id", ""))
-    if name == "print": return not any(k.arg == "file" for k in node.value.keywords)
+    if name == "print":
+        return not any(k.arg == "file" for k in node.value.keywords)
     return not name.startswith(SILENT) and name not in silent
 
 
@@ -322,23 +601,32 @@ def check_shown(root):
     for p in pages(root):
         try:
             cells, silent = list(trees(p)), silent_functions(p)
-        except SyntaxError: continue    # check_order names it
+        except SyntaxError:
+            continue  # check_order names it
         for n, cell, tree in cells:
             flags = {d.split()[0].rstrip(":") for d in directives(cell)}
-            if exported(cell) or flags & {"hide", "gpu", "net"} or not tree.body: continue
+            if exported(cell) or flags & {"hide", "gpu", "net"} or not tree.body:
+                continue
             ends_quietly = text(cell["source"]).rstrip().endswith(";")
-            if ends_quietly or cell.get("outputs") or not shows_something(tree.body[-1], silent): continue
+            if ends_quietly or cell.get("outputs") or not shows_something(tree.body[-1], silent):
+                continue
             last = ast.unparse(tree.body[-1]).splitlines()[0][:60]
-            bad.append(f"nbs/{p.rel} cell {n} ends in `{last}` but stores no output: run the page and save it, or hide the cell.")
+            bad.append(
+                f"nbs/{p.rel} cell {n} ends in `{last}` but stores no output: run the page and "
+                "save it, or hide the cell."
+            )
     return bad
 
 
 def snapshot(root, folders=("nbs", "scemb")):
-    "Path -> hash of what git would keep below `folders`; two snapshots differ where `git diff` would."
+    """Path -> hash of what git would keep below `folders`; two snapshots differ where `git diff`
+    would."""
     seen = {}
     for folder in folders:
-        for f in files(root/folder):
-            seen[f.relative_to(root).as_posix()] = os.readlink(f) if f.is_symlink() else hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in files(root / folder):
+            seen[f.relative_to(root).as_posix()] = (
+                os.readlink(f) if f.is_symlink() else hashlib.sha256(f.read_bytes()).hexdigest()
+            )
     return seen
 
 

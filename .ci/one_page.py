@@ -5,6 +5,7 @@
 The suite runs every page; `warm` keeps it from importing and compiling the same libraries for
 each of them.
 """
+
 import atexit
 import faulthandler
 import multiprocessing
@@ -15,6 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 HERE = str(Path(__file__).resolve().parent)
+
 
 def main(page, *flags):
     "Run a page, and say on stderr how much processor time it and its children took."
@@ -42,17 +44,17 @@ def forked(page, flags, out, err, env):
     os.environ.clear()
     os.environ.update(env)
     sys.path[:] = [folder for folder in sys.path if folder != HERE]
-    multiprocessing.current_process().name = "MainProcess"     # what libraries ask before they draw
+    multiprocessing.current_process().name = "MainProcess"  # what libraries ask before they draw
     for stream, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream)
         os.close(file)
-    faulthandler.enable(file=2)     # a crash says where every thread was
+    faulthandler.enable(file=2)  # a crash says where every thread was
     try:
         code = main(page, *flags)
     except SystemExit as stop:
         code = stop.code
-    atexit._run_exitfuncs()     # a forked process leaves without them
+    atexit._run_exitfuncs()  # a forked process leaves without them
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)

@@ -1,6 +1,7 @@
 """The same answers on every processor, with any number of threads.
 
-    processors.py                  ask the same questions in several settings and compare the answers
+    processors.py                  ask the same questions in several settings and compare the
+    answers
     processors.py answers FOLDER   ask them once, in this process, and write the answers down
 
 Libraries choose their instructions when they start: numpy, OpenBLAS, torch and numba each have
@@ -8,6 +9,7 @@ a variable of the environment that forbids the newer ones. Each setting is a pro
 Tokens, masks, batches, medians and hashes of cells must be equal to the bit. Vectors are sums of
 floating-point numbers, whose order is the library's: they must agree within 1e-5.
 """
+
 import hashlib
 import json
 import os
@@ -20,17 +22,18 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 1e-5    # of vectors, whose entries are of the order of one
-TIMEOUT = 900       # seconds for one setting
-N_CELLS = 150       # real cells whose tokens, masks and hashes are asked about
-N_VECTORS = 50      # of them, those whose vectors are
+TOLERANCE = 1e-5  # of vectors, whose entries are of the order of one
+TIMEOUT = 900  # seconds for one setting
+N_CELLS = 150  # real cells whose tokens, masks and hashes are asked about
+N_VECTORS = 50  # of them, those whose vectors are
 
 # What decides which instructions the C library's log and exp may use.
 NO_FMA = "glibc.cpu.hwcaps=-AVX512F,-AVX2,-AVX2_Usable,-FMA,-FMA_Usable,-FMA4"
 
 
 def numpy_features():
-    "Names of the processor features, beyond the least, for which this numpy has code that can run here."
+    """Names of the processor features, beyond the least, for which this numpy has code that can run
+    here."""
     return np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
 
 
@@ -41,12 +44,18 @@ def settings(features):
     one = dict.fromkeys(threads, "1")
     two = dict.fromkeys(threads, "2")
     no_avx512 = {
-        "NPY_DISABLE_CPU_FEATURES": " ".join(wide), "OPENBLAS_CORETYPE": "Haswell",
-        "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "NPY_DISABLE_CPU_FEATURES": " ".join(wide),
+        "OPENBLAS_CORETYPE": "Haswell",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_CBWR": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
     }
     no_avx2 = {
-        "NPY_DISABLE_CPU_FEATURES": " ".join(features), "OPENBLAS_CORETYPE": "Nehalem",
-        "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "NPY_DISABLE_CPU_FEATURES": " ".join(features),
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
         "GLIBC_TUNABLES": NO_FMA,
     }
     return {
@@ -60,6 +69,7 @@ def settings(features):
 
 # --- the questions ------------------------------------------------------------------------------
 
+
 def digest(*arrays):
     "One short name for some arrays: equal names, equal bits."
     h = hashlib.sha256()
@@ -72,18 +82,23 @@ def digest(*arrays):
 def our_tokens(counts):
     "Tokens under each rule of the tokenizer, and the gene medians."
     from scemb.tokenize import Encoder, TokenizerSettings, gene_medians, protein_vocabulary
+
     vocabulary = gene_medians(counts, protein_vocabulary())
     token = vocabulary.token_of_rows(counts.genes.rows)
     chunk = next(counts.chunks())[1]
     rules = {
-        "as published": dict(bins_over="detected"), "window of 300": dict(max_len=300, seed=7),
-        "index": dict(ties="index"), "median": dict(scale="median", max_len=400),
+        "as published": dict(bins_over="detected"),
+        "window of 300": dict(max_len=300, seed=7),
+        "index": dict(ties="index"),
+        "median": dict(scale="median", max_len=400),
     }
     answers = {"gene medians": digest(np.array(vocabulary.medians))}
     for name, rule in rules.items():
         encoded = Encoder(token, vocabulary, TokenizerSettings(**rule))(chunk)
         answers[f"tokens, {name}"] = digest(*encoded.values())
-    shielded = Encoder(token, vocabulary, TokenizerSettings(max_len=100), vocabulary.genes[:500])(chunk)
+    shielded = Encoder(token, vocabulary, TokenizerSettings(max_len=100), vocabulary.genes[:500])(
+        chunk
+    )
     answers["tokens, protected genes"] = digest(*shielded.values())
     return answers
 
@@ -91,11 +106,14 @@ def our_tokens(counts):
 def cell_hashes(counts):
     "What a corpus knows of a cell, and its counts of protein-coding genes."
     from scemb.curate import coding_counts, gene_axis, measure
+
     axis = gene_axis(counts.genes)
     chunk = next(counts.chunks())[1]
     coding = coding_counts(chunk, axis, np.ones(chunk.shape[0], bool))
-    return {"measures and hashes of cells": digest(*measure(chunk, axis).values()),
-            "protein-coding counts": digest(coding.indptr, coding.indices, coding.data)}
+    return {
+        "measures and hashes of cells": digest(*measure(chunk, axis).values()),
+        "protein-coding counts": digest(coding.indptr, coding.indices, coding.data),
+    }
 
 
 def masks_and_batches(counts):
@@ -104,16 +122,21 @@ def masks_and_batches(counts):
     from scemb.orders import grouped_batches, token_budget_batches, unpadded_batches
     from scemb.tokenize import TokenizerSettings
     from scemb.tokens import tokenize
+
     tokens = tokenize(counts, settings=TokenizerSettings(max_len=512), n_threads=2)
     cells = np.arange(len(tokens))
     answers = {}
-    for share in (.15, .5, 1.):
-        hidden = mask_genes(*tokens.gather(cells), cells, len(tokens.vocabulary), seed=3, share=share)
+    for share in (0.15, 0.5, 1.0):
+        hidden = mask_genes(
+            *tokens.gather(cells), cells, len(tokens.vocabulary), seed=3, share=share
+        )
         answers[f"mask, share {share}"] = digest(*hidden)
     lengths = np.random.default_rng(0).integers(1, 3000, 20_000)
     for rule in (unpadded_batches, grouped_batches, token_budget_batches):
         batches = list(rule(lengths, seed=1, rank=1, world=3))
-        answers[f"batches, {rule.__name__}"] = digest(np.concatenate(batches), [len(b) for b in batches])
+        answers[f"batches, {rule.__name__}"] = digest(
+            np.concatenate(batches), [len(b) for b in batches]
+        )
     return answers
 
 
@@ -125,31 +148,44 @@ def models(folder, make):
     from scemb.model import ScembConfig, ScembForMaskedLM
     from scemb.scgpt import ScGPT, toy_scgpt
     from scemb.tokenize import TokenizerSettings, protein_vocabulary
+
     vocabulary = protein_vocabulary()
     config = ScembConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=128, max_position_embeddings=512, initializer_range=.1)
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
     net = ScembForMaskedLM(config)
     if make:
         torch.manual_seed(0)
-        torch.save(ScembForMaskedLM(config).state_dict(), folder/"scemb.pt")
-        toy_geneformer(folder/"geneformer", context=512)
-        toy_scgpt(folder/"scgpt")
-    net.load_state_dict(torch.load(folder/"scemb.pt", weights_only=True))
-    return {"scEMB": (net, vocabulary, TokenizerSettings(max_len=512)),
-            "Geneformer": Geneformer(folder/"geneformer", device="cpu"),
-            "scGPT": ScGPT(folder/"scgpt", max_len=301, device="cpu")}
+        torch.save(ScembForMaskedLM(config).state_dict(), folder / "scemb.pt")
+        toy_geneformer(folder / "geneformer", context=512)
+        toy_scgpt(folder / "scgpt")
+    net.load_state_dict(torch.load(folder / "scemb.pt", weights_only=True))
+    return {
+        "scEMB": (net, vocabulary, TokenizerSettings(max_len=512)),
+        "Geneformer": Geneformer(folder / "geneformer", device="cpu"),
+        "scGPT": ScGPT(folder / "scgpt", max_len=301, device="cpu"),
+    }
 
 
 def vectors_and_peers(adata, folder, make):
     "(digests of the tokens of the peers, vectors of the cells by each model)"
     from scemb.embed import embed
     from scemb.peers import token_set
+
     exact, close = {}, {}
     for name, model in models(folder, make).items():
-        few = adata[::N_CELLS//N_VECTORS].copy()
+        few = adata[:: N_CELLS // N_VECTORS].copy()
         close[name] = embed(few, model, device="cpu").obsm["X_scemb"]
-        if name != "scEMB": exact[f"tokens of {name}"] = digest(*token_set(model, adata).gather(np.arange(adata.n_obs)))
+        if name != "scEMB":
+            exact[f"tokens of {name}"] = digest(
+                *token_set(model, adata).gather(np.arange(adata.n_obs))
+            )
     return exact, close
 
 
@@ -158,8 +194,13 @@ def toy_medians(folder):
     import pickle
 
     from scemb.geneformer import toy_geneformer
+
     made = toy_geneformer(folder, layers=1, width=8, context=16)
-    return digest(np.array(list(pickle.loads((made/"gene_median_dictionary_gc30M.pkl").read_bytes()).values())))
+    return digest(
+        np.array(
+            list(pickle.loads((made / "gene_median_dictionary_gc30M.pkl").read_bytes()).values())
+        )
+    )
 
 
 def libraries():
@@ -167,37 +208,55 @@ def libraries():
     import torch
     from numba.core.registry import cpu_target
     from threadpoolctl import threadpool_info
+
     ties = np.argsort(np.random.default_rng(0).integers(0, 3, 1000))
     blas = {i["architecture"] for i in threadpool_info() if i["internal_api"] == "openblas"}
-    return {"numpy": digest(ties)[:4], "torch": torch.backends.cpu.get_cpu_capability(),
-            "OpenBLAS": ", ".join(sorted(blas)), "threads": torch.get_num_threads(),
-            "numba": cpu_target.target_context.codegen()._get_host_cpu_name()}
+    return {
+        "numpy": digest(ties)[:4],
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "OpenBLAS": ", ".join(sorted(blas)),
+        "threads": torch.get_num_threads(),
+        "numba": cpu_target.target_context.codegen()._get_host_cpu_name(),
+    }
 
 
 def write_answers(folder, shared, make):
     "Ask everything in this process."
     from scemb import datasets
     from scemb.counts import read_counts
-    adata = datasets.load("baron_pancreas")[::1937//N_CELLS].copy()
+
+    adata = datasets.load("baron_pancreas")[:: 1937 // N_CELLS].copy()
     counts = read_counts(adata)
     exact, close = vectors_and_peers(adata, shared, make)
     exact |= our_tokens(counts) | cell_hashes(counts) | masks_and_batches(counts)
-    exact["medians of a toy Geneformer"] = toy_medians(folder/"toy")
-    np.savez(folder/"vectors.npz", **close)
-    (folder/"answers.json").write_text(json.dumps(dict(exact=exact, libraries=libraries())))
+    exact["medians of a toy Geneformer"] = toy_medians(folder / "toy")
+    np.savez(folder / "vectors.npz", **close)
+    (folder / "answers.json").write_text(json.dumps(dict(exact=exact, libraries=libraries())))
 
 
 # --- the comparison -----------------------------------------------------------------------------
+
 
 def ask(name, env, folder, shared, make, root=ROOT):
     "(exact answers, vectors, what the libraries say) of one setting."
     folder.mkdir()
     env = {**os.environ, **env, "PYTHONPATH": str(root)}
-    command = [sys.executable, __file__, "answers", str(folder), str(shared), *(["make"] if make else [])]
-    done = subprocess.run(command, env=env, cwd=root, timeout=TIMEOUT, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-    answers = json.loads((folder/"answers.json").read_text())
-    with np.load(folder/"vectors.npz") as vectors: close = dict(vectors)
+    command = [
+        sys.executable,
+        __file__,
+        "answers",
+        str(folder),
+        str(shared),
+        *(["make"] if make else []),
+    ]
+    done = subprocess.run(
+        command, env=env, cwd=root, timeout=TIMEOUT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    answers = json.loads((folder / "answers.json").read_text())
+    with np.load(folder / "vectors.npz") as vectors:
+        close = dict(vectors)
     return answers["exact"], close, answers["libraries"]
 
 
@@ -207,14 +266,17 @@ def differences(name, here, reference):
     (exact, close), (wanted, near) = here, reference
     for question in sorted(wanted.keys() | exact.keys()):
         got, want = exact.get(question), wanted.get(question)
-        if got != want: bad.append(f"{name}: {question} is {got}, with all features it is {want}.")
+        if got != want:
+            bad.append(f"{name}: {question} is {got}, with all features it is {want}.")
     for model in sorted(near.keys() | close.keys()):
         if model not in near or model not in close:
             bad.append(f"{name}: vectors of {model} are missing in one setting.")
             continue
         worst = np.abs(close[model] - near[model]).max()
         if not worst <= TOLERANCE:
-            bad.append(f"{name}: vectors of {model} differ by {worst:.1e}, wanted at most {TOLERANCE:.0e}.")
+            bad.append(
+                f"{name}: vectors of {model} differ by {worst:.1e}, wanted at most {TOLERANCE:.0e}."
+            )
     return bad
 
 
@@ -222,26 +284,38 @@ def same_everywhere(root=ROOT):
     "Complaints about answers that depend on the processor or on the threads."
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        shared = tmp/"models"
+        shared = tmp / "models"
         shared.mkdir()
         todo = settings(numpy_features())
         first = next(iter(todo))
-        found = {first: ask(first, todo[first], tmp/"0", shared, True, root)}
+        found = {first: ask(first, todo[first], tmp / "0", shared, True, root)}
         with ThreadPoolExecutor(2) as pool:
-            jobs = {name: pool.submit(ask, name, env, tmp/str(i), shared, False, root)
-                    for i, (name, env) in enumerate(todo.items()) if name != first}
+            jobs = {
+                name: pool.submit(ask, name, env, tmp / str(i), shared, False, root)
+                for i, (name, env) in enumerate(todo.items())
+                if name != first
+            }
             found |= {name: job.result() for name, job in jobs.items()}
     bad, n = [], len(found[first][0])
     for name, (exact, close, libraries) in found.items():
-        print("      " + f"{name}: " + ", ".join(f"{k} {v}" for k, v in libraries.items()), flush=True)
+        print(
+            "      " + f"{name}: " + ", ".join(f"{k} {v}" for k, v in libraries.items()), flush=True
+        )
         bad += differences(name, (exact, close), found[first][:2])
-    worst = max(np.abs(close[m] - found[first][1][m]).max() for _, close, _ in found.values() for m in close)
-    print(f"      {n} exact answers and {len(found[first][1])} sets of vectors in {len(found)} settings; vectors differ by {worst:.0e} at most", flush=True)
+    worst = max(
+        np.abs(close[m] - found[first][1][m]).max() for _, close, _ in found.values() for m in close
+    )
+    print(
+        f"      {n} exact answers and {len(found[first][1])} sets of vectors in {len(found)} "
+        f"settings; vectors differ by {worst:.0e} at most",
+        flush=True,
+    )
     return bad
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["answers"]: write_answers(Path(sys.argv[2]), Path(sys.argv[3]), "make" in sys.argv[4:])
+    if sys.argv[1:2] == ["answers"]:
+        write_answers(Path(sys.argv[2]), Path(sys.argv[3]), "make" in sys.argv[4:])
     else:
         complaints = same_everywhere()
         print(*complaints, sep="\n")

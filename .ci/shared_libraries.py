@@ -2,6 +2,7 @@
 
 Nothing of scemb is here, and nothing that starts threads (jax).
 """
+
 import gc
 import importlib
 import warnings
@@ -14,16 +15,41 @@ import torch
 import transformers
 
 for name in (
-    "fastcore.test", "hypothesis", "IPython.display", "matplotlib.pyplot", "nbdev.test", "networkx",
-    "pyarrow.parquet", "rich.progress", "safetensors.torch", "scipy.optimize", "scipy.stats",
-    "sklearn.cluster", "sklearn.linear_model", "sklearn.metrics", "sklearn.model_selection",
-    "torch.distributed.tensor", "transformers.trainer", "typer.testing", "xxhash", "yaml", "zarr",
+    "fastcore.test",
+    "hypothesis",
+    "IPython.display",
+    "matplotlib.pyplot",
+    "nbdev.test",
+    "networkx",
+    "pyarrow.parquet",
+    "rich.progress",
+    "safetensors.torch",
+    "scipy.optimize",
+    "scipy.stats",
+    "sklearn.cluster",
+    "sklearn.linear_model",
+    "sklearn.metrics",
+    "sklearn.model_selection",
+    "torch.distributed.tensor",
+    "transformers.trainer",
+    "typer.testing",
+    "xxhash",
+    "yaml",
+    "zarr",
 ):
     importlib.import_module(name)
 
 # transformers imports a class when it is first asked for.
-for name in ("AutoConfig", "AutoModelForMaskedLM", "AutoTokenizer", "BertForMaskedLM",
-             "PreTrainedModel", "PreTrainedTokenizer", "Trainer", "TrainingArguments"):
+for name in (
+    "AutoConfig",
+    "AutoModelForMaskedLM",
+    "AutoTokenizer",
+    "BertForMaskedLM",
+    "PreTrainedModel",
+    "PreTrainedTokenizer",
+    "Trainer",
+    "TrainingArguments",
+):
     getattr(transformers, name)
 
 # UMAP and its search for neighbours are compiled in every process that first calls them (30 s).

@@ -27,75 +27,117 @@ from .results import check_key, remembered
 from .tokens import tokenize
 
 # %% ../nbs/11e_adapt_batches.ipynb #7caf5f71
-def directions(x:np.ndarray)->np.ndarray: # (cells, D) -> centred rows of length 1
+def directions(x: np.ndarray) -> np.ndarray:  # (cells, D) -> centred rows of length 1
     "Rows as directions from their mean."
     x = x - np.nanmean(x, 0)
-    return (x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+    return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
 
 def mutual_pairs(
-    x:np.ndarray,  # Directions, shape (cells, D)
-    batch,         # Batch of each cell, shape (cells,)
-    k:int=15,      # Neighbours looked at on each side
-    at_least:float=.1, # Cosine of a pair; below it they are no kin, only the least strange to each other
-)->np.ndarray:     # Shape (pairs, 2): cell numbers, of different batches
+    x: np.ndarray,  # Directions, shape (cells, D)
+    batch,  # Batch of each cell, shape (cells,)
+    k: int = 15,  # Neighbours looked at on each side
+    # Cosine of a pair; below it they are no kin, only the least strange to each other
+    at_least: float = 0.1,
+) -> np.ndarray:  # Shape (pairs, 2): cell numbers, of different batches
     "Mutual nearest neighbours between every two batches."
     from sklearn.neighbors import NearestNeighbors
+
     rows = [np.flatnonzero(np.asarray(batch) == b) for b in np.unique(batch)]
-    if len(rows) < 2: raise ValueError(f"All {len(x)} cells are of one batch; there is nothing to correct. Name the column of obs that holds batches.")
+    if len(rows) < 2:
+        raise ValueError(
+            f"All {len(x)} cells are of one batch; there is nothing to correct. Name the column "
+            "of obs that holds batches."
+        )
     found = []
     for i, a in enumerate(rows):
-        for b in rows[i + 1:]:
-            near = lambda p, q: NearestNeighbors(n_neighbors=min(k, len(q))).fit(x[q]).kneighbors(x[p], return_distance=False)
+        for b in rows[i + 1 :]:
+
+            def near(p, q):
+                return (
+                    NearestNeighbors(n_neighbors=min(k, len(q)))
+                    .fit(x[q])
+                    .kneighbors(x[p], return_distance=False)
+                )
+
             ab, ba = np.zeros((len(a), len(b)), bool), np.zeros((len(b), len(a)), bool)
-            np.put_along_axis(ab, near(a, b), True, 1); np.put_along_axis(ba, near(b, a), True, 1)
-            p, q = np.nonzero(ab & ba.T); found.append(np.stack([a[p], b[q]], 1))
+            np.put_along_axis(ab, near(a, b), True, 1)
+            np.put_along_axis(ba, near(b, a), True, 1)
+            p, q = np.nonzero(ab & ba.T)
+            found.append(np.stack([a[p], b[q]], 1))
     found = np.concatenate(found)
-    return found[(x[found[:, 0]]*x[found[:, 1]]).sum(1) >= at_least]
+    return found[(x[found[:, 0]] * x[found[:, 1]]).sum(1) >= at_least]
 
 # %% ../nbs/11e_adapt_batches.ipynb #e36bd2e1
 @dataclass(frozen=True)
 class BatchSettings:
     "How batches are drawn together."
-    finetune: FinetuneSettings = FinetuneSettings(way="lora") # way, ranks, seed
-    rate: float|None = None  # Learning rate; None: 2e-3 for LoRA, otherwise that of the way
-    steps: int = 150         # Optimizer steps
-    pairs: int = 12          # Pairs a step
-    neighbours: int = 15     # See `mutual_pairs`
-    temperature: float = .2  # Of the contrastive term
-    contrast: float = 1.     # Its weight; 0: masked genes only
-    masked: float = .1       # Weight of the masked-gene term
-    mask_share: float = .15  # Genes hidden (Hsieh et al., Methods)
+
+    finetune: FinetuneSettings = FinetuneSettings(way="lora")  # way, ranks, seed
+    rate: float | None = None  # Learning rate; None: 2e-3 for LoRA, otherwise that of the way
+    steps: int = 150  # Optimizer steps
+    pairs: int = 12  # Pairs a step
+    neighbours: int = 15  # See `mutual_pairs`
+    temperature: float = 0.2  # Of the contrastive term
+    contrast: float = 1.0  # Its weight; 0: masked genes only
+    masked: float = 0.1  # Weight of the masked-gene term
+    mask_share: float = 0.15  # Genes hidden (Hsieh et al., Methods)
+
     @property
-    def step_rate(self): return self.rate or self.finetune.encoder_rate or (2e-3 if self.finetune.way == "lora" else self.finetune.rate)
+    def step_rate(self):
+        return (
+            self.rate
+            or self.finetune.encoder_rate
+            or (2e-3 if self.finetune.way == "lora" else self.finetune.rate)
+        )
+
 
 def contrastive_loss(
-    u_BD,       # Directions of 2P cells, partners P places apart
-    far_BB,     # Booleans: may cell j be pushed away from cell i?
-    temperature:float=.2,
-):              # -> mean over cells
+    u_BD,  # Directions of 2P cells, partners P places apart
+    far_BB,  # Booleans: may cell j be pushed away from cell i?
+    temperature: float = 0.2,
+):  # -> mean over cells
     "InfoNCE with chosen negatives."
-    s = u_BD @ u_BD.T/temperature; n = len(u_BD); partner = (torch.arange(n, device=s.device) + n//2) % n
+    s = u_BD @ u_BD.T / temperature
+    n = len(u_BD)
+    partner = (torch.arange(n, device=s.device) + n // 2) % n
     own = s[torch.arange(n, device=s.device), partner]
-    return (torch.logsumexp(torch.cat([own[:, None], s.masked_fill(~far_BB, -torch.inf)], 1), 1) - own).mean()
+    return (
+        torch.logsumexp(torch.cat([own[:, None], s.masked_fill(~far_BB, -torch.inf)], 1), 1) - own
+    ).mean()
 
-def far_of(x, batch)->np.ndarray: # directions of some cells (B, D), batches (B,) -> booleans (B, B)
+
+def far_of(
+    x, batch
+) -> np.ndarray:  # directions of some cells (B, D), batches (B,) -> booleans (B, B)
     "Cells of the same batch in the farther half."
-    s, same = x @ x.T, np.asarray(batch)[:, None] == np.asarray(batch); np.fill_diagonal(same, False)
-    return same & (s < np.nanmedian(np.where(same, s, np.nan), 1, keepdims=True)) if same.any(1).all() else same & (s < 0)
+    s, same = x @ x.T, np.asarray(batch)[:, None] == np.asarray(batch)
+    np.fill_diagonal(same, False)
+    return (
+        same & (s < np.nanmedian(np.where(same, s, np.nan), 1, keepdims=True))
+        if same.any(1).all()
+        else same & (s < 0)
+    )
 
 # %% ../nbs/11e_adapt_batches.ipynb #8ef7815e
-def _drawn(pairs, n_pairs, rng, anchors, order, start, count): # -> pairs of a step (n, 2)
+def _drawn(pairs, n_pairs, rng, anchors, order, start, count):  # -> pairs of a step (n, 2)
     "Each anchor alike, however many partners it has."
     at = rng.choice(len(anchors), min(n_pairs, len(anchors)), replace=False)
-    partner = (rng.random(len(at))*count[at]).astype(int)
+    partner = (rng.random(len(at)) * count[at]).astype(int)
     return pairs[order[start[at] + partner]]
 
-def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step, contrast, masked
+
+def _train(model, genes, tokens, pairs, x, b, s, say):  # -> list of dicts: step, contrast, masked
     f, rng, steps, n_pairs = s.finetune, np.random.default_rng([s.finetune.seed, 3]), [], s.pairs
-    trained = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]
+    trained = [
+        p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")
+    ]
     optimizer = torch.optim.AdamW(trained, lr=s.step_rate, weight_decay=f.weight_decay)
-    warm = max(1, round(f.warmup*s.steps))
-    factor = lambda i: min((i + 1)/warm, max(0., (s.steps - i)/max(1, s.steps - warm)))
+    warm = max(1, round(f.warmup * s.steps))
+
+    def factor(i):
+        return min((i + 1) / warm, max(0.0, (s.steps - i) / max(1, s.steps - warm)))
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     anchors, count = np.unique(pairs[:, 0], return_counts=True)
     order = np.argsort(pairs[:, 0], kind="stable")
@@ -109,14 +151,16 @@ def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step,
             try:
                 optimizer.zero_grad(set_to_none=True)
                 losses = _losses(model, genes, tokens, cells, x, b, s, step)
-                (s.contrast*losses[0] + s.masked*losses[1]).backward()
+                (s.contrast * losses[0] + s.masked * losses[1]).backward()
                 break
             except RuntimeError as e:
-                if not out_of_memory(e): raise
+                if not out_of_memory(e):
+                    raise
                 if len(chosen) < 2:
                     raise ValueError(
-                        "Memory does not suffice for two cells at a time; lower max_len.") from e
-                chosen = chosen[:len(chosen)//2]
+                        "Memory does not suffice for two cells at a time; lower max_len."
+                    ) from e
+                chosen = chosen[: len(chosen) // 2]
                 n_pairs = len(chosen)
                 warnings.warn(f"Out of memory: going on with {n_pairs} pairs a step.")
         torch.nn.utils.clip_grad_norm_(trained, f.max_grad_norm)
@@ -124,7 +168,7 @@ def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step,
         schedule.step()
         # read now and then, not at each step
         steps.append(torch.stack([loss.detach() for loss in losses]))
-        if pace.due() or (step + 1) % max(1, s.steps//10) == 0:
+        if pace.due() or (step + 1) % max(1, s.steps // 10) == 0:
             contrast, masked = steps[-1].tolist()
             pace(step + 1, s.steps, f"contrast {contrast:.3f}, masked genes {masked:.2f}", now=True)
         else:
@@ -133,7 +177,8 @@ def _train(model, genes, tokens, pairs, x, b, s, say): # -> list of dicts: step,
     history = torch.stack(steps).tolist() if steps else []
     return [dict(step=i, contrast=c, masked=m) for i, (c, m) in enumerate(history, 1)]
 
-def _losses(model, genes, tokens, cells, x, b, s, step): # -> contrastive, masked-gene
+
+def _losses(model, genes, tokens, cells, x, b, s, step):  # -> contrastive, masked-gene
     seed, length, device = s.finetune.seed, tokens.settings.max_len, model.device
     batch = masked_batch(tokens, cells, length, seed=seed, epoch=step, share=s.mask_share)
     hidden = np.flatnonzero(batch["labels"][0] != -100)
@@ -147,113 +192,198 @@ def _losses(model, genes, tokens, cells, x, b, s, step): # -> contrastive, maske
         states = hidden_states(model.encoder, batch, model.prefix)
         v = model.head.pool(torch.stack(states[1:]).mean(0), batch["cu_seqlens"])
         scores = genes(states[-1].index_select(0, to_device(hidden, device))) if s.masked else None
-    u = F.normalize((v - model.head.mean)/model.head.spread, dim=1)
+    u = F.normalize((v - model.head.mean) / model.head.spread, dim=1)
     masked = F.cross_entropy(scores.float(), batch["true"]) if s.masked else u.new_zeros(())
     return contrastive_loss(u, far, s.temperature), masked
 
 # %% ../nbs/11e_adapt_batches.ipynb #fcb25d26
-def unit_vectors(model, v)->np.ndarray: # model whose head holds centre and scale; vectors (cells, D) -> directions
+def unit_vectors(
+    model, v
+) -> np.ndarray:  # model whose head holds centre and scale; vectors (cells, D) -> directions
     "Centre, scale, cut to length 1."
-    v = (v - model.head.mean.cpu().numpy())/model.head.spread.cpu().numpy()
-    return (v/np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
+    v = (v - model.head.mean.cpu().numpy()) / model.head.spread.cpu().numpy()
+    return (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
+
 
 def check_batches(
-    values, # Batch of each cell
-    name:str,
+    values,  # Batch of each cell
+    name: str,
 ):
     "Refuse batches that cannot be drawn together: one alone, or hardly two cells in each."
     cells = values.astype(str).value_counts()
-    if len(cells) > 1 and (cells == 1).sum() > len(cells)/2:
+    if len(cells) > 1 and (cells == 1).sum() > len(cells) / 2:
         raise ValueError(
-            f"obs[{name!r}] has {len(cells):,} batches for {len(values):,} cells, {int((cells == 1).sum()):,} of them with one "
-            "cell: these look like ids, not like batches. Name the column of the runs or donors.")
+            f"obs[{name!r}] has {len(cells):,} batches for {len(values):,} cells, "
+            f"{int((cells == 1).sum()):,} of them with one "
+            "cell: these look like ids, not like batches. Name the column of the runs or donors."
+        )
+
 
 def adapt_batches(
-    adata,                 # AnnData with raw counts
-    batch:str,             # Column of obs
-    base="scemb-small",    # A shipped model, a folder, or (model, vocabulary, settings)
-    settings:BatchSettings=BatchSettings(),
-    layer:str|None=None, max_len:int|None=None, device:str="cpu",
-    say=lambda line: None, # Called with a line now and then
-)->dict:                   # before, after: directions (cells, D), NaN for empty cells; model; history; pairs
+    adata,  # AnnData with raw counts
+    batch: str,  # Column of obs
+    base="scemb-small",  # A shipped model, a folder, or (model, vocabulary, settings)
+    settings: BatchSettings = BatchSettings(),
+    layer: str | None = None,
+    max_len: int | None = None,
+    device: str = "cpu",
+    say=lambda line: None,  # Called with a line now and then
+) -> dict:  # before, after: directions (cells, D), NaN for empty cells; model; history; pairs
     "Fine-tune an encoder so that batches mix."
-    if batch not in adata.obs: raise ValueError(f"obs has no column {batch!r}; it has {list(adata.obs.columns)}.")
-    if n := int((adata.obs[batch].isna() | adata.obs[batch].astype(str).isin(["", "nan", "None"])).sum()): raise ValueError(f"{n} of {adata.n_obs} cells have no value in obs[{batch!r}], and would be drawn together as if they were one batch. Fill it in, or leave these cells out.")
+    if batch not in adata.obs:
+        raise ValueError(f"obs has no column {batch!r}; it has {list(adata.obs.columns)}.")
+    if n := int(
+        (adata.obs[batch].isna() | adata.obs[batch].astype(str).isin(["", "nan", "None"])).sum()
+    ):
+        raise ValueError(
+            f"{n} of {adata.n_obs} cells have no value in obs[{batch!r}], and would be drawn "
+            "together as if they were one batch. Fill it in, or leave these cells out."
+        )
     check_batches(adata.obs[batch], batch)
     s, f = settings, settings.finetune
-    if f.way == "probe": raise ValueError("way='probe' trains no part of the encoder; for integration choose lora, prefix, freeze or full.")
+    if f.way == "probe":
+        raise ValueError(
+            "way='probe' trains no part of the encoder; for integration choose lora, prefix, "
+            "freeze or full."
+        )
     net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
-    if max_len and max_len > net.config.max_position_embeddings: raise ValueError(f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; lower max_len.")
+    if max_len and max_len > net.config.max_position_embeddings:
+        raise ValueError(
+            f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; "
+            "lower max_len."
+        )
     window = min(max_len or tokenizing.max_len, net.config.max_position_embeddings)
     with stage(say, "tokenising the cells"):
-        tokens = tokenize(read_counts(adata, layer), vocabulary, replace(tokenizing, max_len=window))
+        tokens = tokenize(
+            read_counts(adata, layer), vocabulary, replace(tokenizing, max_len=window)
+        )
     b, full = adata.obs[batch].astype(str).to_numpy(), np.flatnonzero(tokens.lengths > 0)
     with stage(say, "looking for mutual neighbours"):
         x = directions(pca_embedding(adata, layer=layer, seed=f.seed))
         pairs = full[mutual_pairs(x[full], b[full], s.neighbours)]
-    if len(pairs) < s.pairs: raise ValueError(f"Only {len(pairs)} mutual neighbours between the {len(np.unique(b))} batches of obs[{batch!r}]; they share too little to be drawn together. Raise neighbours, or leave them apart.")
+    if len(pairs) < s.pairs:
+        raise ValueError(
+            f"Only {len(pairs)} mutual neighbours between the {len(np.unique(b))} batches of "
+            f"obs[{batch!r}]; they share too little to be drawn together. Raise neighbours, or "
+            "leave them apart."
+        )
     probe = FinetuneSettings(way="probe", token_budget=f.token_budget, precision=f.precision)
-    frozen = _vectors(CellModel(net.bert, 2, probe).to(device), tokens, "cells read by the model as it is", say)
-    model = CellModel(net.bert, 2, f).to(device); put = lambda v: torch.as_tensor(v, dtype=torch.float32, device=device)
-    model.head.mean.copy_(put(np.nanmean(frozen, 0))); model.head.spread.copy_(put(np.nanstd(frozen, 0) + 1e-6))
+    frozen = _vectors(
+        CellModel(net.bert, 2, probe).to(device), tokens, "cells read by the model as it is", say
+    )
+    model = CellModel(net.bert, 2, f).to(device)
+
+    def put(v):
+        return torch.as_tensor(v, dtype=torch.float32, device=device)
+
+    model.head.mean.copy_(put(np.nanmean(frozen, 0)))
+    model.head.spread.copy_(put(np.nanstd(frozen, 0) + 1e-6))
     torch.set_flush_denormal(True)
     with seeded(f.seed, model.device):
         history = _train(model, net.cls["predictions"].to(device), tokens, pairs, x, b, s, say)
     adapted = _vectors(model, tokens, "cells read by the adapted model", say)
     return dict(
-        before=unit_vectors(model, frozen), after=unit_vectors(model, adapted), model=model,
-        history=history, pairs=pairs)
+        before=unit_vectors(model, frozen),
+        after=unit_vectors(model, adapted),
+        model=model,
+        history=history,
+        pairs=pairs,
+    )
 
-def _vectors(model, tokens, what, say): # -> (cells, D)
+
+def _vectors(model, tokens, what, say):  # -> (cells, D)
     pace = Pace(what, say)
     return predict(model, tokens, vectors=True, progress=lambda done: pace(done, len(tokens)))
 
 # %% ../nbs/11e_adapt_batches.ipynb #4502d461
 def neighbours_kept(
-    before:np.ndarray, after:np.ndarray, # Vectors, shape (cells, D)
-    batch,                               # Batch of each cell
-    k:int=30,
-)->float:                                # 1: all, 0: as many as unrelated vectors would keep
+    before: np.ndarray,
+    after: np.ndarray,  # Vectors, shape (cells, D)
+    batch,  # Batch of each cell
+    k: int = 30,
+) -> float:  # 1: all, 0: as many as unrelated vectors would keep
     "Mean share of the nearest neighbours within a batch that stay, beyond chance."
     from sklearn.neighbors import NearestNeighbors
+
     shares = []
     for name in np.unique(batch):
-        rows = np.flatnonzero((np.asarray(batch) == name) & np.isfinite(before).all(1) & np.isfinite(after).all(1))
-        if len(rows) < 3: continue
-        n = min(k, (len(rows) - 1)//2)
-        near = [NearestNeighbors(n_neighbors=n).fit(v[rows]).kneighbors(return_distance=False) for v in (before, after)]
-        chance = n/(len(rows) - 1); shares += [(len(np.intersect1d(*pair))/n - chance)/(1 - chance) for pair in zip(*near)]
+        rows = np.flatnonzero(
+            (np.asarray(batch) == name) & np.isfinite(before).all(1) & np.isfinite(after).all(1)
+        )
+        if len(rows) < 3:
+            continue
+        n = min(k, (len(rows) - 1) // 2)
+        near = [
+            NearestNeighbors(n_neighbors=n).fit(v[rows]).kneighbors(return_distance=False)
+            for v in (before, after)
+        ]
+        chance = n / (len(rows) - 1)
+        shares += [(len(np.intersect1d(*pair)) / n - chance) / (1 - chance) for pair in zip(*near)]
     return float(np.mean(shares))
 
+
 def over_corrected(
-    before, after,           # Bio conservation of the same half-samples (`integration_draws`), shape (half-samples,)
-)->tuple:                    # Difference (value, low, high); a sentence
+    before,
+    after,  # Bio conservation of the same half-samples (`integration_draws`), shape (half-samples,)
+) -> tuple:  # Difference (value, low, high); a sentence
     "Say whether bio conservation fell, half-sample by half-sample."
-    a, b = np.asarray(before, float), np.asarray(after, float); d = b - a; low, high = np.quantile(d, [.025, .975])
-    text = f"bio conservation {a.mean():.3f} before, {b.mean():.3f} after; difference {d.mean():+.3f} [{low:+.3f}, {high:+.3f}] over {len(d)} half-samples"
-    return (float(d.mean()), float(low), float(high)), ("OVER-CORRECTED: " if high < 0 else "fell, within the interval: " if d.mean() < 0 else "kept: ") + text
+    a, b = np.asarray(before, float), np.asarray(after, float)
+    d = b - a
+    low, high = np.quantile(d, [0.025, 0.975])
+    text = (
+        f"bio conservation {a.mean():.3f} before, {b.mean():.3f} after; difference "
+        f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}] over {len(d)} half-samples"
+    )
+    return (float(d.mean()), float(low), float(high)), (
+        "OVER-CORRECTED: "
+        if high < 0
+        else "fell, within the interval: "
+        if d.mean() < 0
+        else "kept: "
+    ) + text
 
 # %% ../nbs/11e_adapt_batches.ipynb #423fbe36
 def integrate(
-    adata,                # AnnData with raw counts
-    batch:str,            # Column of obs
-    base="scemb-small", settings:BatchSettings=BatchSettings(), layer:str|None=None, max_len:int|None=None,
-    key:str="X_scemb_integrated", # Key in obsm
-    device:str="cpu", say=lambda line: None,
-):                        # The same AnnData, with obsm[key] and uns["scemb"]["integration"]
+    adata,  # AnnData with raw counts
+    batch: str,  # Column of obs
+    base="scemb-small",
+    settings: BatchSettings = BatchSettings(),
+    layer: str | None = None,
+    max_len: int | None = None,
+    key: str = "X_scemb_integrated",  # Key in obsm
+    device: str = "cpu",
+    say=lambda line: None,
+):  # The same AnnData, with obsm[key] and uns["scemb"]["integration"]
     "Write vectors in which batches are drawn together."
     check_key(key)
     got = adapt_batches(adata, batch, base, settings, layer, max_len, device, say)
     with stage(say, "counting the neighbours that were kept"):
         kept = neighbours_kept(got["before"], got["after"], adata.obs[batch].astype(str).to_numpy())
-    if kept < .3: warnings.warn(f"Only {kept:.0%} of the neighbours within a batch were kept, beyond chance: this may be over-corrected. Train fewer steps, or lower contrast (now {settings.contrast:g}).")
-    adata.obsm[key] = got["after"].astype(np.float32); f = asdict(settings.finetune)
+    if kept < 0.3:
+        warnings.warn(
+            f"Only {kept:.0%} of the neighbours within a batch were kept, beyond chance: this "
+            "may be over-corrected. Train fewer steps, or lower contrast (now "
+            f"{settings.contrast:g})."
+        )
+    adata.obsm[key] = got["after"].astype(np.float32)
+    f = asdict(settings.finetune)
     record = dict(
-        batch=batch, base="in memory" if isinstance(base, tuple) else str(base),
-        base_hash=got["model"].base, way=f["way"], precision=got["model"].precision,
-        seed=f["seed"], steps=settings.steps, pairs=settings.pairs,
-        temperature=settings.temperature, contrast=settings.contrast, masked=settings.masked,
-        rate=settings.step_rate, neighbours=settings.neighbours, n_pairs=len(got["pairs"]),
-        neighbours_kept=kept, key=key)
+        batch=batch,
+        base="in memory" if isinstance(base, tuple) else str(base),
+        base_hash=got["model"].base,
+        way=f["way"],
+        precision=got["model"].precision,
+        seed=f["seed"],
+        steps=settings.steps,
+        pairs=settings.pairs,
+        temperature=settings.temperature,
+        contrast=settings.contrast,
+        masked=settings.masked,
+        rate=settings.step_rate,
+        neighbours=settings.neighbours,
+        n_pairs=len(got["pairs"]),
+        neighbours_kept=kept,
+        key=key,
+    )
     adata.uns["scemb"] = remembered(adata.uns, record, "integration")
     return adata

@@ -12,35 +12,124 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import alone, Device, Overwrite, Precision, Seed, choice, reading_cells, refusing, tell
+from scemb.commands import (
+    alone,
+    Device,
+    Overwrite,
+    Precision,
+    Seed,
+    choice,
+    reading_cells,
+    refusing,
+    tell,
+)
 
 # %% ../nbs/97a_adapt_commands.ipynb #d8407c48
-Base = Annotated[str, typer.Option(help="The pretrained model: a shipped one or the folder of a checkpoint.")]
-Way = Annotated[choice("WayName", "auto", "probe", "lora", "full", "freeze", "prefix"), typer.Option(help="auto: a probe on the frozen model, and LoRA only with --thorough and only where it is better.")]
-EncoderWay = Annotated[choice("EncoderWayName", "lora", "full", "freeze", "prefix"), typer.Option(help="What of the encoder is trained.")]
-Thorough = Annotated[bool, typer.Option("--thorough", help="With --way auto: try LoRA as well (minutes), and keep it where it is better on the same held-out cells by more than the standard error.")]
-Missing = Annotated[Optional[list[str]], typer.Option("--missing", metavar="NAME", help="A further name in the label column that means no label; may be given several times. Left out anyway, in any case: unassigned, unlabelled, ambiguous, doublet, NA, nan, none, unknown, -, empty.")]
-Donor = Annotated[Optional[str], typer.Option(help="Column of the reference's obs with donors or runs: with three or more, whole ones are held out to set penalty, epoch, temperature and thresholds.")]
-MaxLen = Annotated[Optional[int], typer.Option(min=1, help="Genes a cell at most: fewer is faster. Default: with --way auto 256, and 128 from 8,000 labelled cells on; else as the model was trained.")]
-IntegrationMaxLen = Annotated[Optional[int], typer.Option(min=1, help="Genes a cell at most: fewer is faster; default: as the model was trained.")]
+Base = Annotated[
+    str, typer.Option(help="The pretrained model: a shipped one or the folder of a checkpoint.")
+]
+Way = Annotated[
+    choice("WayName", "auto", "probe", "lora", "full", "freeze", "prefix"),
+    typer.Option(
+        help="auto: a probe on the frozen model, and LoRA only with --thorough and only where it "
+        "is better."
+    ),
+]
+EncoderWay = Annotated[
+    choice("EncoderWayName", "lora", "full", "freeze", "prefix"),
+    typer.Option(help="What of the encoder is trained."),
+]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough",
+        help="With --way auto: try LoRA as well (minutes), and keep it where it is better on the "
+        "same held-out cells by more than the standard error.",
+    ),
+]
+Missing = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--missing",
+        metavar="NAME",
+        help="A further name in the label column that means no label; may be given several "
+        "times. Left out anyway, in any case: unassigned, unlabelled, ambiguous, doublet, "
+        "NA, nan, none, unknown, -, empty.",
+    ),
+]
+Donor = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Column of the reference's obs with donors or runs: with three or more, whole ones "
+        "are held out to set penalty, epoch, temperature and thresholds."
+    ),
+]
+MaxLen = Annotated[
+    Optional[int],
+    typer.Option(
+        min=1,
+        help="Genes a cell at most: fewer is faster. Default: with --way auto 256, and 128 from "
+        "8,000 labelled cells on; else as the model was trained.",
+    ),
+]
+IntegrationMaxLen = Annotated[
+    Optional[int],
+    typer.Option(
+        min=1, help="Genes a cell at most: fewer is faster; default: as the model was trained."
+    ),
+]
 
 # %% ../nbs/97a_adapt_commands.ipynb #5e32bad2
 @refusing
 @reading_cells
 @alone
 def finetune(
-    reference: Annotated[Path, typer.Argument(help="A file of cells with raw counts and labels (.h5ad, .zarr, 10x .h5, .loom, a folder with matrix.mtx), or the name of a data set.")],
+    reference: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of cells with raw counts and labels (.h5ad, .zarr, 10x .h5, .loom, a "
+            "folder with matrix.mtx), or the name of a data set."
+        ),
+    ],
     label: Annotated[str, typer.Option(help="Column of obs with labels.")],
-    out: Annotated[Path, typer.Option(help="Folder of the adapter: what was trained, and the hash of its base.")],
-    base: Base = "scemb-small", way: Way = "auto", thorough: Thorough = False,
-    head: Annotated[choice("HeadName", "linear", "mlp", "transformer"), typer.Option(help="What names the cells.")] = "linear",
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the adapter: what was trained, and the hash of its base."),
+    ],
+    base: Base = "scemb-small",
+    way: Way = "auto",
+    thorough: Thorough = False,
+    head: Annotated[
+        choice("HeadName", "linear", "mlp", "transformer"),
+        typer.Option(help="What names the cells."),
+    ] = "linear",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the labelled cells.")] = 3,
-    cells_a_class: Annotated[Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")] = None,
-    knowledge: Annotated[Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")] = None,
-    control: Annotated[choice("ControlName", "none", "random", "permuted"), typer.Option(help="What stands in place of the knowledge.")] = "none",
-    missing: Missing = None, donor: Donor = None, max_len: MaxLen = None, reading=None, device: Device = None, precision: Precision = "auto",
-    token_budget: Annotated[int, typer.Option(min=1, help="Tokens a forward pass, the lever for memory; halved by itself when memory runs out.")] = 16_384,
-    seed: Seed = 0, overwrite: Overwrite = False,
+    cells_a_class: Annotated[
+        Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")
+    ] = None,
+    knowledge: Annotated[
+        Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")
+    ] = None,
+    control: Annotated[
+        choice("ControlName", "none", "random", "permuted"),
+        typer.Option(help="What stands in place of the knowledge."),
+    ] = "none",
+    missing: Missing = None,
+    donor: Donor = None,
+    max_len: MaxLen = None,
+    reading=None,
+    device: Device = None,
+    precision: Precision = "auto",
+    token_budget: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens a forward pass, the lever for memory; halved by itself when memory runs "
+            "out.",
+        ),
+    ] = 16_384,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ):
     """Adapt a pretrained model to the labels of a reference.
 
@@ -52,22 +141,44 @@ def finetune(
     from scemb.annotate import learn, open_reference, summary
     from scemb.embed import chosen_device
     from scemb.finetune import FinetuneSettings, adapter_output, trained_share
+
     adapter_output(out, overwrite)
     named = "probe" if way == "auto" else way
     settings = FinetuneSettings(
-        way=named, head=head, epochs=epochs, control=control, token_budget=token_budget,
-        precision=precision, seed=seed)
+        way=named,
+        head=head,
+        epochs=epochs,
+        control=control,
+        token_budget=token_budget,
+        precision=precision,
+        seed=seed,
+    )
     with tell.stage(f"opening {reference.name}"):
         cells, own_missing = open_reference(reference)
     a = learn(
-        cells, label, base, settings, reading, max_len, knowledge, cells_a_class, donor=donor,
-        device=chosen_device(device), say=tell, way=way, thorough=thorough,
-        missing=(*(missing or ()), *own_missing))
+        cells,
+        label,
+        base,
+        settings,
+        reading,
+        max_len,
+        knowledge,
+        cells_a_class,
+        donor=donor,
+        device=chosen_device(device),
+        say=tell,
+        way=way,
+        thorough=thorough,
+        missing=(*(missing or ()), *own_missing),
+    )
     a.save(out, overwrite)
     for line in summary(a):
         print(line)
     share = trained_share(a.model)["share_of_encoder"]
-    print(f"{out}: {len(a.classes)} classes from {a.card['n_cells']:,} cells, {share:.2%} of the encoder trained")
+    print(
+        f"{out}: {len(a.classes)} classes from {a.card['n_cells']:,} cells, {share:.2%} of the "
+        "encoder trained"
+    )
 
 # %% ../nbs/97a_adapt_commands.ipynb #37a2960a
 @refusing
@@ -75,23 +186,74 @@ def finetune(
 @alone
 def annotate(
     context: typer.Context,
-    query: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
-    out: Annotated[Path, typer.Option(help="A copy of it (.h5ad or .zarr) with obs['scemb_label'], obs['scemb_confidence'] and obsm['scemb_probabilities'], a column a class.")],
-    reference: Annotated[Optional[Path], typer.Option(help="A labelled file of cells, or the name of a data set, to learn from; or give --adapter.")] = None,
-    reference_layer: Annotated[Optional[str], typer.Option(help="Where the counts of the reference are; default: as --layer.")] = None,
-    label: Annotated[Optional[str], typer.Option(help="Column of the reference's obs with labels.")] = None,
-    adapter: Annotated[Optional[Path], typer.Option(help="Folder written by scemb finetune.")] = None,
-    base: Annotated[Optional[str], typer.Option(help="The pretrained model; default: scemb-small, or the one that the adapter names.")] = None,
-    way: Way = "auto", thorough: Thorough = False, epochs: Annotated[int, typer.Option(min=1, help="Passes over the labelled cells.")] = 3,
-    cells_a_class: Annotated[Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")] = None,
-    threshold: Annotated[Optional[float], typer.Option(help="Confidence below which a cell is unknown; for all classes; 0 names every cell. Default: one for each class, such that at most 5 % of its held-out cells are lost.")] = None,
-    knowledge: Annotated[Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")] = None,
-    missing: Missing = None, donor: Donor = None, max_len: MaxLen = None, reading=None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
+    query: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder "
+            "with matrix.mtx."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A copy of it (.h5ad or .zarr) with obs['scemb_label'], obs['scemb_confidence'] "
+            "and obsm['scemb_probabilities'], a column a class."
+        ),
+    ],
+    reference: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="A labelled file of cells, or the name of a data set, to learn from; or give "
+            "--adapter."
+        ),
+    ] = None,
+    reference_layer: Annotated[
+        Optional[str],
+        typer.Option(help="Where the counts of the reference are; default: as --layer."),
+    ] = None,
+    label: Annotated[
+        Optional[str], typer.Option(help="Column of the reference's obs with labels.")
+    ] = None,
+    adapter: Annotated[
+        Optional[Path], typer.Option(help="Folder written by scemb finetune.")
+    ] = None,
+    base: Annotated[
+        Optional[str],
+        typer.Option(
+            help="The pretrained model; default: scemb-small, or the one that the adapter names."
+        ),
+    ] = None,
+    way: Way = "auto",
+    thorough: Thorough = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the labelled cells.")] = 3,
+    cells_a_class: Annotated[
+        Optional[int], typer.Option(min=1, help="Labelled cells of a class at most; default: all.")
+    ] = None,
+    threshold: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Confidence below which a cell is unknown; for all classes; 0 names every cell. "
+            "Default: one for each class, such that at most 5 % of its held-out cells are "
+            "lost."
+        ),
+    ] = None,
+    knowledge: Annotated[
+        Optional[str], typer.Option(help="Key of obsm with knowledge vectors, for --way prefix.")
+    ] = None,
+    missing: Missing = None,
+    donor: Donor = None,
+    max_len: MaxLen = None,
+    reading=None,
+    device: Device = None,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ):
     """Name the cells of a query by a labelled reference, or by a saved adapter.
 
     By default the model stays as it is and a probe learns the labels: on two cores 2,000 reference
-    cells take at most five minutes. Scores of the probe and of a simple baseline, on reference cells
+    cells take at most five minutes. Scores of the probe and of a simple baseline, on reference
+    cells
     that neither had seen, are printed.
 
     Example: `scemb annotate sample.h5ad --reference atlas.h5ad --label cell_type --out named.h5ad`
@@ -99,38 +261,82 @@ def annotate(
     from scemb.annotate import annotate_file
     from scemb.embed import chosen_device
     from scemb.finetune import FinetuneSettings
+
     of_learning = (
-        "label", "way", "thorough", "epochs", "cells_a_class", "knowledge", "missing", "donor",
-        "max_len", "precision", "seed")
+        "label",
+        "way",
+        "thorough",
+        "epochs",
+        "cells_a_class",
+        "knowledge",
+        "missing",
+        "donor",
+        "max_len",
+        "precision",
+        "seed",
+    )
     from_shell = [n for n in of_learning if context.get_parameter_source(n).name == "COMMANDLINE"]
     if adapter and from_shell:
         options = ", ".join(f"--{n.replace('_', '-')}" for n in from_shell)
         raise ValueError(
             f"{options}: this says how an adapter is learned, and {adapter} is learned already. "
-            "Leave it out, or give --reference in place of --adapter.")
+            "Leave it out, or give --reference in place of --adapter."
+        )
     learning = dict(base=base, device=chosen_device(device), say=tell)
     if not adapter:
         named = "probe" if way == "auto" else way
         learning = dict(
-            base=base or "scemb-small", device=chosen_device(device),
+            base=base or "scemb-small",
+            device=chosen_device(device),
             settings=FinetuneSettings(way=named, epochs=epochs, precision=precision, seed=seed),
-            max_len=max_len, knowledge=knowledge, cells_a_class=cells_a_class, donor=donor,
-            say=tell, way=way, thorough=thorough, missing=tuple(missing or ()))
+            max_len=max_len,
+            knowledge=knowledge,
+            cells_a_class=cells_a_class,
+            donor=donor,
+            say=tell,
+            way=way,
+            thorough=thorough,
+            missing=tuple(missing or ()),
+        )
     of_reference = reading._replace(layer=reference_layer) if reference_layer else None
-    r = annotate_file(query, out, adapter, reference, label, overwrite, threshold, reading, of_reference, **learning)
+    r = annotate_file(
+        query,
+        out,
+        adapter,
+        reference,
+        label,
+        overwrite,
+        threshold,
+        reading,
+        of_reference,
+        **learning,
+    )
     _print_names(out, r)
 
-def _print_names(out, r): # how many cells got which name, and how good the names are
+
+def _print_names(out, r):  # how many cells got which name, and how good the names are
     record = r.uns["scemb"]["annotation"]
-    scores = lambda a, f: f"accuracy {a:.3f}, macro-F1 {f:.3f}"
+
+    def scores(a, f):
+        return f"accuracy {a:.3f}, macro-F1 {f:.3f}"
+
     if record["accuracy"] == record["accuracy"]:
-        print(f"{record['way']}: {scores(record['accuracy'], record['macro_f1'])} on {record['n_held_out']:,} reference cells held out {record['held_out']}")
+        print(
+            f"{record['way']}: {scores(record['accuracy'], record['macro_f1'])} on "
+            f"{record['n_held_out']:,} reference cells held out {record['held_out']}"
+        )
     if record["simple_accuracy"] == record["simple_accuracy"]:
-        print(f"simple baseline, same cells: {scores(record['simple_accuracy'], record['simple_macro_f1'])}; {record['verdict']}")
+        print(
+            "simple baseline, same cells: "
+            f"{scores(record['simple_accuracy'], record['simple_macro_f1'])}; {record['verdict']}"
+        )
     n = r.obs["scemb_label"].value_counts()
     names = ", ".join(f"{name} {cells:,}" for name, cells in n[n > 0].head(6).items())
     if record["shared_genes"] == record["shared_genes"]:
-        print(f"footing: the query measured {record['shared_genes']:.0%} of the reference's genes, which knows {record['shared_tokens']:.0%} of what is read in the query")
+        print(
+            f"footing: the query measured {record['shared_genes']:.0%} of the reference's genes, "
+            f"which knows {record['shared_tokens']:.0%} of what is read in the query"
+        )
     print(f"{out}: {r.n_obs:,} cells, {record['n_unknown']:,} unknown; {names}")
 
 # %% ../nbs/97a_adapt_commands.ipynb #0850bc2c
@@ -138,14 +344,29 @@ def _print_names(out, r): # how many cells got which name, and how good the name
 @reading_cells
 @alone
 def integrate(
-    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder "
+            "with matrix.mtx."
+        ),
+    ],
     batch: Annotated[str, typer.Option(help="Column of obs with batches.")],
-    out: Annotated[Path, typer.Option(help="A copy of it (.h5ad or .zarr) with obsm['X_scemb_integrated'].")],
-    base: Base = "scemb-small", way: EncoderWay = "lora",
+    out: Annotated[
+        Path, typer.Option(help="A copy of it (.h5ad or .zarr) with obsm['X_scemb_integrated'].")
+    ],
+    base: Base = "scemb-small",
+    way: EncoderWay = "lora",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 150,
-    max_len: IntegrationMaxLen = None, reading=None, device: Device = None, precision: Precision = "auto", seed: Seed = 0, overwrite: Overwrite = False,
+    max_len: IntegrationMaxLen = None,
+    reading=None,
+    device: Device = None,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ):
-    """Fine-tune on the cells at hand so that their batches mix, and say how many neighbours within a batch were kept.
+    """Fine-tune on the cells at hand so that their batches mix, and say how many neighbours within
+    a batch were kept.
 
     Example: `scemb integrate cells.h5ad --batch donor --out integrated.h5ad`
     """
@@ -154,11 +375,17 @@ def integrate(
     from scemb.finetune import FinetuneSettings
     from scemb.files import open_cells
     from scemb.results import check_results, write_cells
+
     check_results(out, overwrite, (".h5ad", ".zarr"))
     settings = BatchSettings(FinetuneSettings(way=way, precision=precision, seed=seed), steps=steps)
     cells = open_cells(file, whole=True)
-    cells = mix(cells, batch, base, settings, reading, max_len, device=chosen_device(device), say=tell)
+    cells = mix(
+        cells, batch, base, settings, reading, max_len, device=chosen_device(device), say=tell
+    )
     with tell.stage(f"writing {out.name}"):
         write_cells(cells, out)
     record = cells.uns["scemb"]["integration"]
-    print(f"{out}: {record['n_pairs']:,} mutual neighbours, {record['neighbours_kept']:.0%} of the neighbours within a batch kept, beyond chance")
+    print(
+        f"{out}: {record['n_pairs']:,} mutual neighbours, {record['neighbours_kept']:.0%} of the "
+        "neighbours within a batch kept, beyond chance"
+    )

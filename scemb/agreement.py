@@ -16,255 +16,485 @@ from .stats import arrangements, cosine, false_discovery, mean_interval, permuta
 
 # %% ../nbs/14b_agreement.ipynb #71f4ed33
 def centred(
-    shifts, # A row a perturbation, shape (perturbations, features)
-): # The same less the mean over perturbations
+    shifts,  # A row a perturbation, shape (perturbations, features)
+):  # The same less the mean over perturbations
     "Take away what all perturbations share."
     return shifts - (shifts.mean(0) if hasattr(shifts, "iloc") else np.nanmean(shifts, 0))
 
-def observed_of(guides): # (target, guide) x features -> targets x features, controls left out
+
+def observed_of(guides):  # (target, guide) x features -> targets x features, controls left out
     "Mean over guides; controls left out."
     return guides.groupby(level=0).mean().drop(index=CONTROL, errors="ignore")
 
-def aligned(predicted, observed): # DataFrames -> both on the targets that they share and that are finite, in one order
+
+def aligned(
+    predicted, observed
+):  # DataFrames -> both on the targets that they share and that are finite, in one order
     "Targets that have both a prediction and an observation."
-    if predicted.shape[1] != observed.shape[1]: raise ValueError(f"Predictions have {predicted.shape[1]} features and observations {observed.shape[1]}; both must lie in one space.")
-    both = [t for t in observed.index if t in predicted.index and np.isfinite(predicted.loc[t]).all() and np.isfinite(observed.loc[t]).all()]
-    if len(both) < 3: raise ValueError(f"{len(both)} targets have both a prediction and an observation, wanted at least 3 to centre and to compare.")
+    if predicted.shape[1] != observed.shape[1]:
+        raise ValueError(
+            f"Predictions have {predicted.shape[1]} features and observations "
+            f"{observed.shape[1]}; both must lie in one space."
+        )
+    both = [
+        t
+        for t in observed.index
+        if t in predicted.index
+        and np.isfinite(predicted.loc[t]).all()
+        and np.isfinite(observed.loc[t]).all()
+    ]
+    if len(both) < 3:
+        raise ValueError(
+            f"{len(both)} targets have both a prediction and an observation, wanted at least 3 "
+            "to centre and to compare."
+        )
     return predicted.loc[both], observed.loc[both]
 
+
 def agreement(
-    predicted:pd.DataFrame, # Targets x features
-    observed:pd.DataFrame,  # Targets x features
-    reference:str="perturbations", # "perturbations": centred on the mean of all; "control": shifts as they are
-)->pd.Series:               # Cosine of each target
+    predicted: pd.DataFrame,  # Targets x features
+    observed: pd.DataFrame,  # Targets x features
+    # "perturbations": centred on the mean of all; "control": shifts as they are
+    reference: str = "perturbations",
+) -> pd.Series:  # Cosine of each target
     "Cosine of predicted and observed shifts."
-    if reference not in ("perturbations", "control"): raise ValueError(f"reference is {reference!r}, wanted perturbations or control.")
+    if reference not in ("perturbations", "control"):
+        raise ValueError(f"reference is {reference!r}, wanted perturbations or control.")
     p, o = aligned(predicted, observed)
-    return pd.Series(cosine(centred(p), centred(o)) if reference == "perturbations" else cosine(p, o), index=p.index)
+    return pd.Series(
+        cosine(centred(p), centred(o)) if reference == "perturbations" else cosine(p, o),
+        index=p.index,
+    )
+
 
 def recognition(
-    predicted:pd.DataFrame, observed:pd.DataFrame, # Targets x features
-)->pd.DataFrame: # A row a target: rank of the true one (1 is best), discrimination, reciprocal rank
+    predicted: pd.DataFrame,
+    observed: pd.DataFrame,  # Targets x features
+    # A row a target: rank of the true one (1 is best), discrimination, reciprocal rank
+) -> pd.DataFrame:
     "How well each prediction picks its own target among all observed ones."
-    p, o = (np.asarray(centred(x), float) for x in aligned(predicted, observed)); n = len(p)
-    similar = np.nan_to_num(cosine(p[:, None], o[None]), nan=-2.)              # a zero prediction recognises nothing
-    own = similar.diagonal()[:, None]; rank = 1 + (similar > own).sum(1) + ((similar == own).sum(1) - 1)/2
-    return pd.DataFrame(dict(rank=rank, discrimination=1 - (rank - 1)/(n - 1), reciprocal_rank=1/rank), index=aligned(predicted, observed)[0].index)
+    p, o = (np.asarray(centred(x), float) for x in aligned(predicted, observed))
+    n = len(p)
+    similar = np.nan_to_num(
+        cosine(p[:, None], o[None]), nan=-2.0
+    )  # a zero prediction recognises nothing
+    own = similar.diagonal()[:, None]
+    rank = 1 + (similar > own).sum(1) + ((similar == own).sum(1) - 1) / 2
+    return pd.DataFrame(
+        dict(rank=rank, discrimination=1 - (rank - 1) / (n - 1), reciprocal_rank=1 / rank),
+        index=aligned(predicted, observed)[0].index,
+    )
 
 # %% ../nbs/14b_agreement.ipynb #19003c7a
 def ceiling(
-    guides:pd.DataFrame, # (target, guide) x features, from `guide_shifts`
-    n_splits:int=50, seed:int=0,
-)->dict:                 # agreement and discrimination of one half with the other; targets with two guides or more
+    guides: pd.DataFrame,  # (target, guide) x features, from `guide_shifts`
+    n_splits: int = 50,
+    seed: int = 0,
+    # agreement and discrimination of one half with the other; targets with two guides or more
+) -> dict:
     "Score one half of the guides against the other."
     rng, scores = np.random.default_rng(seed), []
-    of = {t: g.to_numpy(float) for t, g in guides.drop(index=CONTROL, errors="ignore").groupby(level=0) if len(g) > 1}
-    if len(of) < 3: raise ValueError(f"{len(of)} targets have two guides or more, wanted at least 3.")
+    of = {
+        t: g.to_numpy(float)
+        for t, g in guides.drop(index=CONTROL, errors="ignore").groupby(level=0)
+        if len(g) > 1
+    }
+    if len(of) < 3:
+        raise ValueError(f"{len(of)} targets have two guides or more, wanted at least 3.")
     for _ in range(n_splits):
         halves = [[], []]
         for x in of.values():
-            order = rng.permutation(len(x)); half = len(x)//2
-            halves[0].append(x[order[:half]].mean(0)); halves[1].append(x[order[half:]].mean(0))
+            order = rng.permutation(len(x))
+            half = len(x) // 2
+            halves[0].append(x[order[:half]].mean(0))
+            halves[1].append(x[order[half:]].mean(0))
         a, b = (pd.DataFrame(h, index=list(of)) for h in halves)
         scores.append((agreement(a, b).mean(), recognition(a, b).discrimination.mean()))
     return dict(zip(("agreement", "discrimination"), np.mean(scores, 0))) | dict(n=len(of))
 
-def cell_ceiling(values, obs, n_splits:int=10, seed:int=0)->dict: # a row a cell; from `screen_cells`
+
+def cell_ceiling(
+    values, obs, n_splits: int = 10, seed: int = 0
+) -> dict:  # a row a cell; from `screen_cells`
     "The same with cells dealt at random to two halves of each target."
     rng, found = np.random.default_rng(seed), []
     for i in range(n_splits):
-        dealt = obs.assign(guide=np.where(obs.target == CONTROL, obs.guide, obs.target + rng.choice(["_a", "_b"], len(obs))))
+        dealt = obs.assign(
+            guide=np.where(
+                obs.target == CONTROL, obs.guide, obs.target + rng.choice(["_a", "_b"], len(obs))
+            )
+        )
         found.append(ceiling(guide_shifts(values, dealt), 1, i))
     return {k: np.mean([f[k] for f in found]) for k in found[0]}
 
-def floor(guides:pd.DataFrame, size:int=4, n_splits:int=50, seed:int=0)->dict: # guides a pseudo-target
+
+def floor(
+    guides: pd.DataFrame, size: int = 4, n_splits: int = 50, seed: int = 0
+) -> dict:  # guides a pseudo-target
     "The ceiling of pseudo-targets dealt from control guides: what noise reaches."
-    nt = guides.loc[[CONTROL]]; rng, found = np.random.default_rng(seed), []
-    if len(nt) < 3*size: raise ValueError(f"{len(nt)} control guides make {len(nt)//size} pseudo-targets of {size}, wanted at least 3: lower size.")
+    nt = guides.loc[[CONTROL]]
+    rng, found = np.random.default_rng(seed), []
+    if len(nt) < 3 * size:
+        raise ValueError(
+            f"{len(nt)} control guides make {len(nt) // size} pseudo-targets of {size}, wanted "
+            "at least 3: lower size."
+        )
     for i in range(n_splits):
-        names = [f"pseudo_{j//size}" for j in range(len(nt)//size*size)]; x = nt.iloc[rng.permutation(len(nt))[:len(names)]]
-        found.append(ceiling(x.set_axis(pd.MultiIndex.from_arrays([names, range(len(names))])), 1, i))
+        names = [f"pseudo_{j // size}" for j in range(len(nt) // size * size)]
+        x = nt.iloc[rng.permutation(len(nt))[: len(names)]]
+        found.append(
+            ceiling(x.set_axis(pd.MultiIndex.from_arrays([names, range(len(names))])), 1, i)
+        )
     return {k: np.mean([f[k] for f in found]) for k in found[0]}
 
 # %% ../nbs/14b_agreement.ipynb #11c9c5a3
 def guide_intervals(
-    predicted:pd.DataFrame, guides:pd.DataFrame, # Targets x features; (target, guide) x features
-    n_resamples:int=499, seed:int=0, confidence:float=.95,
-)->pd.DataFrame:            # A row a target, and "mean": value, ci_low, ci_high, n_guides
+    predicted: pd.DataFrame,
+    guides: pd.DataFrame,  # Targets x features; (target, guide) x features
+    n_resamples: int = 499,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> pd.DataFrame:  # A row a target, and "mean": value, ci_low, ci_high, n_guides
     "Percentile bootstrap of the agreement over guides."
-    p, o = aligned(predicted, observed_of(guides)); rng, draws = np.random.default_rng(seed), []
-    of = [guides.loc[[t]].to_numpy(float) for t in p.index]; pc = np.asarray(centred(p), float)
+    p, o = aligned(predicted, observed_of(guides))
+    rng, draws = np.random.default_rng(seed), []
+    of = [guides.loc[[t]].to_numpy(float) for t in p.index]
+    pc = np.asarray(centred(p), float)
     for _ in range(n_resamples):
-        drawn = np.stack([x[rng.integers(len(x), size=len(x))].mean(0) for x in of]); draws.append(cosine(pc, drawn - drawn.mean(0)))
-    draws = np.array(draws); ends = lambda x: np.nanquantile(x, [(1 - confidence)/2, (1 + confidence)/2], axis=0); a = agreement(p, o)
-    low, high = ends(draws); table = pd.DataFrame(dict(value=a, ci_low=low, ci_high=high, n_guides=[len(x) for x in of]), index=p.index)
-    low, high = ends(draws.mean(1)); table.loc["mean"] = dict(value=a.mean(), ci_low=low, ci_high=high, n_guides=sum(map(len, of)))
+        drawn = np.stack([x[rng.integers(len(x), size=len(x))].mean(0) for x in of])
+        draws.append(cosine(pc, drawn - drawn.mean(0)))
+    draws = np.array(draws)
+
+    def ends(x):
+        return np.nanquantile(x, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+
+    a = agreement(p, o)
+    low, high = ends(draws)
+    table = pd.DataFrame(
+        dict(value=a, ci_low=low, ci_high=high, n_guides=[len(x) for x in of]), index=p.index
+    )
+    low, high = ends(draws.mean(1))
+    table.loc["mean"] = dict(value=a.mean(), ci_low=low, ci_high=high, n_guides=sum(map(len, of)))
     return table.rename_axis("target")
 
 # %% ../nbs/14b_agreement.ipynb #1ba1ed51
 def label_test(
-    predicted:pd.DataFrame, observed:pd.DataFrame, # Targets x features
-    n_permutations:int=4999, seed:int=0,
-)->dict: # agreement, its interval over targets, p, null_sd, n
+    predicted: pd.DataFrame,
+    observed: pd.DataFrame,  # Targets x features
+    n_permutations: int = 4999,
+    seed: int = 0,
+) -> dict:  # agreement, its interval over targets, p, null_sd, n
     "Mean agreement with its interval over targets and its p by permuted labels."
-    p, o = (np.asarray(centred(x), float) for x in aligned(predicted, observed)); similar = np.nan_to_num(cosine(p[:, None], o[None])); n = len(p)
-    rng = np.random.default_rng(seed); own = similar.diagonal(); i = mean_interval(own, unit="target", seed=seed)
-    null = np.array([similar[np.arange(n), rng.permutation(n)].mean() for _ in range(n_permutations)])
-    return dict(value=own.mean(), ci_low=i.low, ci_high=i.high, p=permutation_p(own.mean(), null, "greater"), null_sd=null.std(), n=n)
+    p, o = (np.asarray(centred(x), float) for x in aligned(predicted, observed))
+    similar = np.nan_to_num(cosine(p[:, None], o[None]))
+    n = len(p)
+    rng = np.random.default_rng(seed)
+    own = similar.diagonal()
+    i = mean_interval(own, unit="target", seed=seed)
+    null = np.array(
+        [similar[np.arange(n), rng.permutation(n)].mean() for _ in range(n_permutations)]
+    )
+    return dict(
+        value=own.mean(),
+        ci_low=i.low,
+        ci_high=i.high,
+        p=permutation_p(own.mean(), null, "greater"),
+        null_sd=null.std(),
+        n=n,
+    )
+
 
 def detectable(
-    null_sd:float, n:int,       # From `label_test`
-    alpha:float=.05, power:float=.8,
-)->float:                       # Mean agreement
+    null_sd: float,
+    n: int,  # From `label_test`
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> float:  # Mean agreement
     "Smallest true mean agreement that this screen would find significant with the given power."
-    return float((sps.norm.ppf(1 - alpha) + sps.norm.ppf(power))*null_sd)
+    return float((sps.norm.ppf(1 - alpha) + sps.norm.ppf(power)) * null_sd)
 
 # %% ../nbs/14b_agreement.ipynb #c2b8621f
-def _cosines(weights, guides, direction): # (B, guides) weights -> cosine of each weighted sum of guides with the direction
+def _cosines(weights, guides, direction):
+    # (B, guides) weights -> cosine of each weighted sum of guides with the direction
     along, gram = guides @ direction, guides @ guides.T
-    length = np.sqrt(np.maximum(((weights @ gram)*weights).sum(1), 1e-30))
-    return (weights @ along)/(length*np.linalg.norm(direction))
+    length = np.sqrt(np.maximum(((weights @ gram) * weights).sum(1), 1e-30))
+    return (weights @ along) / (length * np.linalg.norm(direction))
+
 
 def guide_test(
-    predicted:pd.DataFrame, # Targets x features
-    guides:pd.DataFrame,    # (target, guide) x features, controls included
-    n_permutations:int=4999, seed:int=0,
-)->pd.DataFrame:            # A row a target: agreement_control, z, p, q, n_guides
-    "Test each prediction against the guides of its target, with guides changing places with controls."
-    if CONTROL not in guides.index.get_level_values(0): raise ValueError("The guides hold no non-targeting ones; nothing can change places with them.")
+    predicted: pd.DataFrame,  # Targets x features
+    guides: pd.DataFrame,  # (target, guide) x features, controls included
+    n_permutations: int = 4999,
+    seed: int = 0,
+) -> pd.DataFrame:  # A row a target: agreement_control, z, p, q, n_guides
+    """Test each prediction against the guides of its target, with guides changing places with
+    controls."""
+    if CONTROL not in guides.index.get_level_values(0):
+        raise ValueError(
+            "The guides hold no non-targeting ones; nothing can change places with them."
+        )
     nt, rows = guides.loc[[CONTROL]].to_numpy(float), {}
     for t in predicted.index.intersection(guides.index.get_level_values(0).unique(), sort=False):
         d = predicted.loc[t].to_numpy(float)
-        if not np.isfinite(d).all() or not d.any(): continue
-        x = np.concatenate([guides.loc[[t]].to_numpy(float), nt]); case = np.arange(len(x)) < len(x) - len(nt)
-        score = lambda m, x=x, d=d: _cosines(m/m.sum(1, keepdims=True) - ~m/(~m).sum(1, keepdims=True), x, d)
-        own, null = float(score(case[None])[0]), np.concatenate([score(m) for m in arrangements(case, None, n_permutations, seed)])
-        rows[t] = dict(agreement_control=own, z=(own - null.mean())/null.std(), p=permutation_p(own, null, "greater"), n_guides=int(case.sum()))
+        if not np.isfinite(d).all() or not d.any():
+            continue
+        x = np.concatenate([guides.loc[[t]].to_numpy(float), nt])
+        case = np.arange(len(x)) < len(x) - len(nt)
+
+        def score(m, x=x, d=d):
+            return _cosines(m / m.sum(1, keepdims=True) - ~m / (~m).sum(1, keepdims=True), x, d)
+
+        own, null = (
+            float(score(case[None])[0]),
+            np.concatenate([score(m) for m in arrangements(case, None, n_permutations, seed)]),
+        )
+        rows[t] = dict(
+            agreement_control=own,
+            z=(own - null.mean()) / null.std(),
+            p=permutation_p(own, null, "greater"),
+            n_guides=int(case.sum()),
+        )
     table = pd.DataFrame(rows).T.rename_axis("target")
     return table.assign(q=false_discovery(table.p))
 
 # %% ../nbs/14b_agreement.ipynb #a7f03f65
 def null_p(
-    predicted:pd.DataFrame, guides:pd.DataFrame, # As for `guide_test`
-    size:int=4,          # Guides of a pseudo-target
-    n_draws:int=1000, n_permutations:int=199, seed:int=0,
-)->np.ndarray:           # p of each draw
-    "p-values of `guide_test` where nothing is to be found: control guides as targets, any prediction."
-    nt, d = guides.loc[[CONTROL]].to_numpy(float), predicted[np.isfinite(predicted).all(1)].to_numpy(float); rng, p = np.random.default_rng(seed), []
-    weights = lambda order: np.where(order < size, 1/size, -1/(len(nt) - size))          # the first `size` of a shuffled deck are the target
+    predicted: pd.DataFrame,
+    guides: pd.DataFrame,  # As for `guide_test`
+    size: int = 4,  # Guides of a pseudo-target
+    n_draws: int = 1000,
+    n_permutations: int = 199,
+    seed: int = 0,
+) -> np.ndarray:  # p of each draw
+    """p-values of `guide_test` where nothing is to be found: control guides as targets, any
+    prediction."""
+    nt, d = (
+        guides.loc[[CONTROL]].to_numpy(float),
+        predicted[np.isfinite(predicted).all(1)].to_numpy(float),
+    )
+    rng, p = np.random.default_rng(seed), []
+
+    def weights(order):
+        return np.where(
+            order < size, 1 / size, -1 / (len(nt) - size)
+        )  # the first `size` of a shuffled deck are the target
+
     for _ in range(n_draws):
-        m = weights(rng.permuted(np.tile(np.arange(len(nt)), (n_permutations + 1, 1)), axis=1)); s = _cosines(m, nt, d[rng.integers(len(d))])
+        m = weights(rng.permuted(np.tile(np.arange(len(nt)), (n_permutations + 1, 1)), axis=1))
+        s = _cosines(m, nt, d[rng.integers(len(d))])
         p.append(permutation_p(float(s[0]), s[1:], "greater"))
     return np.array(p)
 
 # %% ../nbs/14b_agreement.ipynb #4e4b70c6
 def matched_test(
-    predicted:pd.DataFrame, # Targets x features
-    pool:pd.DataFrame,      # Predicted shifts of many genes x features
-    about:pd.DataFrame,     # Index = genes and targets; columns to match on: log mean, detection, mean rank
-    observed:pd.DataFrame,  # Targets x features
-    n_matched:int=20,
-)->pd.DataFrame:            # A row a target: agreement, null_mean, z, p, q, n_matched
+    predicted: pd.DataFrame,  # Targets x features
+    pool: pd.DataFrame,  # Predicted shifts of many genes x features
+    # Index = genes and targets; columns to match on: log mean, detection, mean rank
+    about: pd.DataFrame,
+    observed: pd.DataFrame,  # Targets x features
+    n_matched: int = 20,
+) -> pd.DataFrame:  # A row a target: agreement, null_mean, z, p, q, n_matched
     "Compare each prediction with those of matched genes."
-    p, o = aligned(predicted, observed); pool = pool[np.isfinite(pool).all(1)].drop(index=[t for t in p.index if t in pool.index])
-    scale = (about - about.mean())/about.std(ddof=0).replace(0, 1); centre, oc = p.mean(), centred(o); rows = {}
+    p, o = aligned(predicted, observed)
+    pool = pool[np.isfinite(pool).all(1)].drop(index=[t for t in p.index if t in pool.index])
+    scale = (about - about.mean()) / about.std(ddof=0).replace(0, 1)
+    centre, oc = p.mean(), centred(o)
+    rows = {}
     for t in p.index.intersection(scale.index, sort=False):
-        near = ((scale.loc[[g for g in pool.index if g in scale.index]] - scale.loc[t])**2).sum(1).nsmallest(n_matched).index
-        own, null = float(cosine(p.loc[t] - centre, oc.loc[t])), np.nan_to_num(cosine(pool.loc[near] - centre, oc.loc[t]))
-        rows[t] = dict(agreement=own, null_mean=null.mean(), z=(own - null.mean())/max(null.std(), 1e-12), p=permutation_p(own, null, "greater"), n_matched=len(near))
+        near = (
+            ((scale.loc[[g for g in pool.index if g in scale.index]] - scale.loc[t]) ** 2)
+            .sum(1)
+            .nsmallest(n_matched)
+            .index
+        )
+        own, null = (
+            float(cosine(p.loc[t] - centre, oc.loc[t])),
+            np.nan_to_num(cosine(pool.loc[near] - centre, oc.loc[t])),
+        )
+        rows[t] = dict(
+            agreement=own,
+            null_mean=null.mean(),
+            z=(own - null.mean()) / max(null.std(), 1e-12),
+            p=permutation_p(own, null, "greater"),
+            n_matched=len(near),
+        )
     table = pd.DataFrame(rows).T.rename_axis("target")
     return table.assign(q=false_discovery(table.p))
 
 # %% ../nbs/14b_agreement.ipynb #a156420c
 def covariance_shift(
-    values:np.ndarray, # Control cells x features, centred by batch
-    level:np.ndarray,  # The gene's log level in them
-)->np.ndarray:         # Shift when the level falls by one standard deviation
+    values: np.ndarray,  # Control cells x features, centred by batch
+    level: np.ndarray,  # The gene's log level in them
+) -> np.ndarray:  # Shift when the level falls by one standard deviation
     "Regression of features on a gene's level in control cells."
     x = level - level.mean()
-    return -(x @ (values - values.mean(0)))/len(x)/max(x.std(), 1e-12) if x.std() > 0 else np.full(values.shape[1], np.nan)
+    return (
+        -(x @ (values - values.mean(0))) / len(x) / max(x.std(), 1e-12)
+        if x.std() > 0
+        else np.full(values.shape[1], np.nan)
+    )
 
-def contrast_shift(values, level): # as `covariance_shift`
+
+def contrast_shift(values, level):  # as `covariance_shift`
     "Control cells without the gene less those in its upper third."
-    high = level >= max(np.quantile(level, 2/3), np.nextafter(level.min(), np.inf)); low = level <= level.min()
-    return values[low].mean(0) - values[high].mean(0) if low.sum() > 4 and high.sum() > 4 else np.full(values.shape[1], np.nan)
+    high = level >= max(np.quantile(level, 2 / 3), np.nextafter(level.min(), np.inf))
+    low = level <= level.min()
+    return (
+        values[low].mean(0) - values[high].mean(0)
+        if low.sum() > 4 and high.sum() > 4
+        else np.full(values.shape[1], np.nan)
+    )
+
 
 def other_mean(
-    observed:pd.DataFrame, # Targets x features
-)->pd.DataFrame:           # The same shape
+    observed: pd.DataFrame,  # Targets x features
+) -> pd.DataFrame:  # The same shape
     "For each target the mean shift of all others."
-    return (observed.sum() - observed)/(len(observed) - 1)
+    return (observed.sum() - observed) / (len(observed) - 1)
+
 
 def neighbour_shift(
-    shifts:pd.DataFrame, # Genes x features, such as covariance shifts
-    edges:pd.DataFrame,  # Two columns of gene names
-    targets,             # Whose neighbours
-)->pd.DataFrame:         # Targets x features; NaN without a neighbour
+    shifts: pd.DataFrame,  # Genes x features, such as covariance shifts
+    edges: pd.DataFrame,  # Two columns of gene names
+    targets,  # Whose neighbours
+) -> pd.DataFrame:  # Targets x features; NaN without a neighbour
     "Mean of the network neighbours' shifts."
     a, b = (edges.iloc[:, i].astype(str) for i in (0, 1))
     out = {}
     for t in targets:
-        near = sorted((set(b[a == t]) | set(a[b == t])) - {t}); near = [g for g in near if g in shifts.index]
+        near = sorted((set(b[a == t]) | set(a[b == t])) - {t})
+        near = [g for g in near if g in shifts.index]
         out[t] = shifts.loc[near].mean() if near else pd.Series(np.nan, index=shifts.columns)
     return pd.DataFrame(out).T
 
 # %% ../nbs/14b_agreement.ipynb #49a1fda1
 def without_depth(
-    values:np.ndarray,  # Cells x features
-    log_depth,          # Log counts of each cell
-    control,            # True for controls
-)->np.ndarray:
+    values: np.ndarray,  # Cells x features
+    log_depth,  # Log counts of each cell
+    control,  # True for controls
+) -> np.ndarray:
     "Take away what control cells' depth explains of each feature, linearly."
-    x = np.asarray(log_depth, float); x = x - x[control].mean(); v = values - values[control].mean(0)
-    return v - np.outer(x, (x[control] @ v[control])/(x[control] @ x[control]))
+    x = np.asarray(log_depth, float)
+    x = x - x[control].mean()
+    v = values - values[control].mean(0)
+    return v - np.outer(x, (x[control] @ v[control]) / (x[control] @ x[control]))
 
 # %% ../nbs/14b_agreement.ipynb #3d2074d9
 def score_predictions(
-    predictions:dict,     # Name -> targets x features
-    guides:pd.DataFrame,  # (target, guide) x features, controls included
-    n_permutations:int=1999, seed:int=0,
-)->pd.DataFrame:          # Tidy: method, metric, value, ci_low, ci_high, p, n, unit
+    predictions: dict,  # Name -> targets x features
+    guides: pd.DataFrame,  # (target, guide) x features, controls included
+    n_permutations: int = 1999,
+    seed: int = 0,
+) -> pd.DataFrame:  # Tidy: method, metric, value, ci_low, ci_high, p, n, unit
     "Score several predictors of one screen in one space."
     observed, rows = observed_of(guides), []
-    add = lambda method, metric, value, n, low=np.nan, high=np.nan, p=np.nan: rows.append(dict(method=method, metric=metric, value=float(value), ci_low=low, ci_high=high, p=p, n=int(n), unit="target"))
-    for name, c in dict(zip(("ceiling (guides split)", "floor (controls as targets)"), (ceiling(guides), floor(guides, seed=seed)))).items():
-        for metric in ("agreement", "discrimination"): add(name, metric, c[metric], c["n"])
+
+    def add(method, metric, value, n, low=np.nan, high=np.nan, p=np.nan):
+        return rows.append(
+            dict(
+                method=method,
+                metric=metric,
+                value=float(value),
+                ci_low=low,
+                ci_high=high,
+                p=p,
+                n=int(n),
+                unit="target",
+            )
+        )
+
+    for name, c in dict(
+        zip(
+            ("ceiling (guides split)", "floor (controls as targets)"),
+            (ceiling(guides), floor(guides, seed=seed)),
+        )
+    ).items():
+        for metric in ("agreement", "discrimination"):
+            add(name, metric, c[metric], c["n"])
     for name, predicted in predictions.items():
-        test = label_test(predicted, observed, n_permutations, seed); r = recognition(predicted, observed)
+        test = label_test(predicted, observed, n_permutations, seed)
+        r = recognition(predicted, observed)
         add(name, "agreement", test["value"], test["n"], test["ci_low"], test["ci_high"], test["p"])
-        i = mean_interval(r.discrimination, unit="target", seed=seed); add(name, "discrimination", i.value, len(r), i.low, i.high, _discrimination_p(predicted, observed, n_permutations, seed))
-        add(name, "agreement with control as reference", agreement(predicted, observed, "control").mean(), len(r))
-        add(name, "reciprocal rank", r.reciprocal_rank.mean(), len(r)); add(name, "top 3", (r["rank"] <= 3).mean(), len(r))
+        i = mean_interval(r.discrimination, unit="target", seed=seed)
+        add(
+            name,
+            "discrimination",
+            i.value,
+            len(r),
+            i.low,
+            i.high,
+            _discrimination_p(predicted, observed, n_permutations, seed),
+        )
+        add(
+            name,
+            "agreement with control as reference",
+            agreement(predicted, observed, "control").mean(),
+            len(r),
+        )
+        add(name, "reciprocal rank", r.reciprocal_rank.mean(), len(r))
+        add(name, "top 3", (r["rank"] <= 3).mean(), len(r))
         add(name, "detectable agreement", detectable(test["null_sd"], test["n"]), test["n"])
     return pd.DataFrame(rows)
 
-def _discrimination_p(predicted, observed, n_permutations, seed): # labels dealt anew
-    p, o = (np.asarray(centred(x), float) for x in aligned(predicted, observed)); similar = np.nan_to_num(cosine(p[:, None], o[None]), nan=-2.); n = len(p)
-    place = 1 - (sps.rankdata(-similar, axis=1) - 1)/(n - 1); rng = np.random.default_rng(seed)
+
+def _discrimination_p(predicted, observed, n_permutations, seed):  # labels dealt anew
+    p, o = (np.asarray(centred(x), float) for x in aligned(predicted, observed))
+    similar = np.nan_to_num(cosine(p[:, None], o[None]), nan=-2.0)
+    n = len(p)
+    place = 1 - (sps.rankdata(-similar, axis=1) - 1) / (n - 1)
+    rng = np.random.default_rng(seed)
     null = np.array([place[np.arange(n), rng.permutation(n)].mean() for _ in range(n_permutations)])
     return permutation_p(float(place.diagonal().mean()), null, "greater")
 
 # %% ../nbs/14b_agreement.ipynb #ffbcdbc6
 def size_agreement(
-    impact, edistance,  # Predicted and observed, one a target
-    depth_shift=None,   # Held fixed in the partial correlation
-    n_permutations:int=4999, seed:int=0,
-)->dict:                # spearman, p, partial, n
+    impact,
+    edistance,  # Predicted and observed, one a target
+    depth_shift=None,  # Held fixed in the partial correlation
+    n_permutations: int = 4999,
+    seed: int = 0,
+) -> dict:  # spearman, p, partial, n
     "Rank correlation of predicted impact with observed effect."
-    x, y = np.asarray(impact, float), np.asarray(edistance, float); ok = np.isfinite(x) & np.isfinite(y)
-    if ok.sum() < 4: raise ValueError(f"{ok.sum()} targets have both numbers, wanted at least 4.")
-    a, b = sps.rankdata(x[ok]), sps.rankdata(y[ok]); r = lambda a, b: float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.
-    rng = np.random.default_rng(seed); out = dict(spearman=r(a, b), n=int(ok.sum()), p=permutation_p(r(a, b), np.array([r(rng.permutation(a), b) for _ in range(n_permutations)]), "greater"))
+    x, y = np.asarray(impact, float), np.asarray(edistance, float)
+    ok = np.isfinite(x) & np.isfinite(y)
+    if ok.sum() < 4:
+        raise ValueError(f"{ok.sum()} targets have both numbers, wanted at least 4.")
+    a, b = sps.rankdata(x[ok]), sps.rankdata(y[ok])
+
+    def r(a, b):
+        return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+
+    rng = np.random.default_rng(seed)
+    out = dict(
+        spearman=r(a, b),
+        n=int(ok.sum()),
+        p=permutation_p(
+            r(a, b), np.array([r(rng.permutation(a), b) for _ in range(n_permutations)]), "greater"
+        ),
+    )
     if depth_shift is not None:
-        d = sps.rankdata(np.abs(np.asarray(depth_shift, float)[ok])); left = lambda v: v - v.mean() - (d - d.mean())*((d - d.mean()) @ (v - v.mean()))/max((d - d.mean()) @ (d - d.mean()), 1e-12)
+        d = sps.rankdata(np.abs(np.asarray(depth_shift, float)[ok]))
+
+        def left(v):
+            return (
+                v
+                - v.mean()
+                - (d - d.mean())
+                * ((d - d.mean()) @ (v - v.mean()))
+                / max((d - d.mean()) @ (d - d.mean()), 1e-12)
+            )
+
         out["partial"] = r(left(a), left(b))
     return out
 
+
 def goal_shift(
-    shifts,     # Rows of shifts (perturbations, D)
-    start, goal, # Mean embeddings of two states, (D,)
-)->np.ndarray:  # Share of the way from start to goal; negative: away from it
+    shifts,  # Rows of shifts (perturbations, D)
+    start,
+    goal,  # Mean embeddings of two states, (D,)
+) -> np.ndarray:  # Share of the way from start to goal; negative: away from it
     "How far a perturbation goes towards a state."
     way = np.asarray(goal, float) - np.asarray(start, float)
-    if not way @ way > 0: raise ValueError("start and goal are the same state; there is no way between them.")
-    return np.asarray(shifts, float) @ way/(way @ way)
+    if not way @ way > 0:
+        raise ValueError("start and goal are the same state; there is no way between them.")
+    return np.asarray(shifts, float) @ way / (way @ way)

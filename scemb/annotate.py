@@ -19,8 +19,26 @@ from .counts import FOOTING_GOOD, FOOTING_LEAST, Reading, open_h5ad, read_counts
 from .folders import Damaged
 from .finetune import CellModel, FinetuneSettings, load_adapter, save_adapter
 from .fit import predict, probabilities
-from .labels import UNKNOWN, compare_names, has_label, label_table, labelled, manifest_missing, shown_labels
-from .lesson import AT_ONCE, Lesson, learn_by_fit, learn_probe, likelier, named_once, read_vectors, rival_of, verdict
+from scemb.labels import (
+    UNKNOWN,
+    compare_names,
+    has_label,
+    label_table,
+    labelled,
+    manifest_missing,
+    shown_labels,
+)
+from scemb.lesson import (
+    AT_ONCE,
+    Lesson,
+    learn_by_fit,
+    learn_probe,
+    likelier,
+    named_once,
+    read_vectors,
+    rival_of,
+    verdict,
+)
 from .prefix import knowledge_of, with_control
 from .probe import probe_scores
 from .progress import Pace, stage
@@ -33,116 +51,167 @@ from .unknown import called_unknown, class_thresholds
 @dataclass
 class Annotator:
     "A model that names cells."
+
     model: CellModel
-    classes: np.ndarray            # Names, shape (classes,)
+    classes: np.ndarray  # Names, shape (classes,)
     vocabulary: object
     tokenizing: TokenizerSettings
-    base: str = "in memory"        # Of the encoder
-    temperature: float = 1.
-    thresholds: np.ndarray|None = None # Confidence below which a cell of each class is unknown, shape (classes,); None: every cell is named
-    knowledge: str|None = None     # Key of obsm with knowledge vectors
-    card: dict|None = None         # How it was learned
-    genes: np.ndarray|None = None  # Tokens of the genes that the reference measured; None: not recorded
+    base: str = "in memory"  # Of the encoder
+    temperature: float = 1.0
+    thresholds: np.ndarray | None = (
+        # Confidence below which a cell of each class is unknown, shape (classes,); None: every cell
+        # is named
+        None
+    )
+    knowledge: str | None = None  # Key of obsm with knowledge vectors
+    card: dict | None = None  # How it was learned
+    genes: np.ndarray | None = (
+        None  # Tokens of the genes that the reference measured; None: not recorded
+    )
 
     def __post_init__(self):
         if self.thresholds is None:
             self.thresholds = np.zeros(len(self.classes))
 
-    def tokens(self, adata, layer=None)->TokenSet:
+    def tokens(self, adata, layer=None) -> TokenSet:
         return tokenize(read_counts(adata, layer), self.vocabulary, self.tokenizing)
 
-    def vectors_of_knowledge(self, adata, labels=None): # with the control of the settings
+    def vectors_of_knowledge(self, adata, labels=None):  # with the control of the settings
         if self.knowledge is None:
             return None
         found = knowledge_of(adata, self.knowledge, labels)
         return with_control(found, self.model.settings.control, self.model.settings.seed)
 
-    def save(self, folder, overwrite=False): # -> the folder; the base is named, not copied
+    def save(self, folder, overwrite=False):  # -> the folder; the base is named, not copied
         card = dict(
-            temperature=self.temperature, thresholds=[float(t) for t in self.thresholds],
-            knowledge=self.knowledge, max_len=self.tokenizing.max_len,
-            genes=gene_bits(self.genes, len(self.vocabulary)), learned=self.card or {})
+            temperature=self.temperature,
+            thresholds=[float(t) for t in self.thresholds],
+            knowledge=self.knowledge,
+            max_len=self.tokenizing.max_len,
+            genes=gene_bits(self.genes, len(self.vocabulary)),
+            learned=self.card or {},
+        )
         return save_adapter(self.model, folder, self.base, self.classes, card, overwrite)
 
-def gene_bits(genes, size:int)->str|None: # tokens of genes -> one bit for each token of the vocabulary, as hexadecimal digits
+
+def gene_bits(
+    genes,
+    size: int,
+    # tokens of genes -> one bit for each token of the vocabulary, as hexadecimal digits
+) -> str | None:
     "A set of genes as a short text."
     if genes is None:
         return None
     return np.packbits(np.isin(np.arange(size), genes)).tobytes().hex()
 
-def genes_of_bits(bits:str|None): # -> tokens of genes
+
+def genes_of_bits(bits: str | None):  # -> tokens of genes
     "The set of genes that `gene_bits` wrote."
     if bits is None:
         return None
     return np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)))
 
-def _check_card(path, card, tokenizing): # numbers that decide what a cell is called
+
+def _check_card(path, card, tokenizing):  # numbers that decide what a cell is called
     way_out = "Copy the folder again from where it came, or learn it anew with scemb finetune."
     if lost := [k for k in ("max_len", "temperature", "knowledge", "learned") if k not in card]:
         raise Damaged(f"{path} lacks {', '.join(lost)}. {way_out}")
     thresholds = card["thresholds"] if "thresholds" in card else card.get("threshold")
     many = thresholds if isinstance(thresholds, list) else [thresholds]
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x)
+
+    def number(x):
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x)
+
     if not number(card["temperature"]) or card["temperature"] <= 0:
-        raise Damaged(f"{path} says temperature = {card['temperature']!r:.40}; a number over 0 is needed. {way_out}")
-    if not all(number(t) and 0 <= t <= 1 for t in many) or len(many) not in (1, len(card["classes"])):
-        raise Damaged(f"{path} is damaged: its thresholds must be numbers from 0 to 1, one a class. {way_out}")
+        raise Damaged(
+            f"{path} says temperature = {card['temperature']!r:.40}; a number over 0 is needed. "
+            f"{way_out}"
+        )
+    if not all(number(t) and 0 <= t <= 1 for t in many) or len(many) not in (
+        1,
+        len(card["classes"]),
+    ):
+        raise Damaged(
+            f"{path} is damaged: its thresholds must be numbers from 0 to 1, one a class. {way_out}"
+        )
     if not number(card["max_len"]) or not 1 <= card["max_len"] <= 65_535:
-        raise Damaged(f"{path} says max_len = {card['max_len']!r:.40}; a number of genes is needed. {way_out}")
+        raise Damaged(
+            f"{path} says max_len = {card['max_len']!r:.40}; a number of genes is needed. {way_out}"
+        )
     if not isinstance(card["learned"], dict):
         raise Damaged(f"{path} is damaged: 'learned' must be an object. {way_out}")
 
+
 def load_annotator(
-    folder,           # From `Annotator.save`, also of earlier versions, with one threshold for all classes
-    base=None,        # See `load_adapter`
-    device:str="cpu",
-)->Annotator:
+    folder,  # From `Annotator.save`, also of earlier versions, with one threshold for all classes
+    base=None,  # See `load_adapter`
+    device: str = "cpu",
+) -> Annotator:
     "Open a saved annotator."
     model, card, vocabulary, tokenizing = load_adapter(folder, base)
-    _check_card(Path(folder)/"adapter.json", card, tokenizing)
+    _check_card(Path(folder) / "adapter.json", card, tokenizing)
     tokenizing = replace(tokenizing, max_len=card["max_len"])
     found, wanted = tokenizer_hash(tokenizing, vocabulary), card["learned"].get("tokenizer")
     if wanted and found != wanted:
         raise ValueError(
             f"{folder} was trained on tokens with hash {wanted}, but the vocabulary and tokenizer "
             f"of this base give {found}: the same weights would read other genes. "
-            "Load it with its own base.")
+            "Load it with its own base."
+        )
     classes = np.array(card["classes"])
     thresholds = card["thresholds"] if "thresholds" in card else card["threshold"]
     return Annotator(
-        model.to(device), classes, vocabulary, tokenizing, card["base"], card["temperature"],
+        model.to(device),
+        classes,
+        vocabulary,
+        tokenizing,
+        card["base"],
+        card["temperature"],
         np.broadcast_to(np.asarray(thresholds, float), len(classes)).copy(),
-        card["knowledge"], card["learned"], genes_of_bits(card.get("genes")))
+        card["knowledge"],
+        card["learned"],
+        genes_of_bits(card.get("genes")),
+    )
 
 # %% ../nbs/11f_annotate.ipynb #012c473c
 AUTO = "auto"
 
+
 def chosen_window(
-    n_cells:int, # Labelled cells
-    longest:int, # Genes a cell that the model was trained with
-)->int:          # Genes a cell
+    n_cells: int,  # Labelled cells
+    longest: int,  # Genes a cell that the model was trained with
+) -> int:  # Genes a cell
     "How many genes of a cell the default way reads."
     return min(longest, 256 if n_cells < 8000 else 128)
 
+
 def chosen_way(
-    settings:FinetuneSettings|None, way:str|None, thorough:bool, # See `learn`
-)->tuple: # Whether the default way was asked for; settings of what is fitted first
+    settings: FinetuneSettings | None,
+    way: str | None,
+    thorough: bool,  # See `learn`
+) -> tuple:  # Whether the default way was asked for; settings of what is fitted first
     "Read the wish for a way."
     automatic = way == AUTO or (way is None and settings is None)
     settings = settings or FinetuneSettings()
     if automatic:
         if settings.head != "linear":
-            raise ValueError(f"head={settings.head!r}: the default way has a linear head; name a way with it, such as lora.")
+            raise ValueError(
+                f"head={settings.head!r}: the default way has a linear head; name a way with it, "
+                "such as lora."
+            )
         return True, replace(settings, way="probe")
     if thorough:
         asked = way or settings.way
         raise ValueError(
             f"thorough lets the default way try LoRA, but way={asked!r} is asked for by name. "
-            f"Leave one of the two out, or take way={AUTO!r}.")
+            f"Leave one of the two out, or take way={AUTO!r}."
+        )
     return False, settings if way is None else replace(settings, way=way)
 
 # %% ../nbs/11f_annotate.ipynb #cd73657e
-def some_of_each(y, most:int|None, seed:int)->np.ndarray: # classes (cells,), cells of a class at most -> positions
+def some_of_each(
+    y, most: int | None, seed: int
+) -> np.ndarray:  # classes (cells,), cells of a class at most -> positions
     "Draw at most so many cells of each class."
     if not most:
         return np.arange(len(y))
@@ -152,31 +221,44 @@ def some_of_each(y, most:int|None, seed:int)->np.ndarray: # classes (cells,), ce
         drawn.append(random.permutation(np.flatnonzero(y == c))[:most])
     return np.sort(np.concatenate(drawn))
 
+
 def check_donors(
-    obs,       # Table of the labelled cells
-    donor:str, # Column with their donors
-    y,         # Their classes
+    obs,  # Table of the labelled cells
+    donor: str,  # Column with their donors
+    y,  # Their classes
 ):
     "Refuse donors that cannot be held out: mostly missing, or the labels under another name."
     known = has_label(obs[donor])
-    if known.mean() < .5:
+    if known.mean() < 0.5:
         raise ValueError(
-            f"{(~known).sum():,} of {len(known):,} labelled cells have no donor in obs[{donor!r}], so whole donors "
-            "cannot be held out. Fill the column in, name another one, or leave donor out.")
+            f"{(~known).sum():,} of {len(known):,} labelled cells have no donor in "
+            f"obs[{donor!r}], so whole donors "
+            "cannot be held out. Fill the column in, name another one, or leave donor out."
+        )
     if not known.all():
-        warnings.warn(f"{(~known).sum():,} of {len(known):,} labelled cells have no donor in obs[{donor!r}]; they are taken as one donor of their own.")
+        warnings.warn(
+            f"{(~known).sum():,} of {len(known):,} labelled cells have no donor in "
+            f"obs[{donor!r}]; they are taken as one donor of their own."
+        )
     names = obs[donor].astype(str).to_numpy()[known]
     pairs = {(n, c) for n, c in zip(names, np.asarray(y)[known])}
     n_donors, n_classes = len(set(names)), len(np.unique(np.asarray(y)[known]))
     if len(pairs) == n_donors == n_classes:
         raise ValueError(
-            f"Each donor of obs[{donor!r}] has one class and each class one donor: to hold a donor out would hide "
-            "its class. Name the column of the people that the cells come from, or leave donor out.")
+            f"Each donor of obs[{donor!r}] has one class and each class one donor: to hold a "
+            "donor out would hide "
+            "its class. Name the column of the people that the cells come from, or leave donor out."
+        )
+
 
 def lesson_of(
-    a:Annotator, reference, rows, y, # Cells to learn from, and their classes
-    layer:str|None, donor:str|None,  # See `learn`
-)->Lesson:
+    a: Annotator,
+    reference,
+    rows,
+    y,  # Cells to learn from, and their classes
+    layer: str | None,
+    donor: str | None,  # See `learn`
+) -> Lesson:
     "Read the labelled cells."
     cells = reference[rows]
     tokens = a.tokens(cells, layer)
@@ -186,43 +268,59 @@ def lesson_of(
     if n_classes < 2:
         raise ValueError(
             f"{len(full)} of {len(y)} labelled cells have a gene of the vocabulary, "
-            f"of {n_classes} classes; see `scemb doctor` for what the reference holds.")
+            f"of {n_classes} classes; see `scemb doctor` for what the reference holds."
+        )
     donors = None if donor is None else cells.obs[donor].astype(str).to_numpy()[full]
     if len(full) == len(y):
         return Lesson(cells, tokens, y, knowledge, donors)
     return Lesson(
-        cells[full], tokens.subset(full), y[full],
-        None if knowledge is None else knowledge[full], donors)
+        cells[full],
+        tokens.subset(full),
+        y[full],
+        None if knowledge is None else knowledge[full],
+        donors,
+    )
 
-def knowledge_width(adata, key)->int: # 0 without a key
+
+def knowledge_width(adata, key) -> int:  # 0 without a key
     "Length of the knowledge vectors."
     return 0 if key is None else knowledge_of(adata, key).shape[1]
 
 # %% ../nbs/11f_annotate.ipynb #b7e8c081
 def learn(
-    reference,                  # AnnData with raw counts and labels
-    label:str,                  # Column of obs
-    base="scemb-small",         # A shipped model, a folder, or (model, vocabulary, settings)
-    settings:FinetuneSettings|None=None, # How to adapt; None: the default way
-    layer:str|None=None, max_len:int|None=None, # Where the counts are; genes a cell at most (None: with the default way see `chosen_window`, else as the model was trained)
-    knowledge:str|None=None,    # Key of obsm, for way="prefix"
-    cells_a_class:int|None=None, # Labelled cells of a class used at most (seeded); None: all
-    keep_known:float=.95,       # Share of each known class that the thresholds keep
-    donor:str|None=None,        # Column of obs with donors (or runs): with three or more, whole ones are held out
-    device:str="cpu", say=lambda line: None,
-    way:str|None=None,          # "auto" or one of `WAYS`, in place of that of the settings; None: theirs
-    thorough:bool=False,        # The default way also tries LoRA
-    missing=(),                 # Further names that mean "no label", see `labels`
-    rival:bool=True,            # Name the held-out cells by the simple baseline as well
-)->Annotator:
+    reference,  # AnnData with raw counts and labels
+    label: str,  # Column of obs
+    base="scemb-small",  # A shipped model, a folder, or (model, vocabulary, settings)
+    settings: FinetuneSettings | None = None,  # How to adapt; None: the default way
+    layer: str | None = None,
+    # Where the counts are; genes a cell at most (None: with the default way see `chosen_window`,
+    # else as the model was trained)
+    max_len: int | None = None,
+    knowledge: str | None = None,  # Key of obsm, for way="prefix"
+    cells_a_class: int | None = None,  # Labelled cells of a class used at most (seeded); None: all
+    keep_known: float = 0.95,  # Share of each known class that the thresholds keep
+    # Column of obs with donors (or runs): with three or more, whole ones are held out
+    donor: str | None = None,
+    device: str = "cpu",
+    say=lambda line: None,
+    way: str
+    | None = None,  # "auto" or one of `WAYS`, in place of that of the settings; None: theirs
+    thorough: bool = False,  # The default way also tries LoRA
+    missing=(),  # Further names that mean "no label", see `labels`
+    rival: bool = True,  # Name the held-out cells by the simple baseline as well
+) -> Annotator:
     "Adapt a pretrained model to the labels of a reference."
     automatic, settings = chosen_way(settings, way, thorough)
     if settings.control != "none" and knowledge is None:
         raise ValueError(
-            f"control={settings.control!r} stands in place of knowledge vectors, but none are given; "
-            "name their key of obsm (knowledge), or leave control at 'none'.")
+            f"control={settings.control!r} stands in place of knowledge vectors, but none are "
+            "given; "
+            "name their key of obsm (knowledge), or leave control at 'none'."
+        )
     if knowledge is not None and automatic:
-        raise ValueError("knowledge enters through prefixes: give way='prefix' with it, or leave it out.")
+        raise ValueError(
+            "knowledge enters through prefixes: give way='prefix' with it, or leave it out."
+        )
     if donor is not None and donor not in reference.obs:
         raise ValueError(f"obs has no column {donor!r}; it has {list(reference.obs.columns)}.")
     ok, classes, y = labelled(reference.obs, label, missing)
@@ -235,20 +333,36 @@ def learn(
     net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
     longest = min(tokenizing.max_len, net.config.max_position_embeddings)
     if max_len and max_len > net.config.max_position_embeddings:
-        raise ValueError(f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; lower max_len.")
+        raise ValueError(
+            f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; "
+            "lower max_len."
+        )
     window = max_len or (chosen_window(len(rows), longest) if automatic else longest)
     tokenizing = replace(tokenizing, max_len=min(window, net.config.max_position_embeddings))
-    new_model = lambda s: CellModel(net.bert, len(classes), s, knowledge_width(reference, knowledge)).to(device)
+
+    def new_model(s):
+        return CellModel(net.bert, len(classes), s, knowledge_width(reference, knowledge)).to(
+            device
+        )
+
     a = Annotator(
-        new_model(settings), classes, vocabulary, tokenizing,
-        "in memory" if isinstance(base, tuple) else str(base), knowledge=knowledge,
-        genes=measured_genes(reference, vocabulary, layer))
+        new_model(settings),
+        classes,
+        vocabulary,
+        tokenizing,
+        "in memory" if isinstance(base, tuple) else str(base),
+        knowledge=knowledge,
+        genes=measured_genes(reference, vocabulary, layer),
+    )
     with stage(say, "tokenising the reference"):
         lesson = lesson_of(a, reference, rows, y, layer, donor)
 
     tried, again = [], True
     by_probe = settings.way == "probe" and settings.head == "linear" and knowledge is None
-    what = f"{settings.way}, {tokenizing.max_len} genes a cell, {len(y):,} labelled cells of {len(classes)} classes"
+    what = (
+        f"{settings.way}, {tokenizing.max_len} genes a cell, {len(y):,} labelled cells of "
+        f"{len(classes)} classes"
+    )
     if by_probe:
         v = read_vectors(a.model, lesson, say, what)
         with stage(say, "choosing and checking the probe"):
@@ -261,9 +375,17 @@ def learn(
     _finish(a, lesson, held, history, 1 - keep_known)
     scores = probe_scores(held.p, lesson.y[held.cells])
     a.card |= dict(
-        label=label, n_cells=len(y), n_held_out=len(held.cells), held_out=held.how, refitted=again,
-        automatic=automatic, tried=tried, scores=scores, precision=a.model.precision,
-        tokenizer=tokenizer_hash(a.tokenizing, vocabulary))
+        label=label,
+        n_cells=len(y),
+        n_held_out=len(held.cells),
+        held_out=held.how,
+        refitted=again,
+        automatic=automatic,
+        tried=tried,
+        scores=scores,
+        precision=a.model.precision,
+        tokenizer=tokenizer_hash(a.tokenizing, vocabulary),
+    )
     if rival and len(held.cells) >= 10 and _has_scanpy():
         with stage(say, "fitting the simple baseline"):
             simple = rival_of(lesson, held, len(classes), settings, layer)
@@ -272,14 +394,17 @@ def learn(
     return a
 
 # %% ../nbs/11f_annotate.ipynb #finishes
-def _has_scanpy(): # the log counts of the simple baseline are scanpy's
+def _has_scanpy():  # the log counts of the simple baseline are scanpy's
     from importlib.util import find_spec
+
     if find_spec("scanpy") is not None:
         return True
     warnings.warn("scanpy is not installed, so the simple baseline is left out: pip install scanpy")
     return False
 
-def _try_lora(a, lesson, v, by_probe, new_model, say): # LoRA beside the probe -> held, history, again, tried; `a` gets the better model
+
+def _try_lora(a, lesson, v, by_probe, new_model, say):
+    # LoRA beside the probe -> held, history, again, tried; `a` gets the better model
     held, history = by_probe
     say("LoRA beside it, a line an epoch")
     model = new_model(replace(a.model.settings, way="lora"))
@@ -291,95 +416,134 @@ def _try_lora(a, lesson, v, by_probe, new_model, say): # LoRA beside the probe -
         probe_p = named_once(v, lesson, lora.cells, model.n_classes, a.model.settings)
     y = lesson.y[lora.cells]
     better = likelier(lora.p, probe_p, y)
-    tried = [dict(way="probe", kept=not better, **probe_scores(probe_p, y)),
-             dict(way="lora", kept=better, **probe_scores(lora.p, y))]
+    tried = [
+        dict(way="probe", kept=not better, **probe_scores(probe_p, y)),
+        dict(way="lora", kept=better, **probe_scores(lora.p, y)),
+    ]
     accuracies = " and ".join(f"{t['way']} {t['accuracy']:.3f}" for t in tried)
-    say(f"on the same {len(y):,} held-out cells: accuracy {accuracies}; {'LoRA' if better else 'the probe'} is kept")
+    say(
+        f"on the same {len(y):,} held-out cells: accuracy {accuracies}; "
+        f"{'LoRA' if better else 'the probe'} is kept"
+    )
     if better:
         a.model = model
         return lora, lora_history, again, tried
     return held, history, True, tried
 
-def _finish(a, lesson, held, history, loss): # temperature, thresholds and the beginning of the card
+
+def _finish(a, lesson, held, history, loss):
+    # temperature, thresholds and the beginning of the card
     y = lesson.y[held.cells]
     if len(y) < 10:
         warnings.warn(
             f"{len(y)} labelled cells could be held out; below ten, confidences are not calibrated "
-            f"and no cell is called {UNKNOWN}.")
-        held.temperature, held.p = 1., held.p[:0]
+            f"and no cell is called {UNKNOWN}."
+        )
+        held.temperature, held.p = 1.0, held.p[:0]
         held.cells = held.cells[:0]
         y = y[:0]
     a.temperature = held.temperature
-    table = class_thresholds(held.p.max(1, initial=0.), held.p.argmax(1), y, len(a.classes), loss)
+    table = class_thresholds(held.p.max(1, initial=0.0), held.p.argmax(1), y, len(a.classes), loss)
     a.thresholds = table.threshold.to_numpy()
     cells = np.bincount(lesson.y, minlength=len(a.classes))
-    by_class = [dict(label=str(c), cells=int(n), **row) for c, n, row in zip(a.classes, cells, table.to_dict("records"))]
+    by_class = [
+        dict(label=str(c), cells=int(n), **row)
+        for c, n, row in zip(a.classes, cells, table.to_dict("records"))
+    ]
     out = [] if lesson.donors is None else lesson.donors[held.cells]
-    a.card = dict(by_class=by_class, history=history, held_out_donors=[str(d) for d in np.unique(out)])
+    a.card = dict(
+        by_class=by_class, history=history, held_out_donors=[str(d) for d in np.unique(out)]
+    )
 
 # %% ../nbs/11f_annotate.ipynb #summary1
-def summary(a:Annotator)->list: # Lines
+def summary(a: Annotator) -> list:  # Lines
     "What was learned, and how good it is beside the simple baseline, in words."
     card, s = a.card, a.model.settings
-    first = f"{s.way}, {a.tokenizing.max_len} genes a cell, {card['n_cells']:,} labelled cells of {len(a.classes)} classes"
+    first = (
+        f"{s.way}, {a.tokenizing.max_len} genes a cell, {card['n_cells']:,} labelled cells "
+        f"of {len(a.classes)} classes"
+    )
     own, simple = card["scores"], card.get("simple_scores")
     if not own["n"]:
         return [first + "; too few cells were held out to check it"]
-    shown = lambda x: f"accuracy {x['accuracy']:.3f}, macro-F1 {x['macro_f1']:.3f}"
-    weak = [f"{c['label']} {c['promised']:.1%}" for c in card["by_class"] if c["promised"] > .0501]
+
+    def shown(x):
+        return f"accuracy {x['accuracy']:.3f}, macro-F1 {x['macro_f1']:.3f}"
+
+    weak = [f"{c['label']} {c['promised']:.1%}" for c in card["by_class"] if c["promised"] > 0.0501]
     lines = [f"{first}: {shown(own)} on {own['n']:,} cells held out {card['held_out']}"]
     if simple is not None:
-        lines.append(f"simple baseline (50 components of log counts, same cells): {shown(simple)}; {card['verdict']}")
-    lines.append(f"unknown below {_rounded_down(min(a.thresholds))} to {_rounded_down(max(a.thresholds))}, by class")
+        lines.append(
+            f"simple baseline (50 components of log counts, same cells): {shown(simple)}; "
+            f"{card['verdict']}"
+        )
+    lines.append(
+        f"unknown below {_rounded_down(min(a.thresholds))} to "
+        f"{_rounded_down(max(a.thresholds))}, by class"
+    )
     if weak:
         lines.append(
-            "too few cells were held out to promise a loss of at most 5 % for: " + ", ".join(weak))
+            "too few cells were held out to promise a loss of at most 5 % for: " + ", ".join(weak)
+        )
     return lines
 
-def _rounded_down(threshold)->str: # a threshold of .9997 is not 1, which no cell could reach
-    return f"{np.floor(float(threshold)*1000)/1000:.3f}"
+
+def _rounded_down(threshold) -> str:  # a threshold of .9997 is not 1, which no cell could reach
+    return f"{np.floor(float(threshold) * 1000) / 1000:.3f}"
 
 # %% ../nbs/11f_annotate.ipynb #765f3ad5
 def measured_genes(
-    adata, vocabulary, layer:str|None=None,
-)->np.ndarray: # Tokens
+    adata,
+    vocabulary,
+    layer: str | None = None,
+) -> np.ndarray:  # Tokens
     "Genes of the vocabulary that a data set has a column for."
     tokens = vocabulary.token_of_rows(read_counts(adata, layer).genes.rows)
     return np.unique(tokens[tokens >= len(SPECIAL)])
 
+
 def shared_footing(
-    tokens:TokenSet,    # The query
-    query_genes,        # Tokens of the genes that the query measured
-    reference_genes,    # Tokens of the genes that the reference measured
-)->dict:                # genes: share of the reference's genes; tokens: share of what is read of the query
+    tokens: TokenSet,  # The query
+    query_genes,  # Tokens of the genes that the query measured
+    reference_genes,  # Tokens of the genes that the reference measured
+) -> dict:  # genes: share of the reference's genes; tokens: share of what is read of the query
     "How much the query shares with the reference."
     read, _, _ = tokens.gather(np.arange(len(tokens)))
     return dict(
         genes=float(np.isin(reference_genes, query_genes).mean()),
-        tokens=float(np.isin(read, reference_genes).mean()) if len(read) else 0.)
+        tokens=float(np.isin(read, reference_genes).mean()) if len(read) else 0.0,
+    )
 
-def check_footing(share:dict): # From `shared_footing`
+
+def check_footing(share: dict):  # From `shared_footing`
     "Refuse a query that shares too little with the reference, warn where it is little."
     worst = min(share.values())
     words = (
-        f"The query measured {share['genes']:.1%} of the reference's genes, and the reference knows "
-        f"{share['tokens']:.1%} of the genes read in the query's cells")
+        f"The query measured {share['genes']:.1%} of the reference's genes, and the reference "
+        "knows "
+        f"{share['tokens']:.1%} of the genes read in the query's cells"
+    )
     way_out = "Learn from a reference that is cut to the genes of the query."
     if worst < FOOTING_LEAST:
         raise ValueError(f"{words}; at least {FOOTING_LEAST:.0%} of both are needed. {way_out}")
     if worst < FOOTING_GOOD:
-        warnings.warn(f"{words}: names are less certain than on the reference's own cells. {way_out}")
+        warnings.warn(
+            f"{words}: names are less certain than on the reference's own cells. {way_out}"
+        )
 
 # %% ../nbs/11f_annotate.ipynb #db26b696
 def annotate(
-    query,                   # AnnData with raw counts
-    annotator,               # From `learn` or `load_annotator`, or a folder
-    layer:str|None=None,
-    threshold:float|None=None, # Confidence below which a cell is unknown, for all classes; None: the annotator's own; 0: name every cell
-    say=lambda line: None,   # Called with a line now and then
-):                           # The same AnnData
+    query,  # AnnData with raw counts
+    annotator,  # From `learn` or `load_annotator`, or a folder
+    layer: str | None = None,
+    # Confidence below which a cell is unknown, for all classes; None: the annotator's own; 0: name
+    # every cell
+    threshold: float | None = None,
+    say=lambda line: None,  # Called with a line now and then
+):  # The same AnnData
     "Name the cells of a query."
     import pandas as pd
+
     a = annotator if isinstance(annotator, Annotator) else load_annotator(annotator)
     thresholds = _thresholds_for(a, threshold)
     _look_at_names(a, query)
@@ -394,40 +558,55 @@ def annotate(
     if empty.all():
         raise ValueError(
             f"Not one of the {len(p)} cells of the query has a count in a gene of the vocabulary; "
-            "see `scemb doctor` for what the file holds.")
+            "see `scemb doctor` for what the file holds."
+        )
     if empty.any():
         warnings.warn(
             f"{empty.sum()} of {len(p)} cells have no count in any gene of the vocabulary; "
-            f"they are called {UNKNOWN}.")
+            f"they are called {UNKNOWN}."
+        )
     known = np.nan_to_num(p)
     names = a.classes[known.argmax(1)].astype(object)
     names[called_unknown(known, thresholds) | empty] = UNKNOWN
     query.obs["scemb_label"] = pd.Categorical(names, categories=[*a.classes, UNKNOWN])
     query.obs["scemb_confidence"] = known.max(1).astype(np.float32)
-    query.obsm["scemb_probabilities"] = p.astype(np.float32)       # columns: the classes in uns
+    query.obsm["scemb_probabilities"] = p.astype(np.float32)  # columns: the classes in uns
     record = _record(a) | dict(
-        thresholds=thresholds, n_unknown=int((names == UNKNOWN).sum()), n_empty=int(empty.sum()),
-        shared_genes=footing["genes"], shared_tokens=footing["tokens"])
+        thresholds=thresholds,
+        n_unknown=int((names == UNKNOWN).sum()),
+        n_empty=int(empty.sum()),
+        shared_genes=footing["genes"],
+        shared_tokens=footing["tokens"],
+    )
     query.uns["scemb"] = remembered(query.uns, record, "annotation")
     return query
 
-def _scores_of(a, tokens, knowledge, say): # -> (cells, classes)
+
+def _scores_of(a, tokens, knowledge, say):  # -> (cells, classes)
     cells, pace = np.arange(len(tokens)), Pace("cells of the query read", say)
     parts = []
-    for some in np.array_split(cells, max(1, -(-len(cells)//AT_ONCE))):
+    for some in np.array_split(cells, max(1, -(-len(cells) // AT_ONCE))):
         first = int(some[0]) if len(some) else 0
-        on = lambda done, first=first: pace(first + done, len(cells))
+
+        def on(done, first=first):
+            return pace(first + done, len(cells))
+
         parts.append(predict(a.model, tokens, some, knowledge, progress=on))
     return np.concatenate(parts)
 
-def _thresholds_for(a, threshold): # -> one a class
+
+def _thresholds_for(a, threshold):  # -> one a class
     if threshold is None:
         return np.asarray(a.thresholds, float)
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold}; a confidence lies between 0 (every cell is named) and 1.")
+        raise ValueError(
+            f"threshold={threshold}; a confidence lies between 0 (every cell is named) and 1."
+        )
     return np.full(len(a.classes), float(threshold))
 
-def _look_at_names(a, query): # labels of the query, where it has them, are compared with the classes and never used
+
+def _look_at_names(a, query):
+    # labels of the query, where it has them, are compared with the classes and never used
     column = (a.card or {}).get("label")
     if column not in query.obs:
         return
@@ -436,48 +615,78 @@ def _look_at_names(a, query): # labels of the query, where it has them, are comp
     except ValueError as e:
         warnings.warn(f"obs[{column!r}] of the query cannot be compared with the labels given: {e}")
 
-def _record(a): # what stands in uns, of the annotator
+
+def _record(a):  # what stands in uns, of the annotator
     s, card = a.model.settings, a.card or {}
-    number = lambda scores, key: float("nan") if (value := card.get(scores, {}).get(key)) is None else value
+
+    def number(scores, key):
+        return float("nan") if (value := card.get(scores, {}).get(key)) is None else value
+
     return dict(
-        base=a.base, base_hash=a.model.base, way=s.way, head=s.head, knowledge=a.knowledge or "",
-        control=s.control, seed=s.seed, max_len=a.tokenizing.max_len, precision=a.model.precision,
-        classes=np.array(a.classes, dtype=object), temperature=a.temperature,
-        label=card.get("label", ""), n_reference=card.get("n_cells", 0),
-        n_held_out=card.get("n_held_out", 0), held_out=str(card.get("held_out", "")),
-        accuracy=number("scores", "accuracy"), macro_f1=number("scores", "macro_f1"),
+        base=a.base,
+        base_hash=a.model.base,
+        way=s.way,
+        head=s.head,
+        knowledge=a.knowledge or "",
+        control=s.control,
+        seed=s.seed,
+        max_len=a.tokenizing.max_len,
+        precision=a.model.precision,
+        classes=np.array(a.classes, dtype=object),
+        temperature=a.temperature,
+        label=card.get("label", ""),
+        n_reference=card.get("n_cells", 0),
+        n_held_out=card.get("n_held_out", 0),
+        held_out=str(card.get("held_out", "")),
+        accuracy=number("scores", "accuracy"),
+        macro_f1=number("scores", "macro_f1"),
         simple_accuracy=number("simple_scores", "accuracy"),
         simple_macro_f1=number("simple_scores", "macro_f1"),
-        verdict=card.get("verdict", ""), vocabulary_hash=a.vocabulary.hash)
+        verdict=card.get("verdict", ""),
+        vocabulary_hash=a.vocabulary.hash,
+    )
 
 # %% ../nbs/11f_annotate.ipynb #41960004
 def open_reference(
-    source,     # Path of an .h5ad file, or the name of a data set
-)->tuple:       # AnnData; further names that mean "no label"
+    source,  # Path of an .h5ad file, or the name of a data set
+) -> tuple:  # AnnData; further names that mean "no label"
     "Open labelled cells by path, or by the name of their manifest."
     from scemb import datasets
+
     if not Path(source).exists() and str(source) in datasets.manifests():
         return datasets.load(str(source)), manifest_missing(str(source))
     return open_h5ad(source, backed=False), ()
 
+
 def annotate_file(
-    query, out,            # Paths: a file of cells of any kind; .h5ad or .zarr to write, with labels
-    annotator=None,        # Folder of an adapter, or
-    reference=None, label:str|None=None, # a labelled file of cells (or a data set's name) and its column, from which one is learned
-    overwrite:bool=False, threshold:float|None=None,
-    layer:str|Reading|None=None, reference_layer:str|Reading|None=None, # How the query is read, and the reference; None: as the query
-    **learning,            # See `learn`: base, settings, max_len, knowledge, cells_a_class, donor, device, say, way, thorough, missing
-):                         # The annotated AnnData
+    query,
+    out,  # Paths: a file of cells of any kind; .h5ad or .zarr to write, with labels
+    annotator=None,  # Folder of an adapter, or
+    reference=None,
+    # a labelled file of cells (or a data set's name) and its column, from which one is learned
+    label: str | None = None,
+    overwrite: bool = False,
+    threshold: float | None = None,
+    layer: str | Reading | None = None,
+    reference_layer: str
+    | Reading
+    | None = None,  # How the query is read, and the reference; None: as the query
+    # See `learn`: base, settings, max_len, knowledge, cells_a_class, donor, device, say, way,
+    # thorough, missing
+    **learning,
+):  # The annotated AnnData
     "Annotate a file by a saved adapter or by a reference."
     out = check_results(out, overwrite, (".h5ad", ".zarr"))
     if (annotator is None) == (reference is None):
-        raise ValueError("Give either the folder of an adapter or a reference with its label column.")
+        raise ValueError(
+            "Give either the folder of an adapter or a reference with its label column."
+        )
     if reference is not None and not label:
         raise ValueError("A reference needs the name of its label column (--label).")
     say = learning.get("say", lambda line: None)
     with stage(say, f"opening {Path(query).name}"):
         adata = open_h5ad(query, backed=False)
-    _check_cells(query, adata, layer)            # what is wrong with the files is said before training
+    _check_cells(query, adata, layer)  # what is wrong with the files is said before training
     if (key := learning.get("knowledge")) is not None:
         knowledge_of(adata, key)
     if annotator is not None:
@@ -486,13 +695,16 @@ def annotate_file(
         cells, own_missing = open_reference(reference)
         _check_cells(reference, cells, layer if reference_layer is None else reference_layer)
         learning["missing"] = (*learning.get("missing", ()), *own_missing)
-        a = learn(cells, label, layer=layer if reference_layer is None else reference_layer, **learning)
+        a = learn(
+            cells, label, layer=layer if reference_layer is None else reference_layer, **learning
+        )
     annotate(adata, a, layer, threshold, say)
     with stage(say, f"writing {out.name}"):
         write_cells(adata, out)
     return adata
 
-def _check_cells(path, adata, layer): # a refusal says which of the two files it means
+
+def _check_cells(path, adata, layer):  # a refusal says which of the two files it means
     try:
         read_counts(adata, layer)
     except ValueError as e:

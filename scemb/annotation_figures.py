@@ -12,56 +12,132 @@ from .figures import PALETTE, _plt
 
 # %% ../nbs/19a_annotation_figures.ipynb #ec2a959a
 def confusion_grid(
-    table,            # DataFrame: method, true, guess, share (of the true class), n
-    columns:int=3,    # Panels side by side
-    size:float=3.,    # Inches a panel
-    order=None,       # Classes from top to bottom; None: commonest first
-):                    # matplotlib figure
+    table,  # DataFrame: method, true, guess, share (of the true class), n
+    columns: int = 3,  # Panels side by side
+    size: float = 3.0,  # Inches a panel
+    order=None,  # Classes from top to bottom; None: commonest first
+):  # matplotlib figure
     "Row-normalised confusion matrices."
-    plt = _plt(); methods = list(dict.fromkeys(table.method)); columns = min(columns, len(methods))
-    n = table[table.method == methods[0]].groupby("true").n.sum().sort_values(ascending=False, kind="stable")
-    true = list(order or n.index); guess = true + sorted(set(table.guess) - set(true)); rows = -(-len(methods)//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(size*columns + 1.2, size*rows*max(.7, len(true)/len(guess)) + .8), squeeze=False, layout="constrained", sharey=True)
+    plt = _plt()
+    methods = list(dict.fromkeys(table.method))
+    columns = min(columns, len(methods))
+    n = (
+        table[table.method == methods[0]]
+        .groupby("true")
+        .n.sum()
+        .sort_values(ascending=False, kind="stable")
+    )
+    true = list(order or n.index)
+    guess = true + sorted(set(table.guess) - set(true))
+    rows = -(-len(methods) // columns)
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(size * columns + 1.2, size * rows * max(0.7, len(true) / len(guess)) + 0.8),
+        squeeze=False,
+        layout="constrained",
+        sharey=True,
+    )
     for ax, m in zip(axes.flat, methods):
-        wide = table[table.method == m].pivot_table(index="true", columns="guess", values="share").reindex(index=true, columns=guess).fillna(0).to_numpy()
-        im = ax.imshow(wide, cmap="Blues", vmin=0, vmax=1, aspect="auto"); font = max(3.5, min(7, 60/len(guess)))
-        for i, j in zip(*np.nonzero(wide >= .1)): ax.text(j, i, f"{wide[i, j]:.2f}".lstrip("0").replace("1.00", "1"), ha="center", va="center", fontsize=font, color="white" if wide[i, j] > .5 else "black")
-        ax.set_title(m, fontsize=8); ax.set_xticks(range(len(guess)), guess, rotation=90, fontsize=6); ax.set_yticks(range(len(true)), [f"{t} ({n.get(t, 0)})" for t in true], fontsize=6); ax.tick_params(length=0)
-    for ax in axes[-1]: ax.set_xlabel("named", fontsize=7)
-    for ax in axes[:, 0]: ax.set_ylabel("truth (cells)", fontsize=7)
-    for ax in list(axes.flat)[len(methods):]: ax.axis("off")
-    fig.colorbar(im, ax=axes, shrink=.6, label="share of the true class", aspect=30)
+        wide = (
+            table[table.method == m]
+            .pivot_table(index="true", columns="guess", values="share")
+            .reindex(index=true, columns=guess)
+            .fillna(0)
+            .to_numpy()
+        )
+        im = ax.imshow(wide, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        font = max(3.5, min(7, 60 / len(guess)))
+        for i, j in zip(*np.nonzero(wide >= 0.1)):
+            ax.text(
+                j,
+                i,
+                f"{wide[i, j]:.2f}".lstrip("0").replace("1.00", "1"),
+                ha="center",
+                va="center",
+                fontsize=font,
+                color="white" if wide[i, j] > 0.5 else "black",
+            )
+        ax.set_title(m, fontsize=8)
+        ax.set_xticks(range(len(guess)), guess, rotation=90, fontsize=6)
+        ax.set_yticks(range(len(true)), [f"{t} ({n.get(t, 0)})" for t in true], fontsize=6)
+        ax.tick_params(length=0)
+    for ax in axes[-1]:
+        ax.set_xlabel("named", fontsize=7)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("truth (cells)", fontsize=7)
+    for ax in list(axes.flat)[len(methods) :]:
+        ax.axis("off")
+    fig.colorbar(im, ax=axes, shrink=0.6, label="share of the true class", aspect=30)
     return fig
 
 # %% ../nbs/19a_annotation_figures.ipynb #4d7b4cbd
 def learning_curves(
-    table,                  # Score table with the column `shots`: method, metric, value, ci_low, ci_high
-    metric:str="macro-F1",
-):                          # matplotlib figure; one panel a data set
+    table,  # Score table with the column `shots`: method, metric, value, ci_low, ci_high
+    metric: str = "macro-F1",
+):  # matplotlib figure; one panel a data set
     "A line a method over the number of labelled cells."
-    plt = _plt(); t = table[table.metric == metric]; sets, methods = list(dict.fromkeys(t.dataset)), list(dict.fromkeys(t.method))
-    fig, axes = plt.subplots(1, len(sets), figsize=(3.4*len(sets) + 2, 3), squeeze=False, layout="constrained")
+    plt = _plt()
+    t = table[table.metric == metric]
+    sets, methods = list(dict.fromkeys(t.dataset)), list(dict.fromkeys(t.method))
+    fig, axes = plt.subplots(
+        1, len(sets), figsize=(3.4 * len(sets) + 2, 3), squeeze=False, layout="constrained"
+    )
     for ax, name in zip(axes[0], sets):
         for i, m in enumerate(methods):
             d = t[(t.dataset == name) & (t.method == m)].sort_values("shots", kind="stable")
-            if not len(d): continue
-            x = d.shots*(1 + .03*(i - len(methods)/2)); spread = np.nan_to_num(np.array([d.value - d.ci_low, d.ci_high - d.value])).clip(0)
-            ax.errorbar(x, d.value, spread, marker="o" if m.startswith("scEMB") else "s", ms=4, lw=1.8 if m.startswith("scEMB") else 1, ls="-" if m.startswith("scEMB") else "--", capsize=2, color=PALETTE[i % len(PALETTE)], label=m)
+            if not len(d):
+                continue
+            x = d.shots * (1 + 0.03 * (i - len(methods) / 2))
+            spread = np.nan_to_num(np.array([d.value - d.ci_low, d.ci_high - d.value])).clip(0)
+            ax.errorbar(
+                x,
+                d.value,
+                spread,
+                marker="o" if m.startswith("scEMB") else "s",
+                ms=4,
+                lw=1.8 if m.startswith("scEMB") else 1,
+                ls="-" if m.startswith("scEMB") else "--",
+                capsize=2,
+                color=PALETTE[i % len(PALETTE)],
+                label=m,
+            )
         ticks = sorted(t[t.dataset == name].shots.unique())
-        ax.set_xscale("log"); ax.set_xticks(ticks, [str(int(k)) for k in ticks]); ax.minorticks_off(); ax.set(xlabel="labelled cells a class", ylabel=metric); ax.set_title(name, fontsize=9); ax.spines[["top", "right"]].set_visible(False)
-    axes[0, -1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, .5))
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [str(int(k)) for k in ticks])
+        ax.minorticks_off()
+        ax.set(xlabel="labelled cells a class", ylabel=metric)
+        ax.set_title(name, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return fig
 
 # %% ../nbs/19a_annotation_figures.ipynb #547e01e2
 def unknown_curves(
-    table,       # DataFrame from `unknown_roc`, several below one another: method, kept_unknown, kept_known
-    areas:dict,  # Method -> AUROC, as a number or an `Interval`
-):               # matplotlib figure
+    # DataFrame from `unknown_roc`, several below one another: method, kept_unknown, kept_known
+    table,
+    areas: dict,  # Method -> AUROC, as a number or an `Interval`
+):  # matplotlib figure
     "ROC of the unknown, one line a method."
-    plt = _plt(); fig, ax = plt.subplots(figsize=(4.4, 3.2), layout="constrained")
+    plt = _plt()
+    fig, ax = plt.subplots(figsize=(4.4, 3.2), layout="constrained")
     for i, (m, d) in enumerate(table.groupby("method", sort=False)):
-        a = areas[m]; text = f"{a:.2f}" if isinstance(a, float) else f"{a.value:.2f} [{a.low:.2f}, {a.high:.2f}]"
-        ax.plot(d.kept_unknown, d.kept_known, color=PALETTE[i % len(PALETTE)], lw=1.6, label=f"{m}: {text}")
-    ax.plot([0, 1], [0, 1], color=".7", lw=.8, ls=":"); ax.set(xlabel="never-seen cells that are given a name", ylabel="known cells that keep theirs", xlim=(0, 1), ylim=(0, 1.01))
-    ax.legend(frameon=False, fontsize=7, loc="lower right", title="AUROC", title_fontsize=7); ax.spines[["top", "right"]].set_visible(False)
+        a = areas[m]
+        text = f"{a:.2f}" if isinstance(a, float) else f"{a.value:.2f} [{a.low:.2f}, {a.high:.2f}]"
+        ax.plot(
+            d.kept_unknown,
+            d.kept_known,
+            color=PALETTE[i % len(PALETTE)],
+            lw=1.6,
+            label=f"{m}: {text}",
+        )
+    ax.plot([0, 1], [0, 1], color=".7", lw=0.8, ls=":")
+    ax.set(
+        xlabel="never-seen cells that are given a name",
+        ylabel="known cells that keep theirs",
+        xlim=(0, 1),
+        ylim=(0, 1.01),
+    )
+    ax.legend(frameon=False, fontsize=7, loc="lower right", title="AUROC", title_fontsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
     return fig

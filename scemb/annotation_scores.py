@@ -13,111 +13,252 @@ from .baselines import bag, gene_vectors, pca_embedding, scanpy_module
 from .benchmark import _row, macro_f1
 from .counts import find_counts
 from .labels import compare_names
-from .fit import calibration_error, chosen_penalty, class_weights, fit_temperature, probabilities, split_labelled
+from scemb.fit import (
+    calibration_error,
+    chosen_penalty,
+    class_weights,
+    fit_temperature,
+    probabilities,
+    split_labelled,
+)
 from .probe import probed
 from .stats import bootstrap_units, min_units, sign_flip_test
 from .tokens import TokenSet
 from .unknown import called_unknown, class_thresholds, loss_table
 
 # %% ../nbs/17c_annotation_scores.ipynb #f5791355
-def auroc(score, positive)->float: # numbers (cells,), booleans (cells,) -> chance that a positive scores above a negative; NaN without both
+def auroc(
+    score,
+    positive,
+    # numbers (cells,), booleans (cells,) -> chance that a positive scores above a negative; NaN
+    # without both
+) -> float:
     "Area under the ROC curve, by ranks."
     from scipy.stats import rankdata
-    n, m = int(positive.sum()), int((~positive).sum())
-    return float((rankdata(score)[positive].sum() - n*(n + 1)/2)/(n*m)) if n and m else np.nan
 
-SCORES = { # metric -> function(classes of the cells, probabilities (cells, classes))
+    n, m = int(positive.sum()), int((~positive).sum())
+    return (
+        float((rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else np.nan
+    )
+
+
+SCORES = {  # metric -> function(classes of the cells, probabilities (cells, classes))
     "accuracy": lambda true, p: float((p.argmax(1) == true).mean()),
-    "balanced accuracy": lambda true, p: float(np.mean([(p[true == c].argmax(1) == c).mean() for c in np.unique(true)])),
+    "balanced accuracy": lambda true, p: float(
+        np.mean([(p[true == c].argmax(1) == c).mean() for c in np.unique(true)])
+    ),
     "macro-F1": lambda true, p: macro_f1(true, p.argmax(1), p.shape[1]),
-    "AUROC": lambda true, p: float(np.nanmean([auroc(p[:, c], true == c) for c in np.unique(true)])),
-    "calibration error": lambda true, p: calibration_error(p, true)}
+    "AUROC": lambda true, p: float(
+        np.nanmean([auroc(p[:, c], true == c) for c in np.unique(true)])
+    ),
+    "calibration error": lambda true, p: calibration_error(p, true),
+}
+
 
 def annotation_metrics(
-    true:np.ndarray,  # Class of each cell, 0 to classes - 1
-    p:np.ndarray,     # Probabilities, shape (cells, classes)
-)->dict:              # accuracy, balanced accuracy, macro-F1, AUROC, calibration error
+    true: np.ndarray,  # Class of each cell, 0 to classes - 1
+    p: np.ndarray,  # Probabilities, shape (cells, classes)
+) -> dict:  # accuracy, balanced accuracy, macro-F1, AUROC, calibration error
     "Score one annotation."
     return {k: f(true, p) for k, f in SCORES.items()}
 
 # %% ../nbs/17c_annotation_scores.ipynb #1ad2e9dd
 def annotation_rows(
-    true,              # Names of the query's classes, shape (cells,)
-    ps,                # Probabilities (cells, classes), or a list of them, one a seed
-    classes,           # Names of the reference's classes
-    units=None,        # Donor, run or library of each cell, shape (cells,)
-    unit:str="donor", method:str="", n_resamples:int=199, seed:int=0,
-)->tuple:              # Rows of the score table; whether each cell was named rightly (mean over seeds), NaN where its class is not in the reference
+    true,  # Names of the query's classes, shape (cells,)
+    ps,  # Probabilities (cells, classes), or a list of them, one a seed
+    classes,  # Names of the reference's classes
+    units=None,  # Donor, run or library of each cell, shape (cells,)
+    unit: str = "donor",
+    method: str = "",
+    n_resamples: int = 199,
+    seed: int = 0,
+    # Rows of the score table; whether each cell was named rightly (mean over seeds), NaN where its
+    # class is not in the reference
+) -> tuple:
     "Scores with intervals, and the recall of each class."
-    ps, true, classes = ps if isinstance(ps, list) else [ps], np.asarray(true).astype(str), np.asarray(classes).astype(str)
-    compare_names(classes, true); ok = np.isin(true, classes) & np.isfinite(ps[0]).all(1)
-    if not ok.any(): raise ValueError("No cell of the query has both a class of the reference and a prediction; see `scemb doctor` for what the query holds.")
+    ps, true, classes = (
+        ps if isinstance(ps, list) else [ps],
+        np.asarray(true).astype(str),
+        np.asarray(classes).astype(str),
+    )
+    compare_names(classes, true)
+    ok = np.isin(true, classes) & np.isfinite(ps[0]).all(1)
+    if not ok.any():
+        raise ValueError(
+            "No cell of the query has both a class of the reference and a prediction; see `scemb "
+            "doctor` for what the query holds."
+        )
     y, ps = np.searchsorted(classes, true[ok]), [p[ok] for p in ps]
     by_cell = units is None or len(np.unique(np.asarray(units)[ok])) < min_units
-    units, unit = (np.arange(len(y)), "cell") if by_cell else (np.asarray(units).astype(str)[ok], unit)
+    units, unit = (
+        (np.arange(len(y)), "cell") if by_cell else (np.asarray(units).astype(str)[ok], unit)
+    )
     rows, found = [], [annotation_metrics(y, p) for p in ps]
-    add = lambda metric, values, i: rows.append(_row(method, metric, np.mean(values), i.low, i.high, len(y), f"95 % over {i.n_units} {i.unit}s") | dict(n_seeds=len(ps), seed_sd=float(np.std(values))))
+
+    def add(metric, values, i):
+        return rows.append(
+            _row(
+                method,
+                metric,
+                np.mean(values),
+                i.low,
+                i.high,
+                len(y),
+                f"95 % over {i.n_units} {i.unit}s",
+            )
+            | dict(n_seeds=len(ps), seed_sd=float(np.std(values)))
+        )
+
     for metric in found[0]:
-        statistic = lambda r: np.mean([SCORES[metric](y[r], p[r]) for p in ps])  # noqa: B023
-        add(metric, [f[metric] for f in found], bootstrap_units(statistic, units, unit, method="percentile", n_resamples=n_resamples, seed=seed))
+
+        def statistic(r):
+            return np.mean([SCORES[metric](y[r], p[r]) for p in ps])  # noqa: B023
+
+        add(
+            metric,
+            [f[metric] for f in found],
+            bootstrap_units(
+                statistic, units, unit, method="percentile", n_resamples=n_resamples, seed=seed
+            ),
+        )
     hit = np.mean([p.argmax(1) == y for p in ps], 0)
     for c in np.unique(y):
-        mine, own = hit[y == c], units[y == c]; few = len(np.unique(own)) < min_units                     # too few for an interval
-        i = None if few else bootstrap_units(lambda r: mine[r].mean(), own, unit, method="percentile", n_resamples=n_resamples, seed=seed)  # noqa: B023
-        rows.append(_row(method, f"recall: {classes[c]}", mine.mean(), *(() if few else (i.low, i.high)), n=len(mine), interval=f"none: {len(np.unique(own))} {unit}(s)" if few else f"95 % over {i.n_units} {i.unit}s") | dict(n_seeds=len(ps), seed_sd=float(np.std([(p.argmax(1) == y)[y == c].mean() for p in ps]))))
-    right = np.full(len(ok), np.nan); right[ok] = hit
+        mine, own = hit[y == c], units[y == c]
+        few = len(np.unique(own)) < min_units  # too few for an interval
+        i = (
+            None
+            if few
+            else bootstrap_units(
+                lambda r: mine[r].mean(),  # noqa: B023
+                own,
+                unit,
+                method="percentile",
+                n_resamples=n_resamples,
+                seed=seed,
+            )
+        )
+        rows.append(
+            _row(
+                method,
+                f"recall: {classes[c]}",
+                mine.mean(),
+                *(() if few else (i.low, i.high)),
+                n=len(mine),
+                interval=f"none: {len(np.unique(own))} {unit}(s)"
+                if few
+                else f"95 % over {i.n_units} {i.unit}s",
+            )
+            | dict(
+                n_seeds=len(ps),
+                seed_sd=float(np.std([(p.argmax(1) == y)[y == c].mean() for p in ps])),
+            )
+        )
+    right = np.full(len(ok), np.nan)
+    right[ok] = hit
     return rows, right
 
+
 def against(
-    right, reference, # Whether each cell was named rightly, by a method and by the one it is compared with; shape (cells,)
-    units=None,       # Unit of each cell; fewer than six: cells are the units
-    seed:int=0,
-)->float:             # p of no difference in accuracy
+    right,
+    # Whether each cell was named rightly, by a method and by the one it is compared with; shape
+    # (cells,)
+    reference,
+    units=None,  # Unit of each cell; fewer than six: cells are the units
+    seed: int = 0,
+) -> float:  # p of no difference in accuracy
     "Paired sign-flip test of two annotations."
-    d = np.asarray(right) - np.asarray(reference); ok = np.isfinite(d)
-    units = np.asarray(units).astype(str)[ok] if units is not None and len(np.unique(np.asarray(units)[ok])) >= min_units else None
-    return sign_flip_test(d[ok], units, n_permutations=1999, seed=seed).p if d[ok].any() else 1.
+    d = np.asarray(right) - np.asarray(reference)
+    ok = np.isfinite(d)
+    units = (
+        np.asarray(units).astype(str)[ok]
+        if units is not None and len(np.unique(np.asarray(units)[ok])) >= min_units
+        else None
+    )
+    return sign_flip_test(d[ok], units, n_permutations=1999, seed=seed).p if d[ok].any() else 1.0
 
 # %% ../nbs/17c_annotation_scores.ipynb #44c004d8
 def confusion(
-    true, guess, # Names, shape (cells,)
-    method:str="",
-):               # DataFrame: method, true, guess, share, n
+    true,
+    guess,  # Names, shape (cells,)
+    method: str = "",
+):  # DataFrame: method, true, guess, share, n
     "Shares of the names given to each true class."
     import pandas as pd
-    t = pd.crosstab(pd.Series(np.asarray(true).astype(str), name="true"), pd.Series(np.asarray(guess).astype(str), name="guess")).stack().rename("n").reset_index()
-    return t.assign(share=t.n/t.groupby("true").n.transform("sum"), method=method)[["method", "true", "guess", "share", "n"]]
+
+    t = (
+        pd.crosstab(
+            pd.Series(np.asarray(true).astype(str), name="true"),
+            pd.Series(np.asarray(guess).astype(str), name="guess"),
+        )
+        .stack()
+        .rename("n")
+        .reset_index()
+    )
+    return t.assign(share=t.n / t.groupby("true").n.transform("sum"), method=method)[
+        ["method", "true", "guess", "share", "n"]
+    ]
 
 # %% ../nbs/17c_annotation_scores.ipynb #c5432121
 def unknown_roc(
-    confidence,      # Of each query cell, shape (cells,)
-    known,           # Whether its class stands in the reference, shape (cells,)
-    method:str="", n_points:int=101, seed:int=0,
-):                   # DataFrame: method, kept_unknown, kept_known (shares above a threshold), threshold; AUROC as an `Interval` over cells
+    confidence,  # Of each query cell, shape (cells,)
+    known,  # Whether its class stands in the reference, shape (cells,)
+    method: str = "",
+    n_points: int = 101,
+    seed: int = 0,
+    # DataFrame: method, kept_unknown, kept_known (shares above a threshold), threshold; AUROC as an
+    # `Interval` over cells
+):
     "How well confidence tells known classes from classes never seen."
     import pandas as pd
+
     confidence, known = np.asarray(confidence, float), np.asarray(known, bool)
-    if known.all() or not known.any(): raise ValueError(f"{known.sum()} of {len(known)} cells are of a known class; the ROC of the unknown needs both kinds.")
+    if known.all() or not known.any():
+        raise ValueError(
+            f"{known.sum()} of {len(known)} cells are of a known class; the ROC of the unknown "
+            "needs both kinds."
+        )
     t = np.concatenate([[np.inf], np.quantile(confidence, np.linspace(1, 0, n_points))])
-    table = pd.DataFrame(dict(method=method, kept_unknown=[(confidence[~known] >= x).mean() for x in t], kept_known=[(confidence[known] >= x).mean() for x in t], threshold=t))
-    return table, bootstrap_units(lambda i: auroc(confidence[i], known[i]), np.arange(len(known)), "cell", groups=known.astype(int), method="percentile", n_resamples=199, seed=seed)
+    table = pd.DataFrame(
+        dict(
+            method=method,
+            kept_unknown=[(confidence[~known] >= x).mean() for x in t],
+            kept_known=[(confidence[known] >= x).mean() for x in t],
+            threshold=t,
+        )
+    )
+    return table, bootstrap_units(
+        lambda i: auroc(confidence[i], known[i]),
+        np.arange(len(known)),
+        "cell",
+        groups=known.astype(int),
+        method="percentile",
+        n_resamples=199,
+        seed=seed,
+    )
 
 # %% ../nbs/17c_annotation_scores.ipynb #cdunkn01
 def leave_types_out(
-    labels,        # Cell types, shape (cells,)
-    fit,           # Mask of the reference; the other cells are the query
-    vectors:dict,  # Method -> function(mask of cells to fit on) that gives vectors of all cells, (cells, D)
-    units=None,    # Donors of all cells: with three or more in the reference, whole ones are held out in turn
-    absent=None,   # Types to leave out in turn; None: all with 20 cells in reference and query
-    loss:float=.05, # Share of each known class that may be lost
-    seed:int=0,
-):                 # DataFrame, a row a method, absent type and label: cells, lost (share called unknown), low, high, promised, right (share named rightly)
+    labels,  # Cell types, shape (cells,)
+    fit,  # Mask of the reference; the other cells are the query
+    # Method -> function(mask of cells to fit on) that gives vectors of all cells, (cells, D)
+    vectors: dict,
+    # Donors of all cells: with three or more in the reference, whole ones are held out in turn
+    units=None,
+    absent=None,  # Types to leave out in turn; None: all with 20 cells in reference and query
+    loss: float = 0.05,  # Share of each known class that may be lost
+    seed: int = 0,
+    # DataFrame, a row a method, absent type and label: cells, lost (share called unknown), low,
+    # high, promised, right (share named rightly)
+):
     "Ask who is called unknown when one type after another is missing."
     import pandas as pd
+
     labels, fit = np.asarray(labels).astype(str), np.asarray(fit, bool)
     if absent is None:
         names = np.unique(labels)
-        absent = [t for t in names if min((labels[fit] == t).sum(), (labels[~fit] == t).sum()) >= 20]
+        absent = [
+            t for t in names if min((labels[fit] == t).sum(), (labels[~fit] == t).sum()) >= 20
+        ]
     tables = []
     for gone in ["", *absent]:
         for method, make in vectors.items():
@@ -128,7 +269,9 @@ def leave_types_out(
     found = pd.concat(tables, ignore_index=True)
     return found[first + [c for c in found if c not in first]]
 
-def _named_or_refused(labels, fit, query, v, units, loss, seed): # one method, one reference -> a row a label of the query
+
+def _named_or_refused(labels, fit, query, v, units, loss, seed):
+    # one method, one reference -> a row a label of the query
     classes, y = np.unique(labels[fit], return_inverse=True)
     donors = None if units is None else np.asarray(units)[fit]
     found = probed(v[fit], y, len(classes), donors, seed=seed)
@@ -144,75 +287,138 @@ def _named_or_refused(labels, fit, query, v, units, loss, seed): # one method, o
 
 # %% ../nbs/17c_annotation_scores.ipynb #cdunkn04
 def refused_and_lost(
-    table, # From `leave_types_out`, with a column dataset
-):         # DataFrame, a row a data set and method
+    table,  # From `leave_types_out`, with a column dataset
+):  # DataFrame, a row a data set and method
     "Put the answers of `leave_types_out` into a few numbers."
     rows = []
     for (dataset, method), own in table.groupby(["dataset", "method"], sort=False):
         nothing_gone = own[own.absent == ""]
         gone = own[own.absent == own.label]
         known = nothing_gone[nothing_gone.promised.notna()]
-        rows.append(dict(
-            dataset=dataset, method=method, types_left_out=len(gone), cells_of_them=int(gone.cells.sum()),
-            refused=gone.lost.mean(),
-            known_cells=int(known.cells.sum()), known_lost=float(np.average(known.lost, weights=known.cells)),
-            known_right=float(np.average(known.right, weights=known.cells)),
-            worst_class=known.loc[known.lost.idxmax(), "label"], worst_lost=known.lost.max(),
-            beyond_promise=int((known.low > known.promised).sum()), classes=len(known)))
+        rows.append(
+            dict(
+                dataset=dataset,
+                method=method,
+                types_left_out=len(gone),
+                cells_of_them=int(gone.cells.sum()),
+                refused=gone.lost.mean(),
+                known_cells=int(known.cells.sum()),
+                known_lost=float(np.average(known.lost, weights=known.cells)),
+                known_right=float(np.average(known.right, weights=known.cells)),
+                worst_class=known.loc[known.lost.idxmax(), "label"],
+                worst_lost=known.lost.max(),
+                beyond_promise=int((known.low > known.promised).sum()),
+                classes=len(known),
+            )
+        )
     import pandas as pd
+
     return pd.DataFrame(rows)
 
 # %% ../nbs/17c_annotation_scores.ipynb #305ad37a
-BASELINES = ("logistic regression, PCA", "logistic regression, HVG", "logistic regression, SVD bag", "k-NN, PCA")
+BASELINES = (
+    "logistic regression, PCA",
+    "logistic regression, HVG",
+    "logistic regression, SVD bag",
+    "k-NN, PCA",
+)
+
 
 def baseline_features(
-    adata, fit,               # Reference and query in one AnnData; mask of the reference
-    tokens:TokenSet,          # The same cells, tokenised
-    vectors:np.ndarray|None=None, # Gene vectors of the pretraining corpus (`gene_vectors`); None: the reference takes its place
-    layer:str|None=None, dim:int=128, seed:int=0,
-)->dict:                      # PCA (cells, 50), HVG (cells, genes), SVD bag (cells, dim)
+    adata,
+    fit,  # Reference and query in one AnnData; mask of the reference
+    tokens: TokenSet,  # The same cells, tokenised
+    # Gene vectors of the pretraining corpus (`gene_vectors`); None: the reference takes its place
+    vectors: np.ndarray | None = None,
+    layer: str | None = None,
+    dim: int = 128,
+    seed: int = 0,
+) -> dict:  # PCA (cells, 50), HVG (cells, genes), SVD bag (cells, dim)
     "Features of all cells, made without labels."
     import anndata as ad
+
     sc = scanpy_module()
-    fit, (_, matrix, var) = np.asarray(fit, bool), find_counts(adata, layer); work = ad.AnnData(matrix[:].astype(np.float32), var=var[[]].copy())
-    sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
-    if work.n_vars > 2000: part = work[fit].copy(); sc.pp.highly_variable_genes(part, n_top_genes=2000); work = work[:, part.var.highly_variable.to_numpy()]
+    fit, (_, matrix, var) = np.asarray(fit, bool), find_counts(adata, layer)
+    work = ad.AnnData(matrix[:].astype(np.float32), var=var[[]].copy())
+    sc.pp.normalize_total(work, target_sum=1e4)
+    sc.pp.log1p(work)
+    if work.n_vars > 2000:
+        part = work[fit].copy()
+        sc.pp.highly_variable_genes(part, n_top_genes=2000)
+        work = work[:, part.var.highly_variable.to_numpy()]
     x, own = work.X, tokens.subset(fit)
-    if vectors is None: vectors = gene_vectors(own, min(dim, len(own) - 1), seed, own.settings.max_len)
-    return {"PCA": pca_embedding(adata, fit, None, layer=layer, seed=seed), "HVG": np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32),
-            "SVD bag": np.nan_to_num(bag(tokens, vectors, tokens.settings.max_len)).astype(np.float32)}
+    if vectors is None:
+        vectors = gene_vectors(own, min(dim, len(own) - 1), seed, own.settings.max_len)
+    return {
+        "PCA": pca_embedding(adata, fit, None, layer=layer, seed=seed),
+        "HVG": np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32),
+        "SVD bag": np.nan_to_num(bag(tokens, vectors, tokens.settings.max_len)).astype(np.float32),
+    }
+
 
 def baseline_probabilities(
-    features:dict,            # From `baseline_features`
-    train, query,             # Positions of the labelled cells and of those to be named
-    y:np.ndarray, n_classes:int, # Classes of the labelled cells; number of classes
-    names=BASELINES, seed:int=0,
-    power:float=.5,           # Of the class weights, see `class_weights`: as in fine-tuning
-    units=None,               # Donors of the labelled cells, see `split_labelled`
-)->dict:                      # Name -> probabilities (query, classes)
-    "Name the query by simple methods; regressions are weighted, penalised and calibrated as scEMB's start is, k-NN is not."
+    features: dict,  # From `baseline_features`
+    train,
+    query,  # Positions of the labelled cells and of those to be named
+    y: np.ndarray,
+    n_classes: int,  # Classes of the labelled cells; number of classes
+    names=BASELINES,
+    seed: int = 0,
+    power: float = 0.5,  # Of the class weights, see `class_weights`: as in fine-tuning
+    units=None,  # Donors of the labelled cells, see `split_labelled`
+) -> dict:  # Name -> probabilities (query, classes)
+    """Name the query by simple methods; regressions are weighted, penalised and calibrated as
+    scEMB's start is, k-NN is not."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.preprocessing import StandardScaler
+
     out, (learn, held) = {}, split_labelled(y, seed=seed, units=units)
-    weighted = lambda C, x, y: LogisticRegression(C=C, max_iter=300).fit(x, y, class_weights(y, n_classes, power)[y])
-    def scores(fitted, x): # -> (cells, classes); -inf for classes without a labelled cell
-        out = np.full((len(x), n_classes), -np.inf); out[:, fitted.classes_] = np.maximum(fitted.predict_log_proba(x), -50); return out
+
+    def weighted(C, x, y):
+        return LogisticRegression(C=C, max_iter=300).fit(
+            x, y, class_weights(y, n_classes, power)[y]
+        )
+
+    def scores(fitted, x):  # -> (cells, classes); -inf for classes without a labelled cell
+        out = np.full((len(x), n_classes), -np.inf)
+        out[:, fitted.classes_] = np.maximum(fitted.predict_log_proba(x), -50)
+        return out
+
     for name in names:
-        kind, feature = name.split(", "); x = StandardScaler().fit(features[feature][train]).transform(features[feature])
+        kind, feature = name.split(", ")
+        x = StandardScaler().fit(features[feature][train]).transform(features[feature])
         if kind == "k-NN":
-            fitted = KNeighborsClassifier(min(15, len(train))).fit(x[train], y); out[name] = np.zeros((len(query), n_classes), np.float32); out[name][:, fitted.classes_] = fitted.predict_proba(x[query]); continue
-        own, kept = x[train], held[np.isin(y[held], y[learn])]; C = chosen_penalty(own[learn], y[learn], own[kept], y[kept], class_weights(y[learn], n_classes, power)[y[learn]])
+            fitted = KNeighborsClassifier(min(15, len(train))).fit(x[train], y)
+            out[name] = np.zeros((len(query), n_classes), np.float32)
+            out[name][:, fitted.classes_] = fitted.predict_proba(x[query])
+            continue
+        own, kept = x[train], held[np.isin(y[held], y[learn])]
+        C = chosen_penalty(
+            own[learn],
+            y[learn],
+            own[kept],
+            y[kept],
+            class_weights(y[learn], n_classes, power)[y[learn]],
+        )
         t = fit_temperature(scores(weighted(C, own[learn], y[learn]), own[kept]), y[kept])
         out[name] = probabilities(scores(weighted(C, own, y), x[query]), t).astype(np.float32)
     return out
 
 # %% ../nbs/17c_annotation_scores.ipynb #e608cae5
 def few_labelled(
-    y:np.ndarray,  # Classes of the labelled cells
-    k:int,         # Cells a class
-    seed:int=0,
-)->np.ndarray:     # Positions
+    y: np.ndarray,  # Classes of the labelled cells
+    k: int,  # Cells a class
+    seed: int = 0,
+) -> np.ndarray:  # Positions
     "Draw at most k cells of each class."
     rng = np.random.default_rng([seed, k])
-    return np.sort(np.concatenate([rng.permutation(rows)[:min(k, max(1, len(rows) - 1))] for c in np.unique(y) for rows in [np.flatnonzero(y == c)]]))
+    return np.sort(
+        np.concatenate(
+            [
+                rng.permutation(rows)[: min(k, max(1, len(rows) - 1))]
+                for c in np.unique(y)
+                for rows in [np.flatnonzero(y == c)]
+            ]
+        )
+    )

@@ -16,13 +16,14 @@ from .tokens import TokenSet
 from .batching import masked_batch
 
 # %% ../nbs/08_baselines.ipynb #c65f1672
-SAMPLED_CELLS = 200_000 # Cells that gene frequencies and gene vectors are counted on at most
+SAMPLED_CELLS = 200_000  # Cells that gene frequencies and gene vectors are counted on at most
+
 
 def sampled_cells(
-    n_cells:int, # Cells in the token set
-    wanted:int|None=SAMPLED_CELLS, # Cells to choose at most; None: all
-    seed:int=0,
-)->np.ndarray:   # Numbers of the chosen cells, rising; all of them where the set is small enough
+    n_cells: int,  # Cells in the token set
+    wanted: int | None = SAMPLED_CELLS,  # Cells to choose at most; None: all
+    seed: int = 0,
+) -> np.ndarray:  # Numbers of the chosen cells, rising; all of them where the set is small enough
     "A random choice of cells, the same for the same seed."
     if wanted is not None and wanted < 1:
         raise ValueError(f"n_cells={wanted}; at least 1 cell is needed, or None for all of them.")
@@ -31,193 +32,315 @@ def sampled_cells(
     random = np.random.default_rng([seed, 5])
     return np.sort(random.choice(n_cells, wanted, replace=False, shuffle=False))
 
-def _pieces(tokens, max_len, size=2048, cells=None): # flat genes, bins, offsets of some cells
+
+def _pieces(tokens, max_len, size=2048, cells=None):  # flat genes, bins, offsets of some cells
     from scemb.batching import truncated
+
     cells = np.arange(len(tokens)) if cells is None else cells
     for first in range(0, len(cells), size):
-        yield truncated(*tokens.gather(cells[first:first + size]), max_len)
+        yield truncated(*tokens.gather(cells[first : first + size]), max_len)
+
 
 def unigram_prior(
-    tokens:TokenSet,    # Training cells
-    max_len:int=2048,   # Genes a cell that the model will see
-    smoothing:float=.1, # Pseudo-count of each gene
-    n_cells:int|None=SAMPLED_CELLS, # Cells counted at most, chosen at random; None: all
-    seed:int=0,         # Of the choice
-)->np.ndarray:          # Probability of each token, shape (vocabulary,); special tokens have none
+    tokens: TokenSet,  # Training cells
+    max_len: int = 2048,  # Genes a cell that the model will see
+    smoothing: float = 0.1,  # Pseudo-count of each gene
+    n_cells: int | None = SAMPLED_CELLS,  # Cells counted at most, chosen at random; None: all
+    seed: int = 0,  # Of the choice
+) -> np.ndarray:  # Probability of each token, shape (vocabulary,); special tokens have none
     "How often each gene stands among the tokens."
     counts = np.full(len(tokens.vocabulary), float(smoothing))
-    counts[:len(SPECIAL)] = 0
+    counts[: len(SPECIAL)] = 0
     for genes, _, _ in _pieces(tokens, max_len, cells=sampled_cells(len(tokens), n_cells, seed)):
         counts += np.bincount(genes, minlength=len(counts))
-    return counts/counts.sum()
+    return counts / counts.sum()
+
 
 def neighbour_bins(
-    batch:dict, # From `masked_batch`
-)->np.ndarray:  # A bin for each token, shape (T,): its own where visible, else between its visible neighbours'
+    batch: dict,  # From `masked_batch`
+    # A bin for each token, shape (T,): its own where visible, else between its visible neighbours'
+) -> np.ndarray:
     "Interpolate hidden bins from the visible ones of the same cell."
     bins, labels, cu = batch["bins"][0], batch["labels"][0], batch["cu_seqlens"]
     seen = labels < 0
     out = bins.astype(float)
     for a, b in zip(cu, cu[1:]):
-        s = slice(a, b); v = np.flatnonzero(seen[s])
-        if len(v): out[s][~seen[s]] = np.interp(np.flatnonzero(~seen[s]), v, bins[s][v])
+        s = slice(a, b)
+        v = np.flatnonzero(seen[s])
+        if len(v):
+            out[s][~seen[s]] = np.interp(np.flatnonzero(~seen[s]), v, bins[s][v])
     return np.rint(out).astype(np.int64)
 
 # %% ../nbs/08_baselines.ipynb #737fbad6
 def bin_table(
-    tokens:TokenSet, # Training cells
-    max_len:int=2048,
-    strength:float|None=None, # Weight of the unigram prior, in genes; None chooses it on the odd cells, counting the even ones
-)->np.ndarray:       # p(gene | bin), shape (bins + 1, vocabulary)
+    tokens: TokenSet,  # Training cells
+    max_len: int = 2048,
+    # Weight of the unigram prior, in genes; None chooses it on the odd cells, counting the even
+    # ones
+    strength: float | None = None,
+) -> np.ndarray:  # p(gene | bin), shape (bins + 1, vocabulary)
     "Frequency of each gene given its bin, shrunk towards the unigram prior."
     prior, counts = unigram_prior(tokens, max_len), _bin_counts(tokens, max_len)
-    shrunk = lambda c, k: (c + k*prior)/(c.sum(1, keepdims=True) + k)
+
+    def shrunk(c, k):
+        return (c + k * prior) / (c.sum(1, keepdims=True) + k)
+
     if strength is None:
-        even = _bin_counts(tokens.subset(np.arange(0, len(tokens), 2)), max_len); odd = counts - even
+        even = _bin_counts(tokens.subset(np.arange(0, len(tokens), 2)), max_len)
+        odd = counts - even
         grid = np.geomspace(30, 3e5, 13)
-        strength = grid[np.argmin([-(odd*np.log(np.maximum(shrunk(even, k), 1e-12))).sum() for k in grid])]
+        strength = grid[
+            np.argmin([-(odd * np.log(np.maximum(shrunk(even, k), 1e-12))).sum() for k in grid])
+        ]
     return shrunk(counts, strength)
 
-def _bin_counts(tokens, max_len): # (bins + 1, vocabulary)
+
+def _bin_counts(tokens, max_len):  # (bins + 1, vocabulary)
     n_bins, n_vocab = tokens.settings.n_bins + 1, len(tokens.vocabulary)
-    counts = np.zeros(n_bins*n_vocab)
-    for genes, bins, _ in _pieces(tokens, max_len): counts += np.bincount(bins.astype(np.int64)*n_vocab + genes, minlength=counts.size)
+    counts = np.zeros(n_bins * n_vocab)
+    for genes, bins, _ in _pieces(tokens, max_len):
+        counts += np.bincount(bins.astype(np.int64) * n_vocab + genes, minlength=counts.size)
     return counts.reshape(n_bins, n_vocab)
 
-def table_scorer(table): # p(gene) of shape (V,) or p(gene | bin) of shape (bins + 1, V) -> batch -> (hidden, 2): nll and rank
+
+def table_scorer(
+    table,
+    # p(gene) of shape (V,) or p(gene | bin) of shape (bins + 1, V) -> batch -> (hidden, 2): nll and
+    # rank
+):
     "Score hidden genes by a table of probabilities."
-    place = np.empty(table.shape, np.int32)                  # how many genes the table puts before each gene
-    np.put_along_axis(place, np.argsort(-table, axis=-1, kind="stable"), np.broadcast_to(np.arange(table.shape[-1], dtype=np.int32), table.shape), axis=-1)
+    place = np.empty(table.shape, np.int32)  # how many genes the table puts before each gene
+    np.put_along_axis(
+        place,
+        np.argsort(-table, axis=-1, kind="stable"),
+        np.broadcast_to(np.arange(table.shape[-1], dtype=np.int32), table.shape),
+        axis=-1,
+    )
+
     def score(batch):
-        at = batch["labels"][0] >= 0; true = batch["labels"][0][at]
+        at = batch["labels"][0] >= 0
+        true = batch["labels"][0][at]
         i = true if table.ndim == 1 else (neighbour_bins(batch)[at], true)
         return np.stack([-np.log(table[i]), place[i]], 1)
+
     return score
 
-def adversary_scorer(tokens, prior, max_len=2048): # trust fitted on training cells -> batch -> nll of hidden genes
+
+def adversary_scorer(
+    tokens, prior, max_len=2048
+):  # trust fitted on training cells -> batch -> nll of hidden genes
     "The order-only adversary of `leak`, its trust fitted on the training cells."
     cells = np.arange(min(len(tokens), 500))
-    fit = masked_batch(tokens, cells, max_len, seed=99, p_mask=1., p_random=0.)
-    whole = lambda b: np.where(b["labels"][0] >= 0, b["labels"][0], b["input_ids"][0])
+    fit = masked_batch(tokens, cells, max_len, seed=99, p_mask=1.0, p_random=0.0)
+
+    def whole(b):
+        return np.where(b["labels"][0] >= 0, b["labels"][0], b["input_ids"][0])
+
     _, trust = order_adversary(whole(fit), fit["cu_seqlens"], fit["labels"][0] >= 0, prior)
-    return lambda b: order_adversary(whole(b), b["cu_seqlens"], b["labels"][0] >= 0, prior, trust)[0]
+    return lambda b: order_adversary(whole(b), b["cu_seqlens"], b["labels"][0] >= 0, prior, trust)[
+        0
+    ]
 
 # %% ../nbs/08_baselines.ipynb #63a21c1b
 def masked_scores(
-    tokens:TokenSet,    # Held-out cells
-    scorers:dict,       # Name -> function(batch) -> of each hidden gene, in order: nll, or (nll, how many genes were held likelier)
-    max_len:int=2048, seed:int=0, share:float=.15,
-    cells_a_batch:int=64,
-    **shown,            # keep_bin of `mask_genes`
-):                      # DataFrame, a row a cell and method: mean loss in nats, share of hidden genes guessed first and among ten
+    tokens: TokenSet,  # Held-out cells
+    # Name -> function(batch) -> of each hidden gene, in order: nll, or (nll, how many genes were
+    # held likelier)
+    scorers: dict,
+    max_len: int = 2048,
+    seed: int = 0,
+    share: float = 0.15,
+    cells_a_batch: int = 64,
+    **shown,  # keep_bin of `mask_genes`
+    # DataFrame, a row a cell and method: mean loss in nats, share of hidden genes guessed first and
+    # among ten
+):
     "Score the hidden genes of each cell: id and bin hidden, nothing replaced at random."
     import pandas as pd
+
     rows = []
     for a in range(0, len(tokens), cells_a_batch):
-        batch = masked_batch(tokens, np.arange(a, min(a + cells_a_batch, len(tokens))), max_len, seed=seed, share=share, p_mask=1., p_random=0., **shown)
-        cu = batch["cu_seqlens"]; owner = np.repeat(np.arange(len(cu) - 1), np.diff(cu))[batch["labels"][0] >= 0]
+        batch = masked_batch(
+            tokens,
+            np.arange(a, min(a + cells_a_batch, len(tokens))),
+            max_len,
+            seed=seed,
+            share=share,
+            p_mask=1.0,
+            p_random=0.0,
+            **shown,
+        )
+        cu = batch["cu_seqlens"]
+        owner = np.repeat(np.arange(len(cu) - 1), np.diff(cu))[batch["labels"][0] >= 0]
         for name, f in scorers.items():
-            r = f(batch); r = r if r.ndim == 2 else np.stack([r, np.full(len(r), np.nan)], 1)
-            known = np.where(np.isnan(r[:, 1]), np.nan, 1.)
-            of = pd.DataFrame(dict(loss=r[:, 0], top1=(r[:, 1] < 1)*known, top10=(r[:, 1] < 10)*known)).groupby(owner).mean().reindex(range(len(cu) - 1))
-            rows.append(of.assign(cell=np.arange(a, a + len(of)), method=name)[["cell", "method", "loss", "top1", "top10"]])
+            r = f(batch)
+            r = r if r.ndim == 2 else np.stack([r, np.full(len(r), np.nan)], 1)
+            known = np.where(np.isnan(r[:, 1]), np.nan, 1.0)
+            of = (
+                pd.DataFrame(
+                    dict(loss=r[:, 0], top1=(r[:, 1] < 1) * known, top10=(r[:, 1] < 10) * known)
+                )
+                .groupby(owner)
+                .mean()
+                .reindex(range(len(cu) - 1))
+            )
+            rows.append(
+                of.assign(cell=np.arange(a, a + len(of)), method=name)[
+                    ["cell", "method", "loss", "top1", "top10"]
+                ]
+            )
     return pd.concat(rows, ignore_index=True)
 
-def masked_losses(tokens, scorers, max_len=2048, seed=0, share=.15, cells_a_batch=64): # as `masked_scores`
+
+def masked_losses(
+    tokens, scorers, max_len=2048, seed=0, share=0.15, cells_a_batch=64
+):  # as `masked_scores`
     "The losses of `masked_scores`, a row a cell and a column a method."
-    return masked_scores(tokens, scorers, max_len, seed, share, cells_a_batch).pivot(index="cell", columns="method", values="loss")[list(scorers)].reset_index(drop=True).rename_axis(columns=None)
+    return (
+        masked_scores(tokens, scorers, max_len, seed, share, cells_a_batch)
+        .pivot(index="cell", columns="method", values="loss")[list(scorers)]
+        .reset_index(drop=True)
+        .rename_axis(columns=None)
+    )
 
 # %% ../nbs/08_baselines.ipynb #337b9998
 def gene_vectors(
-    tokens:TokenSet, # Training cells
-    dim:int,         # Width
-    seed:int=0, max_len:int=2048,
-    n_cells:int|None=SAMPLED_CELLS, # Cells in the matrix at most, chosen at random; None: all
-)->np.ndarray:       # Shape (vocabulary, dim), float32, root mean square 1 over the genes that occur; 0 for the others
+    tokens: TokenSet,  # Training cells
+    dim: int,  # Width
+    seed: int = 0,
+    max_len: int = 2048,
+    n_cells: int | None = SAMPLED_CELLS,  # Cells in the matrix at most, chosen at random; None: all
+    # Shape (vocabulary, dim), float32, root mean square 1 over the genes that occur; 0 for the
+    # others
+) -> np.ndarray:
     "Vectors of genes from a truncated SVD of the cells x genes matrix of bins."
     import scipy.sparse as sp
     from sklearn.utils.extmath import randomized_svd
+
     n_vocab = len(tokens.vocabulary)
     parts = []
     chosen = sampled_cells(len(tokens), n_cells, seed)
     for genes, bins, offsets in _pieces(tokens, max_len, cells=chosen):
-        height = bins.astype(np.float32)/tokens.settings.n_bins
+        height = bins.astype(np.float32) / tokens.settings.n_bins
         shape = (len(offsets) - 1, n_vocab)
         parts.append(sp.csr_matrix((height, genes.astype(np.int32), offsets), shape=shape))
     cells_x_genes = sp.vstack(parts).tocsr()
     if min(cells_x_genes.shape) <= dim:
-        raise ValueError(f"{dim} gene vectors need more than {dim} cells; found "
-                         f"{cells_x_genes.shape[0]}. Lower the width or give more cells.")
+        raise ValueError(
+            f"{dim} gene vectors need more than {dim} cells; found "
+            f"{cells_x_genes.shape[0]}. Lower the width or give more cells."
+        )
     cells_with = np.asarray((cells_x_genes > 0).sum(0)).ravel()
-    weight = (1/np.sqrt(np.maximum(cells_with, 10))).astype(np.float32)     # rare genes count more
+    weight = (1 / np.sqrt(np.maximum(cells_with, 10))).astype(np.float32)  # rare genes count more
     weighted = cells_x_genes @ sp.diags(weight)
     _, strengths, components = randomized_svd(weighted, dim, n_iter=5, random_state=seed)
-    vectors = (components.T*np.sqrt(strengths)).astype(np.float32)
+    vectors = (components.T * np.sqrt(strengths)).astype(np.float32)
     vectors[cells_with == 0] = 0
-    return vectors/np.sqrt((vectors[cells_with > 0]**2).mean())
+    return vectors / np.sqrt((vectors[cells_with > 0] ** 2).mean())
+
 
 def bag(
-    tokens:TokenSet,     # Cells
-    vectors:np.ndarray,  # Gene vectors, shape (vocabulary, dim)
-    max_len:int=2048,
-)->np.ndarray:           # Shape (cells, dim); NaN for empty cells
+    tokens: TokenSet,  # Cells
+    vectors: np.ndarray,  # Gene vectors, shape (vocabulary, dim)
+    max_len: int = 2048,
+) -> np.ndarray:  # Shape (cells, dim); NaN for empty cells
     "Mean of a cell's gene vectors."
     import scipy.sparse as sp
-    out = [sp.csr_matrix((np.ones(len(g), np.float32), g.astype(np.int32), o), shape=(len(o) - 1, len(vectors))) @ vectors for g, _, o in _pieces(tokens, max_len)]
+
+    out = [
+        sp.csr_matrix(
+            (np.ones(len(g), np.float32), g.astype(np.int32), o), shape=(len(o) - 1, len(vectors))
+        )
+        @ vectors
+        for g, _, o in _pieces(tokens, max_len)
+    ]
     n = np.minimum(tokens.lengths, max_len)[:, None]
-    return np.concatenate(out)/np.where(n, n, np.nan)
+    return np.concatenate(out) / np.where(n, n, np.nan)
 
 # %% ../nbs/08_baselines.ipynb #15eec23f
 class ClusterBinTable:
-    "p(gene | cluster of the cell, bin of the gene), shrunk; called on a batch it scores the hidden genes."
-    def __init__(self,
-        tokens:TokenSet,        # Training cells
-        max_len:int=2048,
-        n_clusters:int=40,      # Kinds of cells
-        bin_width:int=10,       # Bins counted together
-        dim:int=50,             # Width of the gene vectors on which cells are clustered
-        seed:int=0,
+    """p(gene | cluster of the cell, bin of the gene), shrunk; called on a batch it scores the
+    hidden genes."""
+
+    def __init__(
+        self,
+        tokens: TokenSet,  # Training cells
+        max_len: int = 2048,
+        n_clusters: int = 40,  # Kinds of cells
+        bin_width: int = 10,  # Bins counted together
+        dim: int = 50,  # Width of the gene vectors on which cells are clustered
+        seed: int = 0,
     ):
         from sklearn.cluster import KMeans
+
         self.bin_width, self.vectors = bin_width, gene_vectors(tokens, dim, seed, max_len)
-        n_bins, n_vocab = tokens.settings.n_bins//bin_width + 1, len(tokens.vocabulary)
-        vectors = bag(tokens, self.vectors, max_len); full = np.isfinite(vectors[:, 0])
+        n_bins, n_vocab = tokens.settings.n_bins // bin_width + 1, len(tokens.vocabulary)
+        vectors = bag(tokens, self.vectors, max_len)
+        full = np.isfinite(vectors[:, 0])
         self.mean, self.spread = vectors[full].mean(0), vectors[full].std(0) + 1e-9
-        self.clusters = KMeans(min(n_clusters, full.sum()), random_state=seed, n_init=3).fit((vectors[full] - self.mean)/self.spread)
-        of_cell = np.zeros(len(tokens), np.int64); of_cell[full] = self.clusters.labels_
-        counts = np.zeros((2, self.clusters.n_clusters, n_bins, n_vocab), np.float32)   # of even and of odd cells
+        self.clusters = KMeans(min(n_clusters, full.sum()), random_state=seed, n_init=3).fit(
+            (vectors[full] - self.mean) / self.spread
+        )
+        of_cell = np.zeros(len(tokens), np.int64)
+        of_cell[full] = self.clusters.labels_
+        counts = np.zeros(
+            (2, self.clusters.n_clusters, n_bins, n_vocab), np.float32
+        )  # of even and of odd cells
         first = 0
         for genes, bins, offsets in _pieces(tokens, max_len):
-            cell = np.repeat(np.arange(first, first + len(offsets) - 1), np.diff(offsets)); first += len(offsets) - 1
-            np.add.at(counts, (cell % 2, of_cell[cell], bins//bin_width, genes), 1)
-        chosen = []                                                                     # how much to trust the counts: by bin, by cluster, by both
-        for level in range(3): chosen.append(min(np.geomspace(30, 3e6, 11), key=lambda k: self._loss(counts, level, chosen + [k])))
+            cell = np.repeat(np.arange(first, first + len(offsets) - 1), np.diff(offsets))
+            first += len(offsets) - 1
+            np.add.at(counts, (cell % 2, of_cell[cell], bins // bin_width, genes), 1)
+        chosen = []  # how much to trust the counts: by bin, by cluster, by both
+        for level in range(3):
+            chosen.append(
+                min(
+                    np.geomspace(30, 3e6, 11), key=lambda k: self._loss(counts, level, chosen + [k])
+                )
+            )
         self.table = self._level(counts.sum(0), 2, chosen).astype(np.float32)
 
-    def _level(self, counts, level, strengths): # (clusters, bins, V) -> p(gene | bin), p(gene | cluster) or p(gene | cluster, bin)
-        shrunk = lambda c, back, k: (c + np.float32(k)*back)/(c.sum(-1, keepdims=True) + np.float32(k))
-        unigram = counts.sum((0, 1)) + np.float32(.1); unigram[:len(SPECIAL)] = 1e-6; unigram /= unigram.sum()
-        if level < 2: return shrunk(counts.sum(level), unigram, strengths[level])
-        back = shrunk(counts.sum(0), unigram, strengths[0])[None]*(shrunk(counts.sum(1), unigram, strengths[1])/unigram)[:, None]
-        return shrunk(counts, back/back.sum(-1, keepdims=True), strengths[2])
+    def _level(self, counts, level, strengths):
+        # (clusters, bins, V) -> p(gene | bin), p(gene | cluster) or p(gene | cluster, bin)
+        def shrunk(c, back, k):
+            return (c + np.float32(k) * back) / (c.sum(-1, keepdims=True) + np.float32(k))
 
-    def _loss(self, counts, level, strengths): # of the odd cells' genes, counting the even cells'
-        p = self._level(counts[0], level, strengths); odd = counts[1].sum(level) if level < 2 else counts[1]
-        return -float((odd*np.log(p)).sum(dtype=np.float64))
+        unigram = counts.sum((0, 1)) + np.float32(0.1)
+        unigram[: len(SPECIAL)] = 1e-6
+        unigram /= unigram.sum()
+        if level < 2:
+            return shrunk(counts.sum(level), unigram, strengths[level])
+        back = (
+            shrunk(counts.sum(0), unigram, strengths[0])[None]
+            * (shrunk(counts.sum(1), unigram, strengths[1]) / unigram)[:, None]
+        )
+        return shrunk(counts, back / back.sum(-1, keepdims=True), strengths[2])
 
-    def cluster_of(self, batch): # -> cluster of each cell, by its visible genes, shape (cells,)
+    def _loss(self, counts, level, strengths):  # of the odd cells' genes, counting the even cells'
+        p = self._level(counts[0], level, strengths)
+        odd = counts[1].sum(level) if level < 2 else counts[1]
+        return -float((odd * np.log(p)).sum(dtype=np.float64))
+
+    def cluster_of(self, batch):  # -> cluster of each cell, by its visible genes, shape (cells,)
         "The kind of each cell of a masked batch."
         import scipy.sparse as sp
+
         cu, seen = batch["cu_seqlens"], batch["labels"][0] < 0
         owner = np.repeat(np.arange(len(cu) - 1), np.diff(cu))
-        x = sp.csr_matrix((seen.astype(np.float32), (owner, np.where(seen, batch["input_ids"][0], 0))), shape=(len(cu) - 1, len(self.vectors)))
-        v = (x @ self.vectors)/np.maximum(np.asarray(x.sum(1)), 1)
-        return self.clusters.predict(((v - self.mean)/self.spread).astype(self.clusters.cluster_centers_.dtype))
+        x = sp.csr_matrix(
+            (seen.astype(np.float32), (owner, np.where(seen, batch["input_ids"][0], 0))),
+            shape=(len(cu) - 1, len(self.vectors)),
+        )
+        v = (x @ self.vectors) / np.maximum(np.asarray(x.sum(1)), 1)
+        return self.clusters.predict(
+            ((v - self.mean) / self.spread).astype(self.clusters.cluster_centers_.dtype)
+        )
 
-    def __call__(self, batch): # -> (hidden, 2): nll and rank
-        cu, at = batch["cu_seqlens"], batch["labels"][0] >= 0; true = batch["labels"][0][at]
+    def __call__(self, batch):  # -> (hidden, 2): nll and rank
+        cu, at = batch["cu_seqlens"], batch["labels"][0] >= 0
+        true = batch["labels"][0][at]
         kind = np.repeat(self.cluster_of(batch), np.diff(cu))[at]
-        p = self.table[kind, neighbour_bins(batch)[at]//self.bin_width]
+        p = self.table[kind, neighbour_bins(batch)[at] // self.bin_width]
         own = p[np.arange(len(true)), true]
         return np.stack([-np.log(own), (p > own[:, None]).sum(1)], 1)
 
@@ -227,21 +350,26 @@ def scanpy_module():
     try:
         import scanpy
     except ImportError as error:
-        raise ImportError("PCA, variable genes and UMAP need scanpy: pip install 'scemb[finetune]'") from error
+        raise ImportError(
+            "PCA, variable genes and UMAP need scanpy: pip install 'scemb[finetune]'"
+        ) from error
     return scanpy
 
+
 def pca_embedding(
-    adata,                     # AnnData
-    fit=None,                  # Boolean mask of the cells to fit on; None: all
-    n_top_genes:int|None=2000, # Highly variable genes (scanpy, on the fitted cells); None: all genes
-    n_comps:int=50,            # Components at most
-    layer:str|None=None,       # Where the counts are; None: found by itself
-    seed:int=0,                # Of the first vector of the solver
-)->np.ndarray:                 # Shape (cells, n_comps)
+    adata,  # AnnData
+    fit=None,  # Boolean mask of the cells to fit on; None: all
+    n_top_genes: int
+    | None = 2000,  # Highly variable genes (scanpy, on the fitted cells); None: all genes
+    n_comps: int = 50,  # Components at most
+    layer: str | None = None,  # Where the counts are; None: found by itself
+    seed: int = 0,  # Of the first vector of the solver
+) -> np.ndarray:  # Shape (cells, n_comps)
     "PCA of log-normalised counts (scanpy's defaults: 10,000 counts a cell, log1p)."
     import anndata as ad
     from sklearn.decomposition import PCA
     from scemb.counts import find_counts
+
     sc = scanpy_module()
     _, counts, var = find_counts(adata, layer)
     work = ad.AnnData(counts[:].astype(np.float32), var=var[[]])
@@ -258,14 +386,22 @@ def pca_embedding(
     pca.fit(work.X[fit])
     return pca.transform(work.X).astype(np.float32)
 
+
 def random_projection(
-    adata, n_comps:int=50, layer:str|None=None, seed:int=0,
-)->np.ndarray: # Shape (cells, n_comps)
+    adata,
+    n_comps: int = 50,
+    layer: str | None = None,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (cells, n_comps)
     "Gaussian random projection of log-normalised counts."
     from sklearn.random_projection import GaussianRandomProjection
     from scemb.counts import find_counts
     import anndata as ad
+
     sc = scanpy_module()
     work = ad.AnnData(find_counts(adata, layer)[1][:].astype(np.float32))
-    sc.pp.normalize_total(work, target_sum=1e4); sc.pp.log1p(work)
-    return np.asarray(GaussianRandomProjection(n_comps, random_state=seed).fit_transform(work.X), dtype=np.float32)
+    sc.pp.normalize_total(work, target_sum=1e4)
+    sc.pp.log1p(work)
+    return np.asarray(
+        GaussianRandomProjection(n_comps, random_state=seed).fit_transform(work.X), dtype=np.float32
+    )

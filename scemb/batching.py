@@ -18,65 +18,122 @@ from .tokens import TokenSet
 
 # %% ../nbs/07_batching.ipynb #4db2cdbe
 @njit(cache=True, nogil=True)
-def _mask_flat(genes, visible, offsets, cells, key, below, p_mask, p_random, n_special, n_vocab, keep_bin, ids, bins, labels):
-    "Fill ids, bins and labels: what the model sees, and the true genes at hidden places, -100 elsewhere."
-    scale = 1.0/18446744073709551616.0
-    present, at = np.zeros(n_vocab, np.bool_), np.empty(1 + (np.diff(offsets).max() if offsets.size > 1 else 0), np.int64)
-    for i in range(genes.size): ids[i] = genes[i]
-    for i in range(genes.size): bins[i] = visible[i]
-    for i in range(genes.size): labels[i] = -100
+def _mask_flat(
+    genes,
+    visible,
+    offsets,
+    cells,
+    key,
+    below,
+    p_mask,
+    p_random,
+    n_special,
+    n_vocab,
+    keep_bin,
+    ids,
+    bins,
+    labels,
+):
+    """Fill ids, bins and labels: what the model sees, and the true genes at hidden places, -100
+    elsewhere."""
+    scale = 1.0 / 18446744073709551616.0
+    present, at = (
+        np.zeros(n_vocab, np.bool_),
+        np.empty(1 + (np.diff(offsets).max() if offsets.size > 1 else 0), np.int64),
+    )
+    for i in range(genes.size):
+        ids[i] = genes[i]
+    for i in range(genes.size):
+        bins[i] = visible[i]
+    for i in range(genes.size):
+        labels[i] = -100
     for c in range(offsets.size - 1):
         a, n = offsets[c], offsets[c + 1] - offsets[c]
         cell, hidden, marked = _mix64(key ^ _mix64(np.uint64(cells[c]))), 0, False
-        for i in range(n): at[hidden] = i; hidden += _mix64(cell + np.uint64(i)) < below        # places of hidden genes, without a branch
-        if not hidden and n: at[0], hidden = np.int64(_mix64(cell ^ np.uint64(0xA5A5)) % np.uint64(n)), 1   # at least one gene of a cell is hidden
+        for i in range(n):
+            at[hidden] = i
+            hidden += (
+                _mix64(cell + np.uint64(i)) < below
+            )  # places of hidden genes, without a branch
+        if not hidden and n:
+            at[0], hidden = (
+                np.int64(_mix64(cell ^ np.uint64(0xA5A5)) % np.uint64(n)),
+                1,
+            )  # at least one gene of a cell is hidden
         for i in at[:hidden]:
-            j = a + i; labels[j] = genes[j]
-            h = _mix64(_mix64(cell + np.uint64(i))); u = h*scale
+            j = a + i
+            labels[j] = genes[j]
+            h = _mix64(_mix64(cell + np.uint64(i)))
+            u = h * scale
             if u < p_mask:
                 ids[j] = 1
-                if not keep_bin: bins[j] = 0
+                if not keep_bin:
+                    bins[j] = 0
             elif u < p_mask + p_random:
                 if not marked:
-                    for k in range(a, a + n): present[genes[k]] = True
+                    for k in range(a, a + n):
+                        present[genes[k]] = True
                     marked = True
                 for _ in range(64):
-                    h = _mix64(h + np.uint64(1)); g = n_special + np.int64(h % np.uint64(n_vocab - n_special))
-                    if not present[g]: break
+                    h = _mix64(h + np.uint64(1))
+                    g = n_special + np.int64(h % np.uint64(n_vocab - n_special))
+                    if not present[g]:
+                        break
                 ids[j] = g
         if marked:
-            for k in range(a, a + n): present[genes[k]] = False
+            for k in range(a, a + n):
+                present[genes[k]] = False
+
 
 @lru_cache(64)
-def _key(seed, epoch): return np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+def _key(seed, epoch):
+    return np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+
 
 def mask_genes(
-    genes:np.ndarray,    # Flat tokens, shape (T,)
-    bins:np.ndarray,     # Flat bins, shape (T,)
-    offsets:np.ndarray,  # First token of each cell, shape (cells + 1,)
-    cells:np.ndarray,    # Number of each cell in its token set: decides its mask
-    n_vocab:int,         # Tokens in the vocabulary
-    seed:int=0, epoch:int=0,
-    share:float=.15,     # Genes hidden (Hsieh et al., Methods)
-    p_mask:float=.8, p_random:float=.1, # Of the hidden: shown as <mask>, as another gene; the rest stay (BERT)
-    keep_bin:bool=False, # Show the bin of a hidden gene
-)->tuple:                # (ids, bins, labels), int64, shape (T,); labels are -100 where nothing is hidden
+    genes: np.ndarray,  # Flat tokens, shape (T,)
+    bins: np.ndarray,  # Flat bins, shape (T,)
+    offsets: np.ndarray,  # First token of each cell, shape (cells + 1,)
+    cells: np.ndarray,  # Number of each cell in its token set: decides its mask
+    n_vocab: int,  # Tokens in the vocabulary
+    seed: int = 0,
+    epoch: int = 0,
+    share: float = 0.15,  # Genes hidden (Hsieh et al., Methods)
+    p_mask: float = 0.8,
+    p_random: float = 0.1,  # Of the hidden: shown as <mask>, as another gene; the rest stay (BERT)
+    keep_bin: bool = False,  # Show the bin of a hidden gene
+) -> tuple:  # (ids, bins, labels), int64, shape (T,); labels are -100 where nothing is hidden
     "Hide genes of each cell; the same cell, seed and epoch always hide the same genes."
     ids, shown, labels = np.empty((3, len(genes)), np.int64)
     key = _key(seed, epoch)
     # A gene is hidden where its 64-bit hash is below this number. 2^64 itself does not fit into
     # 64 bits, and processors disagree on what to make of it, so share=1 takes the largest one.
-    below = np.uint64(min(int(share*2**64), 2**64 - 1))
-    _mask_flat(genes, bins, np.asarray(offsets, np.int64), np.asarray(cells, np.int64), key, below, p_mask, p_random, len(SPECIAL), n_vocab, keep_bin, ids, shown, labels)
+    below = np.uint64(min(int(share * 2**64), 2**64 - 1))
+    _mask_flat(
+        genes,
+        bins,
+        np.asarray(offsets, np.int64),
+        np.asarray(cells, np.int64),
+        key,
+        below,
+        p_mask,
+        p_random,
+        len(SPECIAL),
+        n_vocab,
+        keep_bin,
+        ids,
+        shown,
+        labels,
+    )
     return ids, shown, labels
 
 # %% ../nbs/07_batching.ipynb #af9166c0
 def masked_batch(
-    tokens:TokenSet,      # Tokenised cells
-    cells:np.ndarray,     # Which of them
-    max_len:int=2048,     # Genes a cell at most
-    **masking,            # See `mask_genes`: seed, epoch, share, p_mask, p_random, keep_bin
-)->dict:                  # What the model takes, complete: see below
+    tokens: TokenSet,  # Tokenised cells
+    cells: np.ndarray,  # Which of them
+    max_len: int = 2048,  # Genes a cell at most
+    **masking,  # See `mask_genes`: seed, epoch, share, p_mask, p_random, keep_bin
+) -> dict:  # What the model takes, complete: see below
     """Gather cells, cut them to max_len, hide genes.
 
     input_ids, bins, labels and position_ids (1, T) are int64; cu_seqlens (cells + 1,) is int32.
@@ -84,8 +141,7 @@ def masked_batch(
     free; a model on a GPU that had to find them out would wait for the device.
     """
     genes, bins, offsets = truncated(*tokens.gather(cells), max_len)
-    ids, shown, labels = mask_genes(
-        genes, bins, offsets, cells, len(tokens.vocabulary), **masking)
+    ids, shown, labels = mask_genes(genes, bins, offsets, cells, len(tokens.vocabulary), **masking)
     lengths = np.diff(offsets)
     ranks = np.arange(len(genes)) - np.repeat(offsets[:-1], lengths)
     return dict(
@@ -95,12 +151,14 @@ def masked_batch(
         position_ids=ranks[None],
         cu_seqlens=offsets.astype(np.int32),
         longest=int(lengths.max(initial=0)),
-        hidden=np.flatnonzero(labels >= 0))
+        hidden=np.flatnonzero(labels >= 0),
+    )
+
 
 def as_tensors(
-    batch:dict,       # Of arrays (or tensors) and plain numbers, from `masked_batch`
-    device="cpu",     # Where to
-)->dict:              # Arrays as tensors on the device, numbers as they are
+    batch: dict,  # Of arrays (or tensors) and plain numbers, from `masked_batch`
+    device="cpu",  # Where to
+) -> dict:  # Arrays as tensors on the device, numbers as they are
     "A batch for torch."
     out = {}
     for name, value in batch.items():
@@ -109,7 +167,10 @@ def as_tensors(
         out[name] = value.to(device) if torch.is_tensor(value) else value
     return out
 
-def truncated(genes, bins, offsets, max_len): # flat cells -> the same with at most max_len genes each
+
+def truncated(
+    genes, bins, offsets, max_len
+):  # flat cells -> the same with at most max_len genes each
     "Keep the first max_len genes of each cell."
     lengths = np.diff(offsets)
     if lengths.max(initial=0) <= max_len:

@@ -19,107 +19,194 @@ from .stats import bootstrap_units, mean_interval
 @dataclass(frozen=True)
 class Embedder:
     "A named way from cells to vectors."
-    name: str
-    run: object          # Function(adata, seed) -> (cells, D), or an object with fit(adata) and transform(adata)
-    n_seeds: int = 1     # Above 1 where chance enters: it is then run with seeds 0, 1, ...
 
-    def __call__(self, adata, seed=0)->np.ndarray: # (cells, D), float32; a row of NaN for a cell that cannot be embedded
-        x = self.run.fit(adata).transform(adata) if hasattr(self.run, "transform") else self.run(adata, seed)
+    name: str
+    # Function(adata, seed) -> (cells, D), or an object with fit(adata) and transform(adata)
+    run: object
+    n_seeds: int = 1  # Above 1 where chance enters: it is then run with seeds 0, 1, ...
+
+    def __call__(
+        self, adata, seed=0
+    ) -> np.ndarray:  # (cells, D), float32; a row of NaN for a cell that cannot be embedded
+        x = (
+            self.run.fit(adata).transform(adata)
+            if hasattr(self.run, "transform")
+            else self.run(adata, seed)
+        )
         x = np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32)
-        if x.ndim != 2 or len(x) != adata.n_obs: raise ValueError(f"{self.name} gave shape {x.shape} for {adata.n_obs} cells; wanted ({adata.n_obs}, width), in the order of the cells.")
+        if x.ndim != 2 or len(x) != adata.n_obs:
+            raise ValueError(
+                f"{self.name} gave shape {x.shape} for {adata.n_obs} cells; wanted "
+                f"({adata.n_obs}, width), in the order of the cells."
+            )
         return x
 
 # %% ../nbs/17_benchmark.ipynb #4942055e
 def _row(method, metric, value, low=np.nan, high=np.nan, n=0, interval=""):
-    return dict(method=method, metric=metric, value=float(value), ci_low=float(low), ci_high=float(high), n=int(n), interval=interval)
+    return dict(
+        method=method,
+        metric=metric,
+        value=float(value),
+        ci_low=float(low),
+        ci_high=float(high),
+        n=int(n),
+        interval=interval,
+    )
+
 
 def cluster_scores(
-    x:np.ndarray,    # Embedding, shape (cells, D)
-    labels,          # Cell types, shape (cells,)
-    method:str="",   # Name for the table
-    n_seeds:int=5,   # Runs of k-means
-)->list:             # Rows: NMI, ARI, silhouette
-    "Score how well clusters of an embedding agree with labels; cells with NaN are left out and show in n."
+    x: np.ndarray,  # Embedding, shape (cells, D)
+    labels,  # Cell types, shape (cells,)
+    method: str = "",  # Name for the table
+    n_seeds: int = 5,  # Runs of k-means
+) -> list:  # Rows: NMI, ARI, silhouette
+    """Score how well clusters of an embedding agree with labels; cells with NaN are left out and
+    show in n."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+
     x, labels = _usable(x, labels)
     k = len(np.unique(labels))
-    if k < 2: raise ValueError(f"All {len(labels)} cells carry one label; clusters need at least two.")
+    if k < 2:
+        raise ValueError(f"All {len(labels)} cells carry one label; clusters need at least two.")
     found = [KMeans(k, n_init=1, random_state=s).fit_predict(x) for s in range(n_seeds)]
     rows = []
     for name, f in (("NMI", normalized_mutual_info_score), ("ARI", adjusted_rand_score)):
         s = [f(labels, c) for c in found]
-        rows.append(_row(method, name, np.mean(s), min(s), max(s), len(labels), f"range of {n_seeds} k-means seeds"))
+        rows.append(
+            _row(
+                method,
+                name,
+                np.mean(s),
+                min(s),
+                max(s),
+                len(labels),
+                f"range of {n_seeds} k-means seeds",
+            )
+        )
     return rows + [_row(method, "silhouette", silhouette_score(x, labels), n=len(labels))]
 
-def _usable(x, labels): # finite rows with a label
+
+def _usable(x, labels):  # finite rows with a label
     labels = np.asarray(labels).astype(str)
     ok = np.isfinite(x).all(1) & has_label(labels)
-    if not ok.any(): raise ValueError("No cell has both a finite embedding and a label.")
+    if not ok.any():
+        raise ValueError("No cell has both a finite embedding and a label.")
     return np.asarray(x)[ok], labels[ok]
 
 # %% ../nbs/17_benchmark.ipynb #3c05d687
 def transfer_scores(
-    x_reference:np.ndarray, y_reference, # Labelled cells
-    x_query:np.ndarray, y_query,         # Cells to be named, and the truth
-    method:str="", k:int=15, seed:int=0,
-)->list:                                 # Rows: k-NN accuracy and macro-F1, intervals over query cells
+    x_reference: np.ndarray,
+    y_reference,  # Labelled cells
+    x_query: np.ndarray,
+    y_query,  # Cells to be named, and the truth
+    method: str = "",
+    k: int = 15,
+    seed: int = 0,
+) -> list:  # Rows: k-NN accuracy and macro-F1, intervals over query cells
     "Label query cells by their nearest reference cells."
     from sklearn.neighbors import KNeighborsClassifier
-    xr, yr = _usable(x_reference, y_reference); xq, yq = _usable(x_query, y_query)
+
+    xr, yr = _usable(x_reference, y_reference)
+    xq, yq = _usable(x_query, y_query)
     named = KNeighborsClassifier(min(k, len(xr))).fit(xr, yr).predict(xq)
     right = mean_interval((named == yq).astype(float))
-    types = np.unique(np.concatenate([yq, named])); true, guess = np.searchsorted(types, yq), np.searchsorted(types, named)
-    f1 = bootstrap_units(lambda i: macro_f1(true[i], guess[i], len(types)), np.arange(len(yq)), unit="cell", method="percentile", n_resamples=499, seed=seed)
-    return [_row(method, "k-NN accuracy", right.value, right.low, right.high, len(yq), "95 % over query cells"),
-            _row(method, "k-NN macro-F1", f1.value, f1.low, f1.high, len(yq), "95 % over query cells")]
+    types = np.unique(np.concatenate([yq, named]))
+    true, guess = np.searchsorted(types, yq), np.searchsorted(types, named)
+    f1 = bootstrap_units(
+        lambda i: macro_f1(true[i], guess[i], len(types)),
+        np.arange(len(yq)),
+        unit="cell",
+        method="percentile",
+        n_resamples=499,
+        seed=seed,
+    )
+    return [
+        _row(
+            method,
+            "k-NN accuracy",
+            right.value,
+            right.low,
+            right.high,
+            len(yq),
+            "95 % over query cells",
+        ),
+        _row(method, "k-NN macro-F1", f1.value, f1.low, f1.high, len(yq), "95 % over query cells"),
+    ]
 
-def macro_f1(true, guess, n): # integer labels below n -> mean F1 over the labels that occur in `true`
+
+def macro_f1(
+    true, guess, n
+):  # integer labels below n -> mean F1 over the labels that occur in `true`
     "Macro-F1, fast enough to be resampled."
-    both, t, g = np.bincount(true[true == guess], minlength=n), np.bincount(true, minlength=n), np.bincount(guess, minlength=n)
-    return float((2*both[t > 0]/(t + g)[t > 0]).mean())
+    both, t, g = (
+        np.bincount(true[true == guess], minlength=n),
+        np.bincount(true, minlength=n),
+        np.bincount(guess, minlength=n),
+    )
+    return float((2 * both[t > 0] / (t + g)[t > 0]).mean())
+
 
 def loss_scores(
     losses,  # From `masked_losses`: a row a cell, a column a method
-)->list:     # Rows: masked-gene loss with its interval over cells
+) -> list:  # Rows: masked-gene loss with its interval over cells
     "Masked-gene losses as rows of the table."
     rows = []
     for name in losses:
         i = mean_interval(losses[name].dropna().to_numpy())
-        rows.append(_row(name, "masked-gene loss", i.value, i.low, i.high, losses[name].notna().sum(), "95 % over cells"))
+        rows.append(
+            _row(
+                name,
+                "masked-gene loss",
+                i.value,
+                i.low,
+                i.high,
+                losses[name].notna().sum(),
+                "95 % over cells",
+            )
+        )
     return rows
 
 # %% ../nbs/17_benchmark.ipynb #f817bd41
 def linear_probe(
-    x_reference, y_reference, # Labelled cells: vectors (cells, D), classes (cells,)
-    x_query,                  # Cells to name, (queries, D)
-    seed:int=0,
-    fair:bool=True,           # Scaling and penalty are chosen; else each feature is standardised, C = 1
-)->np.ndarray:                # Classes, (queries,)
+    x_reference,
+    y_reference,  # Labelled cells: vectors (cells, D), classes (cells,)
+    x_query,  # Cells to name, (queries, D)
+    seed: int = 0,
+    fair: bool = True,  # Scaling and penalty are chosen; else each feature is standardised, C = 1
+) -> np.ndarray:  # Classes, (queries,)
     "Name cells by a logistic regression on labelled ones."
-    fixed = {} if fair else dict(scalings=("each feature",), penalties=(1.,))
+    fixed = {} if fair else dict(scalings=("each feature",), penalties=(1.0,))
     return fit_probe(x_reference, y_reference, seed=seed, **fixed).predict(x_query)
 
+
 def leave_batch_out(
-    x:np.ndarray, labels, batch, # Embedding (cells, D), cell types and batches (cells,)
-    method:str="",
-    unit:str="donor",            # What a batch is, for the table
-    seed:int=0,
-    fair:bool=True,              # See `linear_probe`; where not, neighbours keep the vectors' own scale
-)->tuple:                        # Rows: accuracy and macro-F1 of probe and vote; dict of whether each usable cell was named rightly
+    x: np.ndarray,
+    labels,
+    batch,  # Embedding (cells, D), cell types and batches (cells,)
+    method: str = "",
+    unit: str = "donor",  # What a batch is, for the table
+    seed: int = 0,
+    fair: bool = True,  # See `linear_probe`; where not, neighbours keep the vectors' own scale
+    # Rows: accuracy and macro-F1 of probe and vote; dict of whether each usable cell was named
+    # rightly
+) -> tuple:
     "Name each batch by the others."
     ok = usable(x, labels)
     x = x[ok]
     labels, batch = (np.asarray(names).astype(str)[ok] for names in (labels, batch))
     kinds = np.unique(batch)
     if len(kinds) < 2:
-        raise ValueError(f"All usable cells are of batch {kinds[0]}; leaving a batch out needs at least two.")
+        raise ValueError(
+            f"All usable cells are of batch {kinds[0]}; leaving a batch out needs at least two."
+        )
     types, true = np.unique(labels, return_inverse=True)
     units, unit = (batch, unit) if len(kinds) >= 6 else (np.arange(len(x)), "cell")
     own_scale = {} if fair else dict(scalings=("one scale",))
     ways = {
         "probe": lambda *cells: linear_probe(*cells, seed, fair),
-        "k-NN": lambda *cells: neighbour_vote(*cells, seed=seed, **own_scale)}
+        "k-NN": lambda *cells: neighbour_vote(*cells, seed=seed, **own_scale),
+    }
     rows, right = [], {}
     for name, classify in ways.items():
         guess = np.empty_like(true)
@@ -128,7 +215,7 @@ def leave_batch_out(
             named = classify(x[~query], labels[~query], x[query])
             guess[query] = np.searchsorted(types, named)
         hit = guess == true
-        right[name] = np.where(ok, 0., np.nan)
+        right[name] = np.where(ok, 0.0, np.nan)
         right[name][ok] = hit
         if unit == "cell":
             accuracy = mean_interval(hit.astype(float))
@@ -136,30 +223,37 @@ def leave_batch_out(
             accuracy = bootstrap_units(lambda i: hit[i].mean(), units, unit, seed=seed)  # noqa: B023
         f1 = bootstrap_units(
             lambda i: macro_f1(true[i], guess[i], len(types)),  # noqa: B023
-            units, unit, method="percentile", n_resamples=199, seed=seed)
+            units,
+            unit,
+            method="percentile",
+            n_resamples=199,
+            seed=seed,
+        )
         for what, i in (("accuracy", accuracy), ("macro-F1", f1)):
             interval = f"95 % over {i.n_units} {i.unit}s"
             rows.append(_row(method, f"{name} {what}", i.value, i.low, i.high, len(x), interval))
     return rows, right
 
-def usable(x, labels): # -> mask of cells with a finite embedding and a label
+
+def usable(x, labels):  # -> mask of cells with a finite embedding and a label
     "Cells that can be scored."
     return np.isfinite(x).all(1) & has_label(labels)
 
 # %% ../nbs/17_benchmark.ipynb #b2b7095f
 def few_shot_draws(
-    x:np.ndarray, labels,    # Embedding (cells, D), cell types (cells,)
-    shots:int=5,             # Labelled cells a class
-    n_draws:int=20,          # Draws of labelled cells
-    max_query:int=2000,      # Cells to be named in each draw
-    seed:int=0,
-    fair:bool=True,          # See `linear_probe`
-)->tuple:                    # Macro-F1 of each draw (n_draws,), classes, cells that are drawn from
+    x: np.ndarray,
+    labels,  # Embedding (cells, D), cell types (cells,)
+    shots: int = 5,  # Labelled cells a class
+    n_draws: int = 20,  # Draws of labelled cells
+    max_query: int = 2000,  # Cells to be named in each draw
+    seed: int = 0,
+    fair: bool = True,  # See `linear_probe`
+) -> tuple:  # Macro-F1 of each draw (n_draws,), classes, cells that are drawn from
     "Linear probes from a few labelled cells a class; equal labels and seed give equal draws."
     ok = usable(x, labels)
     labels = np.asarray(labels).astype(str)
     types, n = np.unique(labels[ok], return_counts=True)
-    types = types[n >= 2*shots]
+    types = types[n >= 2 * shots]
     pool = np.flatnonzero(ok & np.isin(labels, types))
     if len(types) < 2:
         return np.empty(0), types, pool
@@ -173,15 +267,17 @@ def few_shot_draws(
         f1.append(macro_f1(true, named, len(types)))
     return np.array(f1), types, pool
 
+
 def few_shot_scores(
-    x:np.ndarray, labels,    # Embedding (cells, D), cell types (cells,)
-    method:str="",
-    shots=(5, 20),           # Labelled cells a class
-    n_draws:int=20,          # Draws of labelled cells
-    max_query:int=2000,      # Cells to be named in each draw
-    seed:int=0,
-    fair:bool=True,          # See `linear_probe`
-)->list:                     # Rows: macro-F1 of the linear probe
+    x: np.ndarray,
+    labels,  # Embedding (cells, D), cell types (cells,)
+    method: str = "",
+    shots=(5, 20),  # Labelled cells a class
+    n_draws: int = 20,  # Draws of labelled cells
+    max_query: int = 2000,  # Cells to be named in each draw
+    seed: int = 0,
+    fair: bool = True,  # See `linear_probe`
+) -> list:  # Rows: macro-F1 of the linear probe
     "Linear probes from a few labelled cells a class."
     rows = []
     for k in shots:
@@ -195,17 +291,26 @@ def few_shot_scores(
 
 # %% ../nbs/17_benchmark.ipynb #1c3160ea
 def depth_scores(
-    x:np.ndarray,          # Embedding, shape (cells, D)
-    detected, total,       # Genes and counts of each cell, shape (cells,)
-    method:str="", seed:int=0,
-)->list:                   # Rows: R2 of log genes and of log counts
+    x: np.ndarray,  # Embedding, shape (cells, D)
+    detected,
+    total,  # Genes and counts of each cell, shape (cells,)
+    method: str = "",
+    seed: int = 0,
+) -> list:  # Rows: R2 of log genes and of log counts
     "How much of sequencing depth an embedding explains."
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LinearRegression
     from sklearn.model_selection import KFold, cross_val_predict
+
     ok = np.isfinite(x).all(1) & (np.asarray(detected) > 0)
-    z = PCA(min(20, x.shape[1], ok.sum() - 1), random_state=seed).fit_transform(x[ok]); rows = []
+    z = PCA(min(20, x.shape[1], ok.sum() - 1), random_state=seed).fit_transform(x[ok])
+    rows = []
     for name, v in (("genes", detected), ("counts", total)):
-        y = np.log(np.asarray(v, float)[ok]); p = cross_val_predict(LinearRegression(), z, y, cv=KFold(5, shuffle=True, random_state=seed))
-        rows.append(_row(method, f"depth R2, log {name}", 1 - ((y - p)**2).mean()/y.var(), n=ok.sum()))
+        y = np.log(np.asarray(v, float)[ok])
+        p = cross_val_predict(
+            LinearRegression(), z, y, cv=KFold(5, shuffle=True, random_state=seed)
+        )
+        rows.append(
+            _row(method, f"depth R2, log {name}", 1 - ((y - p) ** 2).mean() / y.var(), n=ok.sum())
+        )
     return rows

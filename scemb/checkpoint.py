@@ -15,58 +15,83 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from .folders import (Damaged, compare_shapes, new_folder, open_folder, read_json, read_tensors,
-                           tensor_shapes)
+from scemb.folders import (
+    Damaged,
+    compare_shapes,
+    new_folder,
+    open_folder,
+    read_json,
+    read_tensors,
+    tensor_shapes,
+)
 from .gene_tokenizer import GeneTokenizer
 from .model import ScembConfig, ScembForMaskedLM
 from .tokenize import TokenizerSettings, Vocabulary, read_settings, tokenizer_hash
 from .tokens import TokenSet
 
 # %% ../nbs/06a_checkpoint.ipynb #2e7d6bbf
-ASSETS = Path(__file__).parent/"assets" if "__file__" in globals() else Path("../scemb/assets")
+ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../scemb/assets")
+
 
 def spare_deepspeed_the_search():
-    "Tell DeepSpeed that there is no GPU where there is none: else it warns, whenever a library asks whether it is there."
+    """Tell DeepSpeed that there is no GPU where there is none: else it warns, whenever a library
+    asks whether it is there."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+
 def save_checkpoint(
-    model:ScembForMaskedLM,     # The model to save
-    folder,                     # Where; other files in it are left alone
-    vocabulary:Vocabulary,      # Names of its tokens
-    settings:TokenizerSettings, # How its cells were tokenised
-    card:dict=None,             # What is known of it: data, training, scores
-    weights:dict=None,          # Weights gathered from several devices; None: the model's own
-    half:bool=False,            # Store weights as float16: half the size, for shipping
-    more:dict=None,             # Further files: name -> text
-)->Path:                        # The folder
+    model: ScembForMaskedLM,  # The model to save
+    folder,  # Where; other files in it are left alone
+    vocabulary: Vocabulary,  # Names of its tokens
+    settings: TokenizerSettings,  # How its cells were tokenised
+    card: dict = None,  # What is known of it: data, training, scores
+    weights: dict = None,  # Weights gathered from several devices; None: the model's own
+    half: bool = False,  # Store weights as float16: half the size, for shipping
+    more: dict = None,  # Further files: name -> text
+) -> Path:  # The folder
     "Write weights, configuration, vocabulary, tokenizer settings and card: all of them, or none."
     folder = Path(folder)
     spare_deepspeed_the_search()
-    if model.config.vocab_size != len(vocabulary): raise ValueError(f"The model has {model.config.vocab_size} tokens and the vocabulary {len(vocabulary)}; they must be equal.")
+    if model.config.vocab_size != len(vocabulary):
+        raise ValueError(
+            f"The model has {model.config.vocab_size} tokens and the vocabulary "
+            f"{len(vocabulary)}; they must be equal."
+        )
     model.config.vocabulary_hash = vocabulary.hash
-    if half: weights = {k: v.half() for k, v in (weights or model.state_dict()).items()}
-    if weights: weights = {k: v for k, v in weights.items() if k not in model._tied_weights_keys}      # stored once
+    if half:
+        weights = {k: v.half() for k, v in (weights or model.state_dict()).items()}
+    if weights:
+        weights = {
+            k: v for k, v in weights.items() if k not in model._tied_weights_keys
+        }  # stored once
     identity = tokenizer_hash(settings, vocabulary)
     with new_folder(folder, "checkpoint", identity, into=True) as part:
         model.save_pretrained(part, **({} if weights is None else dict(state_dict=weights)))
         vocabulary.save(part)
-        GeneTokenizer(str(part/"gene_vocabulary.json")).save_pretrained(part)
-        (part/"token_settings.json").write_text(json.dumps(dict(hash=identity, **asdict(settings)), indent=1))
-        (part/"card.json").write_text(json.dumps(card or {}, indent=1))
+        GeneTokenizer(str(part / "gene_vocabulary.json")).save_pretrained(part)
+        (part / "token_settings.json").write_text(
+            json.dumps(dict(hash=identity, **asdict(settings)), indent=1)
+        )
+        (part / "card.json").write_text(json.dumps(card or {}, indent=1))
         for name, text in (more or {}).items():
-            (part/name).write_text(text)
+            (part / name).write_text(text)
     return folder
+
 
 AutoTokenizer.register(ScembConfig, slow_tokenizer_class=GeneTokenizer, exist_ok=True)
 
-def shipped_models()->list: # Names that `load_checkpoint` takes without a path
+
+def shipped_models() -> list:  # Names that `load_checkpoint` takes without a path
     "Checkpoints that come with the package."
     return sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
 
+
 @contextmanager
-def _no_bar(): # loading takes a moment; its progress bar would stand on stderr before the work's own
+# loading takes a moment; its progress bar would stand on stderr before the work's own
+def _no_bar():
     from transformers.utils import logging
+
     on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -76,112 +101,194 @@ def _no_bar(): # loading takes a moment; its progress bar would stand on stderr 
             logging.enable_progress_bar()
 
 # %% ../nbs/06a_checkpoint.ipynb #308b4a69
-WAY_OUT = "Copy the folder again from where it came; if the change is wanted, delete its manifest.json."
-NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-          "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "vocabulary_hash")
+WAY_OUT = (
+    "Copy the folder again from where it came; if the change is wanted, delete its manifest.json."
+)
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "vocabulary_hash",
+)
 SIZES = NEEDED[:5] + NEEDED[6:8]
-DROPPED = ("auto_map", "attn_implementation", "torch_dtype", "_name_or_path", "id2label", "label2id",
-           "use_cache")  # of decoders; the Trainer writes it
+DROPPED = (
+    "auto_map",
+    "attn_implementation",
+    "torch_dtype",
+    "_name_or_path",
+    "id2label",
+    "label2id",
+    "use_cache",
+)  # of decoders; the Trainer writes it
+
 
 def read_config(
-    path,           # config.json
-)->ScembConfig:     # Made of its own keys alone
+    path,  # config.json
+) -> ScembConfig:  # Made of its own keys alone
     "Read the configuration of a model; what is missing or impossible is named."
     from transformers import PreTrainedConfig
     from transformers.activations import ACT2FN
+
     found = read_json(path, keys=NEEDED, way_out=WAY_OUT)
     if found.get("model_type") != "scemb":
-        raise ValueError(f"{path} describes a model of type {found.get('model_type')!r:.40}; scEMB reads models of type 'scemb'.")
+        raise ValueError(
+            f"{path} describes a model of type {found.get('model_type')!r:.40}; scEMB reads "
+            "models of type 'scemb'."
+        )
     own = [k for k in inspect.signature(ScembConfig).parameters if k != "kwargs"]
-    usual = {*PreTrainedConfig().to_dict(), *DROPPED, "architectures", "transformers_version", "model_type", "dtype"}
-    if unknown := sorted(k for k in found if k not in own and k not in usual and not k.startswith("_")):
-        warnings.warn(f"{path} has keys that this version does not know and does not use: {', '.join(unknown)}.")
+    usual = {
+        *PreTrainedConfig().to_dict(),
+        *DROPPED,
+        "architectures",
+        "transformers_version",
+        "model_type",
+        "dtype",
+    }
+    if unknown := sorted(
+        k for k in found if k not in own and k not in usual and not k.startswith("_")
+    ):
+        warnings.warn(
+            f"{path} has keys that this version does not know and does not use: "
+            f"{', '.join(unknown)}."
+        )
     values = {k: found[k] for k in own if k in found}
+
     def number(key, low, high, kind=(int, float)):
         value = values.get(key, low)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            raise Damaged(f"{path} says {key} = {value!r:.60}; it must be a number from {low} to {high:,}. {WAY_OUT}")
+            raise Damaged(
+                f"{path} says {key} = {value!r:.60}; it must be a number from {low} to {high:,}. "
+                f"{WAY_OUT}"
+            )
+
     for key in SIZES:
         number(key, 1, 10_000_000, int)
-    number("layer_norm_eps", 0, .01)
+    number("layer_norm_eps", 0, 0.01)
     number("initializer_range", 0, 10)
     number("pad_token_id", 0, 0, int)
     for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         number(key, 0, 1)
     if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACT2FN:
-        raise Damaged(f"{path} says hidden_act = {values['hidden_act']!r:.40}, which is no activation. {WAY_OUT}")
+        raise Damaged(
+            f"{path} says hidden_act = {values['hidden_act']!r:.40}, which is no activation. "
+            f"{WAY_OUT}"
+        )
     if values.get("tie_word_embeddings", True) is not True:
-        raise Damaged(f"{path} says tie_word_embeddings = {values['tie_word_embeddings']!r:.40}; scEMB's embeddings are tied. {WAY_OUT}")
+        raise Damaged(
+            f"{path} says tie_word_embeddings = {values['tie_word_embeddings']!r:.40}; scEMB's "
+            f"embeddings are tied. {WAY_OUT}"
+        )
     if values["hidden_size"] % values["num_attention_heads"]:
-        raise Damaged(f"{path} says hidden_size = {values['hidden_size']} and num_attention_heads = {values['num_attention_heads']}; the one must be a multiple of the other. {WAY_OUT}")
+        raise Damaged(
+            f"{path} says hidden_size = {values['hidden_size']} and num_attention_heads = "
+            f"{values['num_attention_heads']}; the one must be a multiple of the other. {WAY_OUT}"
+        )
     return ScembConfig(**values)
 
+
 def read_model(
-    path,               # Folder with config.json and model.safetensors
-)->ScembForMaskedLM:    # In evaluation mode, float32
+    path,  # Folder with config.json and model.safetensors
+) -> ScembForMaskedLM:  # In evaluation mode, float32
     "Build a model from weights that are exactly those of its configuration."
-    config, weights = read_config(path/"config.json"), path/"model.safetensors"
+    config, weights = read_config(path / "config.json"), path / "model.safetensors"
     found = tensor_shapes(weights, WAY_OUT)
     n_layers = len({m[1] for m in (re.search(r"\.layer\.(\d+)\.", name) for name in found) if m})
     if n_layers != config.num_hidden_layers:
-        raise Damaged(f"{weights} holds {n_layers} layers, its config.json says {config.num_hidden_layers:,}. {WAY_OUT}")
+        raise Damaged(
+            f"{weights} holds {n_layers} layers, its config.json says "
+            f"{config.num_hidden_layers:,}. {WAY_OUT}"
+        )
     tied = ScembForMaskedLM._tied_weights_keys
-    with torch.device("meta"):                       # shapes without memory
-        wanted = {k: tuple(v.shape) for k, v in ScembForMaskedLM(config).state_dict().items() if k not in tied}
+    with torch.device("meta"):  # shapes without memory
+        wanted = {
+            k: tuple(v.shape)
+            for k, v in ScembForMaskedLM(config).state_dict().items()
+            if k not in tied
+        }
     compare_shapes(weights, {k: v for k, v in found.items() if k not in tied}, wanted, WAY_OUT)
     tensors = read_tensors(weights, way_out=WAY_OUT)
     for name in wanted:
-        if tensors[name].dim() == 2 and "position" not in name and "token_type" not in name and not tensors[name].any():
+        if (
+            tensors[name].dim() == 2
+            and "position" not in name
+            and "token_type" not in name
+            and not tensors[name].any()
+        ):
             raise Damaged(f"{weights} is damaged: all numbers of {name} are 0. {WAY_OUT}")
     tensors = {k: v for k, v in tensors.items() if k not in tied}
     with _no_bar():
         model, info = ScembForMaskedLM.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True)
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
-        raise Damaged(f"{weights} does not fit its configuration: {', '.join(map(str, wrong[:3]))}. {WAY_OUT}")
+        raise Damaged(
+            f"{weights} does not fit its configuration: {', '.join(map(str, wrong[:3]))}. {WAY_OUT}"
+        )
     return model.eval()
 
+
 def load_checkpoint(
-    folder, # A folder written by `save_checkpoint`, or the name of a shipped model
-)->tuple:   # (model in evaluation mode, vocabulary, tokenizer settings, card)
+    folder,  # A folder written by `save_checkpoint`, or the name of a shipped model
+) -> tuple:  # (model in evaluation mode, vocabulary, tokenizer settings, card)
     "Open a checkpoint; a missing, damaged or mismatched part is named."
-    path = ASSETS/str(folder) if str(folder) in shipped_models() else Path(folder)
+    path = ASSETS / str(folder) if str(folder) in shipped_models() else Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"There is no model {str(folder)!r}: no such folder, and the shipped models are {shipped_models() or 'none yet'}. "
-            "Train one with `scemb demo` or `scemb pretrain`, then pass its folder.")
+            f"There is no model {str(folder)!r}: no such folder, and the shipped models are "
+            f"{shipped_models() or 'none yet'}. "
+            "Train one with `scemb demo` or `scemb pretrain`, then pass its folder."
+        )
     manifest = open_folder(path, "checkpoint", WAY_OUT)
     if manifest is None and unfinished(path):
-        raise FileNotFoundError(f"{folder} holds a training run that is not finished. Give its scemb pretrain command again with --resume.")
+        raise FileNotFoundError(
+            f"{folder} holds a training run that is not finished. Give its scemb pretrain "
+            "command again with --resume."
+        )
     for name in ("config.json", "model.safetensors", "gene_vocabulary.json", "token_settings.json"):
-        if not (path/name).exists():
+        if not (path / name).exists():
             raise FileNotFoundError(f"{folder} is no scEMB checkpoint: {name} is missing.")
     vocabulary = Vocabulary.load(path)
-    settings = read_settings(path/"token_settings.json", vocabulary)
+    settings = read_settings(path / "token_settings.json", vocabulary)
     if manifest:
         manifest.check("model.safetensors")
     model = read_model(path)
     if model.config.vocabulary_hash != vocabulary.hash:
-        raise ValueError(f"{folder} is inconsistent: its weights belong to vocabulary {model.config.vocabulary_hash}, but it holds {vocabulary.hash}.")
+        raise ValueError(
+            f"{folder} is inconsistent: its weights belong to vocabulary "
+            f"{model.config.vocabulary_hash}, but it holds {vocabulary.hash}."
+        )
     if settings.n_bins >= model.config.type_vocab_size:
-        raise ValueError(f"{folder} is inconsistent: its tokens have {settings.n_bins} bins, its weights {model.config.type_vocab_size - 1}.")
-    card = read_json(path/"card.json", way_out=WAY_OUT) if (path/"card.json").exists() else {}
+        raise ValueError(
+            f"{folder} is inconsistent: its tokens have {settings.n_bins} bins, its weights "
+            f"{model.config.type_vocab_size - 1}."
+        )
+    card = read_json(path / "card.json", way_out=WAY_OUT) if (path / "card.json").exists() else {}
     return model, vocabulary, settings, card
 
+
 def unfinished(
-    path, # Folder of a pretraining run
-)->bool:  # Whether it was begun, and stopped before its model was written
+    path,  # Folder of a pretraining run
+) -> bool:  # Whether it was begun, and stopped before its model was written
     "A run writes run.json first and training.json among the last."
     path = Path(path)
-    return (path/"run.json").exists() and not (path/"training.json").exists()
+    return (path / "run.json").exists() and not (path / "training.json").exists()
 
 # %% ../nbs/06a_checkpoint.ipynb #76b6ef52
 def check_fit(
-    tokens:TokenSet,        # A token set
-    vocabulary:Vocabulary,  # Of the model that is to read it
+    tokens: TokenSet,  # A token set
+    vocabulary: Vocabulary,  # Of the model that is to read it
 ):
     "Refuse tokens of another vocabulary than the model's, naming both."
     if tokens.vocabulary.hash != vocabulary.hash:
-        raise ValueError(f"The tokens were made with vocabulary {tokens.vocabulary.hash} ({len(tokens.vocabulary):,} tokens), the model has {vocabulary.hash} "
-                         f"({len(vocabulary):,}). Tokenise the data anew with the model's vocabulary.")
+        raise ValueError(
+            f"The tokens were made with vocabulary {tokens.vocabulary.hash} "
+            f"({len(tokens.vocabulary):,} tokens), the model has {vocabulary.hash} "
+            f"({len(vocabulary):,}). Tokenise the data anew with the model's vocabulary."
+        )

@@ -9,7 +9,7 @@ __all__ = ['hidden_gene_loss']
 import torch
 
 # %% ../nbs/05d_chunked_loss.ipynb #l6chunk
-def _score_gradient(scores_CV, true_C): # overwrites the scores -> loss (), gradient (C, V)
+def _score_gradient(scores_CV, true_C):  # overwrites the scores -> loss (), gradient (C, V)
     "Loss of a chunk of hidden genes, and its gradient with respect to their scores."
     highest_C1 = scores_CV.amax(1, keepdim=True)
     score_of_true_C1 = scores_CV.gather(1, true_C[:, None])
@@ -17,14 +17,16 @@ def _score_gradient(scores_CV, true_C): # overwrites the scores -> loss (), grad
     total_C1 = weight_CV.sum(1, keepdim=True)
     loss = (total_C1.log() + highest_C1 - score_of_true_C1).sum()
     probability_CV = weight_CV.div_(total_C1)
-    minus_one_C1 = probability_CV.new_full((len(true_C), 1), -1.)
+    minus_one_C1 = probability_CV.new_full((len(true_C), 1), -1.0)
     return loss, probability_CV.scatter_add_(1, true_C[:, None], minus_one_C1)
 
-def _add_product(total, a, b): # total += a @ b, whatever their precision
+
+def _add_product(total, a, b):  # total += a @ b, whatever their precision
     if a.dtype == total.dtype:
-        total.addmm_(a, b)         # without new memory
+        total.addmm_(a, b)  # without new memory
     else:
         total += a @ b
+
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
@@ -40,7 +42,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(x_HD), chunk):
             here = slice(start, start + chunk)
             x_CD = x_HD[here].to(low)
-            scores_CV = room_CV[:len(x_CD)].copy_(bias_V)
+            scores_CV = room_CV[: len(x_CD)].copy_(bias_V)
             _add_product(scores_CV, x_CD, weight_low_VD.T)
             loss_of_chunk, gradient_CV = _score_gradient(scores_CV, true_H[here])
             loss += loss_of_chunk
@@ -51,23 +53,24 @@ class _ChunkedLoss(torch.autograd.Function):
                 bias_grad_V += gradient_CV.sum(0)
         if with_gradients:
             ctx.save_for_backward(
-                x_grad_HD, weight_grad_VD.to(weight_VD.dtype), bias_grad_V.to(bias_V.dtype))
+                x_grad_HD, weight_grad_VD.to(weight_VD.dtype), bias_grad_V.to(bias_V.dtype)
+            )
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
-        gradients = [(gradient*scale).to(gradient.dtype) for gradient in ctx.saved_tensors]
+        gradients = [(gradient * scale).to(gradient.dtype) for gradient in ctx.saved_tensors]
         return *gradients, None, None, None, None
 
 # %% ../nbs/05d_chunked_loss.ipynb #l7chunk
 def hidden_gene_loss(
-    x_HD:torch.Tensor,   # Transformed states of hidden genes, shape (hidden, width)
-    weight:torch.Tensor, # Of the output layer, shape (vocabulary, width)
-    bias:torch.Tensor,   # Of the output layer, shape (vocabulary,)
-    true:torch.Tensor,   # Token of each hidden gene, shape (hidden,), int64
-    chunk:int=256,       # Hidden genes scored at a time
-)->torch.Tensor:         # Sum of their losses in nats, a scalar
+    x_HD: torch.Tensor,  # Transformed states of hidden genes, shape (hidden, width)
+    weight: torch.Tensor,  # Of the output layer, shape (vocabulary, width)
+    bias: torch.Tensor,  # Of the output layer, shape (vocabulary,)
+    true: torch.Tensor,  # Token of each hidden gene, shape (hidden,), int64
+    chunk: int = 256,  # Hidden genes scored at a time
+) -> torch.Tensor:  # Sum of their losses in nats, a scalar
     "Cross-entropy of hidden genes against the whole vocabulary, in chunks."
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; at least 1 hidden gene at a time is needed.")

@@ -13,20 +13,39 @@ from typing import Annotated, Optional
 import typer
 
 from .adapt_commands import annotate, finetune, integrate
-from .commands import (
-    Device, Model, Overwrite, Precision, Seed, choice, counter, loading, reading_cells, refusing, tell)
+from scemb.commands import (
+    Device,
+    Model,
+    Overwrite,
+    Precision,
+    Seed,
+    choice,
+    counter,
+    loading,
+    reading_cells,
+    refusing,
+    tell,
+)
 from .perturb_commands import correlate, perturb, screen
 
 # %% ../nbs/99_cli.ipynb #d336c166
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-                  help="scEMB: read single cells as sentences of genes. Start with `scemb doctor` or `scemb demo`.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="scEMB: read single cells as sentences of genes. Start with `scemb doctor` or `scemb "
+    "demo`.",
+)
 
 # %% ../nbs/99_cli.ipynb #02cbf530
 @app.command()
 @refusing
 @reading_cells
 def doctor(
-    file: Annotated[Optional[Path], typer.Argument(help="A file of cells of any kind to examine.")] = None,
+    file: Annotated[
+        Optional[Path], typer.Argument(help="A file of cells of any kind to examine.")
+    ] = None,
     reading=None,
 ):
     """Examine this installation, or whether a file is fit to use and with which options.
@@ -35,6 +54,7 @@ def doctor(
     """
     from rich.console import Console
     from scemb.doctor import examine_file, examine_installation, fit_to_use, options_for, report
+
     if not file:
         Console(force_jupyter=False).print(report(examine_installation(), "this installation"))
         return
@@ -48,11 +68,17 @@ def doctor(
     if needed is None:
         print("\nnot fit to use: see 'fix' above")
     else:
-        example = f"scemb embed {shlex.quote(str(file))} --out embedded.h5ad {' '.join(x for x in (given, needed) if x)}"
-        print(f"\nnot fit to use as it is, but with options; the same for every command:\n{example}")
+        example = (
+            f"scemb embed {shlex.quote(str(file))} --out embedded.h5ad "
+            f"{' '.join(x for x in (given, needed) if x)}"
+        )
+        print(
+            f"\nnot fit to use as it is, but with options; the same for every command:\n{example}"
+        )
     raise typer.Exit(1)
 
-def _reading_options(reading): # as typed at a shell
+
+def _reading_options(reading):  # as typed at a shell
     words = []
     for name, value in reading._asdict().items():
         if value in (None, False, "error"):
@@ -61,95 +87,227 @@ def _reading_options(reading): # as typed at a shell
         words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
     return " ".join(words)
 
+
 @app.command()
 @refusing
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps; the default of 400 takes about three minutes on two cores.")] = None,
-    seed: Seed = 0, overwrite: Overwrite = False,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Training steps; the default of 400 takes about three minutes on two cores."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ):
-    """Train a small model on real pancreas cells and judge it on a held-out library, in about five minutes.
+    """Train a small model on real pancreas cells and judge it on a held-out library, in about five
+    minutes.
 
     Example: `scemb demo --out runs/demo`
     """
     from rich.console import Console
     from scemb.demo import DemoSettings, run_demo, verdicts, write_report
+
     settings = DemoSettings(seed=seed, **(dict(steps=steps) if steps else {}))
     table = run_demo(out, settings, overwrite)
-    print("writing the report", file=sys.stderr); report = write_report(out)
-    Console(force_jupyter=False).print(_rich_table(table)); print("\n".join(verdicts(table))); print(f"\nOpen {report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report}")
+    print("writing the report", file=sys.stderr)
+    report = write_report(out)
+    Console(force_jupyter=False).print(_rich_table(table))
+    print("\n".join(verdicts(table)))
+    print(
+        f"\nOpen {report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report}"
+    )
 
-def _rich_table(table): # score table -> rich tables, one for losses and one for the rest
+
+def _rich_table(table):  # score table -> rich tables, one for losses and one for the rest
     from rich.console import Group
     from rich.table import Table
     from scemb.demo import show_table
+
     out = []
-    for part, title in ((table[table.metric == "masked-gene loss"], "masked genes of held-out cells (nats, lower is better)"), (table[table.metric != "masked-gene loss"], "cell types of held-out cells (higher is better)")):
-        if not len(part): continue
-        wide = show_table(part); t = Table(title=title, title_justify="left", box=None)
+    for part, title in (
+        (
+            table[table.metric == "masked-gene loss"],
+            "masked genes of held-out cells (nats, lower is better)",
+        ),
+        (
+            table[table.metric != "masked-gene loss"],
+            "cell types of held-out cells (higher is better)",
+        ),
+    ):
+        if not len(part):
+            continue
+        wide = show_table(part)
+        t = Table(title=title, title_justify="left", box=None)
         t.add_column("method")
-        for c in wide.columns: t.add_column(c)
-        for name, r in wide.iterrows(): t.add_row(name, *r)
+        for c in wide.columns:
+            t.add_column(c)
+        for name, r in wide.iterrows():
+            t.add_row(name, *r)
         out.append(t)
     return Group(*out)
 
 # %% ../nbs/99_cli.ipynb #23b61176
-def pairs(values, option): # ["a=b", ...] -> [("a", "b"), ...]
+def pairs(values, option):  # ["a=b", ...] -> [("a", "b"), ...]
     "Options that are written KEY=VALUE."
-    if bad := [v for v in values or () if "=" not in v]: raise typer.BadParameter(f"{bad[0]!r} is not of the form KEY=VALUE.", param_hint=option)
+    if bad := [v for v in values or () if "=" not in v]:
+        raise typer.BadParameter(f"{bad[0]!r} is not of the form KEY=VALUE.", param_hint=option)
     return [tuple(v.split("=", 1)) for v in values or ()]
+
 
 @app.command()
 @refusing
 @reading_cells
 def curate(
-    sources: Annotated[list[str], typer.Argument(help="Files (.h5ad, .zarr, 10x .h5, .loom), folders of them or with matrix.mtx, recipes (.toml), addresses of SOMA stores, names of data sets, or census:VERSION.")],
-    out: Annotated[Path, typer.Option(help="Folder of the corpus; the same command goes on where a stopped one ended.")],
-    assume: Annotated[Optional[list[str]], typer.Option(help="COLUMN=VALUE that holds for all cells of the files, e.g. disease=normal; may be repeated.")] = None,
-    exclude: Annotated[Optional[list[str]], typer.Option(help="Cells to leave out: data_set=ID, collection=ID, donor=ID, cells=FILE (by content) or hashes=FILE; may be repeated.")] = None,
-    min_genes: Annotated[Optional[int], typer.Option(min=0, help="Fewest measured genes with a count; default 200 or the recipe's.")] = None,
-    max_mito: Annotated[Optional[float], typer.Option(help="Largest share of mitochondrial counts; default 0.1 or the recipe's.")] = None,
-    allow_assay: Annotated[Optional[list[str]], typer.Option(help="Take only this assay; may be repeated.")] = None,
-    deny_assay: Annotated[Optional[list[str]], typer.Option(help="Leave this assay out too; may be repeated.")] = None,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files (.h5ad, .zarr, 10x .h5, .loom), folders of them or with matrix.mtx, "
+            "recipes (.toml), addresses of SOMA stores, names of data sets, or "
+            "census:VERSION."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the corpus; the same command goes on where a stopped one ended."
+        ),
+    ],
+    assume: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="COLUMN=VALUE that holds for all cells of the files, e.g. disease=normal; may "
+            "be repeated."
+        ),
+    ] = None,
+    exclude: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Cells to leave out: data_set=ID, collection=ID, donor=ID, cells=FILE (by "
+            "content) or hashes=FILE; may be repeated."
+        ),
+    ] = None,
+    min_genes: Annotated[
+        Optional[int],
+        typer.Option(
+            min=0, help="Fewest measured genes with a count; default 200 or the recipe's."
+        ),
+    ] = None,
+    max_mito: Annotated[
+        Optional[float],
+        typer.Option(help="Largest share of mitochondrial counts; default 0.1 or the recipe's."),
+    ] = None,
+    allow_assay: Annotated[
+        Optional[list[str]], typer.Option(help="Take only this assay; may be repeated.")
+    ] = None,
+    deny_assay: Annotated[
+        Optional[list[str]], typer.Option(help="Leave this assay out too; may be repeated.")
+    ] = None,
     reading=None,
-    partition: Annotated[str, typer.Option(help="i/n: do the i-th of n parts; n such commands, then one with --merge, make the corpus.")] = "1/1",
-    merge: Annotated[bool, typer.Option("--merge", help="Check that all parts are there and write the card.")] = False,
+    partition: Annotated[
+        str,
+        typer.Option(
+            help="i/n: do the i-th of n parts; n such commands, then one with --merge, make the "
+            "corpus."
+        ),
+    ] = "1/1",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Check that all parts are there and write the card.")
+    ] = False,
     shard_cells: Annotated[int, typer.Option(min=1, help="Candidate cells a shard.")] = 65_536,
     threads: Annotated[int, typer.Option(min=1, help="Threads that compress.")] = 1,
-    seed: Annotated[int, typer.Option(help="Written into the card; nothing here is random.")] = 0, overwrite: Overwrite = False,
+    seed: Annotated[int, typer.Option(help="Written into the card; nothing here is random.")] = 0,
+    overwrite: Overwrite = False,
 ):
-    """Filter cells into a corpus: healthy, human, of good quality, none that are evaluated on; every cell accounted for.
+    """Filter cells into a corpus: healthy, human, of good quality, none that are evaluated on;
+    every cell accounted for.
 
-    Example: `scemb curate my_cells.h5ad --assume disease=normal --assume suspension_type=cell --assume "assay=10x 3' v3" --out corpus`
+    Example: `scemb curate my_cells.h5ad --assume disease=normal --assume suspension_type=cell
+    --assume "assay=10x 3' v3" --out corpus`
 
     Example: `scemb curate data_manifests/corpora/corpus_open.toml --out runs/corpus`
     """
     import re
     from scemb.corpus import curate as run, join_sources
-    if not (part := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", partition)) or int(part[1]) > int(part[2]): raise typer.BadParameter(f"{partition!r} is not of the form i/n with 1 <= i <= n.", param_hint="--partition")
-    given = {k: v for k, v in dict(layer=reading, duplicates=str(reading.duplicates)).items()} if _reading_options(reading) else {}
-    recipe = join_sources(sources, pairs(assume, "--assume"), pairs(exclude, "--exclude"), given, min_genes=min_genes, max_mito_fraction=max_mito, allow_assays=tuple(allow_assay or ()), deny_assays=tuple(deny_assay or ()))
-    card = run(recipe, out, (int(part[1]), int(part[2])), merge, overwrite, shard_cells, threads, seed, progress=counter("cells"), say=lambda line: tell(f"scemb curate: {line}"))
-    if card is None: print(f"{out}: part {partition} is done; after all parts: the same command with --merge and without --partition"); return
+
+    if not (part := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", partition)) or int(part[1]) > int(
+        part[2]
+    ):
+        raise typer.BadParameter(
+            f"{partition!r} is not of the form i/n with 1 <= i <= n.", param_hint="--partition"
+        )
+    given = (
+        {k: v for k, v in dict(layer=reading, duplicates=str(reading.duplicates)).items()}
+        if _reading_options(reading)
+        else {}
+    )
+    recipe = join_sources(
+        sources,
+        pairs(assume, "--assume"),
+        pairs(exclude, "--exclude"),
+        given,
+        min_genes=min_genes,
+        max_mito_fraction=max_mito,
+        allow_assays=tuple(allow_assay or ()),
+        deny_assays=tuple(deny_assay or ()),
+    )
+    card = run(
+        recipe,
+        out,
+        (int(part[1]), int(part[2])),
+        merge,
+        overwrite,
+        shard_cells,
+        threads,
+        seed,
+        progress=counter("cells"),
+        say=lambda line: tell(f"scemb curate: {line}"),
+    )
+    if card is None:
+        print(
+            f"{out}: part {partition} is done; after all parts: the same command with --merge "
+            "and without --partition"
+        )
+        return
     for f in card["filters"]:
-        if f["removed"]: print(f"{f['filter']:20} {f['cells_in']:>12,} -> {f['cells_out']:>12,}")
-    print(f"{out}: {card['n_cells']:,} of {card['filters'][0]['cells_in']:,} cells in {len(card['shards'])} shards, corpus.json")
+        if f["removed"]:
+            print(f"{f['filter']:20} {f['cells_in']:>12,} -> {f['cells_out']:>12,}")
+    print(
+        f"{out}: {card['n_cells']:,} of {card['filters'][0]['cells_in']:,} cells in "
+        f"{len(card['shards'])} shards, corpus.json"
+    )
+
 
 @app.command()
 @refusing
 @reading_cells
 def leakage(
     corpus: Annotated[Path, typer.Argument(help="A corpus (scemb curate).")],
-    evaluation: Annotated[Path, typer.Argument(help="A file of cells that a model will be judged on.")],
-    out: Annotated[Optional[Path], typer.Option(help="CSV to write: a row a data set of the corpus.")] = None,
-    only: Annotated[Optional[str], typer.Option(help="COLUMN=VALUE: compare only these cells of the file.")] = None,
-    name: Annotated[Optional[str], typer.Option(help="Data set id of the file; default: obs.dataset_id, or the file's name.")] = None,
-    donor_column: Annotated[Optional[str], typer.Option(help="Column of donors; default: donor_id or donor.")] = None,
+    evaluation: Annotated[
+        Path, typer.Argument(help="A file of cells that a model will be judged on.")
+    ],
+    out: Annotated[
+        Optional[Path], typer.Option(help="CSV to write: a row a data set of the corpus.")
+    ] = None,
+    only: Annotated[
+        Optional[str], typer.Option(help="COLUMN=VALUE: compare only these cells of the file.")
+    ] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Option(help="Data set id of the file; default: obs.dataset_id, or the file's name."),
+    ] = None,
+    donor_column: Annotated[
+        Optional[str], typer.Option(help="Column of donors; default: donor_id or donor.")
+    ] = None,
     reading=None,
-    min_genes: Annotated[int, typer.Option(min=1, help="Fewest shared genes with a count for a cell to be compared.")] = 50,
+    min_genes: Annotated[
+        int, typer.Option(min=1, help="Fewest shared genes with a count for a cell to be compared.")
+    ] = 50,
     overwrite: Overwrite = False,
 ):
-    """Look for evaluation cells in a corpus: by data set, donor and content. Ends with 1 when any is found, and with 3 when nothing could be compared.
+    """Look for evaluation cells in a corpus: by data set, donor and content. Ends with 1 when any
+    is found, and with 3 when nothing could be compared.
 
     Example: `scemb leakage runs/corpus exam.h5ad --out overlap.csv`
     """
@@ -157,36 +315,92 @@ def leakage(
     from scemb.folders import table_for_csv, write_file
     from scemb.leakage import leakage as run
     from scemb.sources import open_counts
-    if out: check_output(out, overwrite)
+
+    if out:
+        check_output(out, overwrite)
     rows, reading = None, reading._replace(duplicates="sum")
     if only:
-        (column, value), = pairs([only], "--only"); obs = open_counts(evaluation, reading).adata.obs
-        if column not in obs: raise ValueError(f"{evaluation} has no obs column {column!r}; it has {', '.join(obs) or 'none'}.")
+        ((column, value),) = pairs([only], "--only")
+        obs = open_counts(evaluation, reading).adata.obs
+        if column not in obs:
+            raise ValueError(
+                f"{evaluation} has no obs column {column!r}; it has {', '.join(obs) or 'none'}."
+            )
         rows = (obs[column].astype(str) == value).to_numpy()
-        if not rows.any(): raise ValueError(f"No cell of {evaluation} has {column} = {value!r}; there are {', '.join(map(str, obs[column].unique()[:8]))}.")
-    found = run(corpus, evaluation, rows, name, donor_column, min_genes, progress=counter("data sets"), layer=reading)
-    if out: write_file(out, table_for_csv(found.table).to_csv(index=False))
-    print(found.table.to_string(index=False)); print(found)
+        if not rows.any():
+            raise ValueError(
+                f"No cell of {evaluation} has {column} = {value!r}; there are "
+                f"{', '.join(map(str, obs[column].unique()[:8]))}."
+            )
+    found = run(
+        corpus,
+        evaluation,
+        rows,
+        name,
+        donor_column,
+        min_genes,
+        progress=counter("data sets"),
+        layer=reading,
+    )
+    if out:
+        write_file(out, table_for_csv(found.table).to_csv(index=False))
+    print(found.table.to_string(index=False))
+    print(found)
     if found.verdict == "nothing compared":
-        print(f"scemb leakage: nothing could be compared, so {evaluation} is not shown to be independent of {corpus}. Compare a file with genes of the corpus, or lower --min-genes.", file=sys.stderr)
+        print(
+            f"scemb leakage: nothing could be compared, so {evaluation} is not shown to be "
+            f"independent of {corpus}. Compare a file with genes of the corpus, or lower "
+            "--min-genes.",
+            file=sys.stderr,
+        )
         raise typer.Exit(3)
-    if not found.clean: raise ValueError(f"{evaluation} is not independent of {corpus}: see above. Leave it out with: scemb curate ... --exclude cells={evaluation}")
+    if not found.clean:
+        raise ValueError(
+            f"{evaluation} is not independent of {corpus}: see above. Leave it out with: scemb "
+            f"curate ... --exclude cells={evaluation}"
+        )
 
 # %% ../nbs/99_cli.ipynb #f719c359
 @app.command()
 @refusing
 @reading_cells
 def tokenize(
-    files: Annotated[list[Path], typer.Argument(help="One or more files with raw counts (.h5ad, .zarr, 10x .h5, .loom, a folder with matrix.mtx), or the folder of a corpus (scemb curate).")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="One or more files with raw counts (.h5ad, .zarr, 10x .h5, .loom, a folder with "
+            "matrix.mtx), or the folder of a corpus (scemb curate)."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the token data set.")],
-    obs: Annotated[Optional[list[str]], typer.Option(help="obs column to keep; may be repeated.")] = None,
+    obs: Annotated[
+        Optional[list[str]], typer.Option(help="obs column to keep; may be repeated.")
+    ] = None,
     max_len: Annotated[int, typer.Option(min=1, help="Genes a cell at most.")] = 2048,
     reading=None,
-    scale: Annotated[choice("ScaleName", "none", "median"), typer.Option(help="median: order genes by expression relative to their median over the files.")] = "none",
-    protect: Annotated[Optional[list[str]], typer.Option(help="Gene (symbol or Ensembl id) that truncation must not cut; may be repeated.")] = None,
-    shard_cells: Annotated[int, typer.Option(min=1, help="Cells a shard, and what a stop can lose; the same command goes on.")] = 262_144,
-    threads: Annotated[int, typer.Option(min=1, help="Threads; the result does not depend on them.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the order of ties.")] = 0, overwrite: Overwrite = False,
+    scale: Annotated[
+        choice("ScaleName", "none", "median"),
+        typer.Option(
+            help="median: order genes by expression relative to their median over the files."
+        ),
+    ] = "none",
+    protect: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Gene (symbol or Ensembl id) that truncation must not cut; may be repeated."
+        ),
+    ] = None,
+    shard_cells: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Cells a shard, and what a stop can lose; the same command goes on."
+        ),
+    ] = 262_144,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads; the result does not depend on them.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the order of ties.")] = 0,
+    overwrite: Overwrite = False,
 ):
     """Turn counts into a token data set: genes in rank order with bins.
 
@@ -196,127 +410,367 @@ def tokenize(
     from scemb.genes import ids_of_genes
     from scemb.tokenize import TokenizerSettings
     from scemb.tokens import write_tokens
-    write_tokens(files, out, settings=TokenizerSettings(max_len=max_len, scale=str(scale), seed=seed), obs_columns=obs or (), protected=ids_of_genes(protect or ()), layer=reading, n_threads=threads, shard_cells=shard_cells, overwrite=overwrite, progress=counter("cells"))
-    card = json.loads((out/"tokens.json").read_text()); total = {k: sum(s[k] for s in card["sources"]) for k in ("n_cells", "n_empty", "n_tokens", "n_truncated")}
-    print(f"{out}: {total['n_cells'] - total['n_empty']:,} cells, {total['n_tokens']:,} tokens; {total['n_empty']:,} cells without a gene of the vocabulary left out, {total['n_truncated']:,} cut at {max_len} genes")
+
+    write_tokens(
+        files,
+        out,
+        settings=TokenizerSettings(max_len=max_len, scale=str(scale), seed=seed),
+        obs_columns=obs or (),
+        protected=ids_of_genes(protect or ()),
+        layer=reading,
+        n_threads=threads,
+        shard_cells=shard_cells,
+        overwrite=overwrite,
+        progress=counter("cells"),
+    )
+    card = json.loads((out / "tokens.json").read_text())
+    total = {
+        k: sum(s[k] for s in card["sources"])
+        for k in ("n_cells", "n_empty", "n_tokens", "n_truncated")
+    }
+    print(
+        f"{out}: {total['n_cells'] - total['n_empty']:,} cells, {total['n_tokens']:,} tokens; "
+        f"{total['n_empty']:,} cells without a gene of the vocabulary left out, "
+        f"{total['n_truncated']:,} cut at {max_len} genes"
+    )
+
 
 @app.command()
 @refusing
 def pretrain(
     tokens: Annotated[Path, typer.Argument(help="A token data set (scemb tokenize).")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
-    config: Annotated[Optional[Path], typer.Option(help="TOML file with fields of TrainSettings and layers, width, heads, dropout, attention_dropout.")] = None,
-    heldout: Annotated[Optional[Path], typer.Option(help="Token data set of held-out cells; default: validation_share of the tokens.")] = None,
-    start_from: Annotated[Optional[str], typer.Option(help="Checkpoint whose weights to start from, with a new optimizer.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps (overrides the file).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run in the same folder.")] = False,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes a node, one a GPU; several nodes by --hostfile or SLURM's variables.")] = 1,
-    deepspeed: Annotated[Optional[str], typer.Option(help="zero1, zero2, zero3, or a DeepSpeed JSON.")] = None,
-    hostfile: Annotated[Optional[Path], typer.Option(help="DeepSpeed hostfile: a line a node, node1 slots=8.")] = None,
-    report_to: Annotated[str, typer.Option(help="none, tensorboard, wandb, ... as the Trainer knows them.")] = "none",
-    seed: Annotated[Optional[int], typer.Option(help="Seed of weights, order and masks (overrides the file).")] = None, overwrite: Overwrite = False,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="TOML file with fields of TrainSettings and layers, width, heads, dropout, "
+            "attention_dropout."
+        ),
+    ] = None,
+    heldout: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Token data set of held-out cells; default: validation_share of the tokens."
+        ),
+    ] = None,
+    start_from: Annotated[
+        Optional[str],
+        typer.Option(help="Checkpoint whose weights to start from, with a new optimizer."),
+    ] = None,
+    steps: Annotated[
+        Optional[int], typer.Option(help="Optimizer steps (overrides the file).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take up an interrupted run in the same folder.")
+    ] = False,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes a node, one a GPU; several nodes by --hostfile or SLURM's variables.",
+        ),
+    ] = 1,
+    deepspeed: Annotated[
+        Optional[str], typer.Option(help="zero1, zero2, zero3, or a DeepSpeed JSON.")
+    ] = None,
+    hostfile: Annotated[
+        Optional[Path], typer.Option(help="DeepSpeed hostfile: a line a node, node1 slots=8.")
+    ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="none, tensorboard, wandb, ... as the Trainer knows them.")
+    ] = "none",
+    seed: Annotated[
+        Optional[int], typer.Option(help="Seed of weights, order and masks (overrides the file).")
+    ] = None,
+    overwrite: Overwrite = False,
 ):
     """Train a model on masked genes, on one device or many.
 
-    It says its rate and the time left, in a terminal as a bar, else after ten seconds and then every half minute.
-    It saves within the first minute and then every `save_every` steps (or `save_minutes`), says when, and `--resume` goes on from there.
+    It says its rate and the time left, in a terminal as a bar, else after ten seconds and then
+    every half minute.
+    It saves within the first minute and then every `save_every` steps (or `save_minutes`), says
+    when, and `--resume` goes on from there.
 
     Example: `scemb pretrain tokens --out model --config small.toml --nproc 8 --deepspeed zero2`
     """
     from scemb.pretrain import deepspeed_config, new_model, pretrain as run
     from scemb.tokens import read_tokens
+
     settings, size = _train_settings(config, dict(steps=steps, seed=seed))
     cells, held = read_tokens(tokens), read_tokens(heldout) if heldout else None
-    if deepspeed: deepspeed_config(deepspeed)
-    if "RANK" not in os.environ and (nproc > 1 or deepspeed or hostfile or int(os.environ.get("SLURM_NNODES", 1)) > 1):
+    if deepspeed:
+        deepspeed_config(deepspeed)
+    if "RANK" not in os.environ and (
+        nproc > 1 or deepspeed or hostfile or int(os.environ.get("SLURM_NNODES", 1)) > 1
+    ):
         from scemb.distributed import launch
-        options = dict(config=config, heldout=heldout, start_from=start_from, steps=steps, deepspeed=deepspeed, report_to=report_to, seed=seed)
-        again = [str(Path(sys.executable).parent/"scemb"), "pretrain", str(tokens), "--out", str(out)]
-        for k, v in options.items(): again += [f"--{k.replace('_', '-')}", str(v)] if v is not None else []
-        raise typer.Exit(launch(again + ["--resume"]*resume + ["--overwrite"]*overwrite, nproc, hostfile and str(hostfile)))
+
+        options = dict(
+            config=config,
+            heldout=heldout,
+            start_from=start_from,
+            steps=steps,
+            deepspeed=deepspeed,
+            report_to=report_to,
+            seed=seed,
+        )
+        again = [
+            str(Path(sys.executable).parent / "scemb"),
+            "pretrain",
+            str(tokens),
+            "--out",
+            str(out),
+        ]
+        for k, v in options.items():
+            again += [f"--{k.replace('_', '-')}", str(v)] if v is not None else []
+        raise typer.Exit(
+            launch(
+                again + ["--resume"] * resume + ["--overwrite"] * overwrite,
+                nproc,
+                hostfile and str(hostfile),
+            )
+        )
     if start_from:
         from scemb.checkpoint import load_checkpoint
-        model = load_checkpoint(start_from)[0]
-    else: model = new_model(cells, settings, **size)
-    run(cells, out, model, settings, held, resume, overwrite, quiet=tell.style == "none", deepspeed=deepspeed, report_to=report_to, card=dict(start_from=start_from, corpus=cells.card.get("corpus")))
-    if not int(os.environ.get("RANK", 0)): print(f"{out}: checkpoint, loss.csv, training.json")
 
-def _train_settings(config, given): # TOML file and command line -> TrainSettings, size of the model
+        model = load_checkpoint(start_from)[0]
+    else:
+        model = new_model(cells, settings, **size)
+    run(
+        cells,
+        out,
+        model,
+        settings,
+        held,
+        resume,
+        overwrite,
+        quiet=tell.style == "none",
+        deepspeed=deepspeed,
+        report_to=report_to,
+        card=dict(start_from=start_from, corpus=cells.card.get("corpus")),
+    )
+    if not int(os.environ.get("RANK", 0)):
+        print(f"{out}: checkpoint, loss.csv, training.json")
+
+
+def _train_settings(config, given):
+    # TOML file and command line -> TrainSettings, size of the model
     from dataclasses import fields
     from scemb.folders import read_toml
     from scemb.pretrain import TrainSettings
-    if config and not config.is_file(): raise FileNotFoundError(f"There is no file {config}.")
+
+    if config and not config.is_file():
+        raise FileNotFoundError(f"There is no file {config}.")
     values = read_toml(config) if config else {}
     values |= {k: v for k, v in given.items() if v is not None}
-    size = {k: values.pop(k) for k in ("layers", "width", "heads", "dropout", "attention_dropout") if k in values}
-    known = [f.name for f in fields(TrainSettings)]; unknown = sorted(set(values) - set(known))
-    if unknown: raise ValueError(f"{config} has unknown keys {unknown}; known are layers, width, heads, dropout, attention_dropout, {', '.join(known)}.")
+    size = {
+        k: values.pop(k)
+        for k in ("layers", "width", "heads", "dropout", "attention_dropout")
+        if k in values
+    }
+    known = [f.name for f in fields(TrainSettings)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{config} has unknown keys {unknown}; known are layers, width, heads, dropout, "
+            f"attention_dropout, {', '.join(known)}."
+        )
     return TrainSettings(**values), size
+
 
 @app.command()
 @refusing
 @reading_cells
 def embed(
-    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts, of any size: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
-    out: Annotated[Path, typer.Option(help="A copy of it with obsm['X_scemb']; or .npy: the vectors alone.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of cells with raw counts, of any size: .h5ad, .zarr, 10x .h5, .loom, or "
+            "a folder with matrix.mtx."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="A copy of it with obsm['X_scemb']; or .npy: the vectors alone.")
+    ],
     model: Model = "scemb-small",
-    pooling: Annotated[choice("PoolingName", "mean12", "last", "cls"), typer.Option(help="Mean over all layers, the last, or the vector of <cls>.")] = "mean12",
-    max_len: Annotated[Optional[int], typer.Option(help="Genes a cell at most: fewer is faster; default: as trained.")] = None,
+    pooling: Annotated[
+        choice("PoolingName", "mean12", "last", "cls"),
+        typer.Option(help="Mean over all layers, the last, or the vector of <cls>."),
+    ] = "mean12",
+    max_len: Annotated[
+        Optional[int],
+        typer.Option(help="Genes a cell at most: fewer is faster; default: as trained."),
+    ] = None,
     reading=None,
     key: Annotated[str, typer.Option(help="Key in obsm.")] = "X_scemb",
     device: Device = None,
     precision: Precision = "auto",
-    token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory; default: 4,096 on a CPU, 65,536 on a GPU.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")] = None, overwrite: Overwrite = False,
+    token_budget: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            help="Tokens a forward pass, the lever for memory; default: 4,096 on a CPU, 65,536 "
+            "on a GPU.",
+        ),
+    ] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")
+    ] = None,
+    overwrite: Overwrite = False,
 ):
     """Embed the cells of a file; the same command goes on where an interrupted one stopped.
 
     Example: `scemb embed my_cells.h5ad --out embedded.h5ad --model runs/demo/checkpoint`
 
-    Several GPUs: `torchrun --no-python --nproc_per_node 8 scemb embed my_cells.h5ad --out embedded.h5ad`
+    Several GPUs: `torchrun --no-python --nproc_per_node 8 scemb embed my_cells.h5ad --out
+    embedded.h5ad`
     """
-    with loading(): from scemb.embed_files import embed_file
-    r = embed_file(file, out, model, pooling, max_len, reading, key=key, device=device, precision=precision, token_budget=token_budget, seed=seed, overwrite=overwrite, progress=counter("cells"))
-    print(f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, {r['share_of_model']:.0%} of those that the model knows, with {r['share_of_counts']:.0%} of the counts; {r['n_truncated']:,} cells cut at {r['max_len']} genes, {r['n_empty']:,} without genes (NaN)")
+    with loading():
+        from scemb.embed_files import embed_file
+    r = embed_file(
+        file,
+        out,
+        model,
+        pooling,
+        max_len,
+        reading,
+        key=key,
+        device=device,
+        precision=precision,
+        token_budget=token_budget,
+        seed=seed,
+        overwrite=overwrite,
+        progress=counter("cells"),
+    )
+    print(
+        f"{out}: {r['n_genes_used']:,} of {r['n_genes_given']:,} genes used, "
+        f"{r['share_of_model']:.0%} of those that the model knows, with "
+        f"{r['share_of_counts']:.0%} of the counts; {r['n_truncated']:,} cells cut at "
+        f"{r['max_len']} genes, {r['n_empty']:,} without genes (NaN)"
+    )
+
 
 @app.command()
 @refusing
 @reading_cells
 def benchmark(
-    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts, batches and labels.")],
+    file: Annotated[
+        Path, typer.Argument(help="A file of cells with raw counts, batches and labels.")
+    ],
     batch: Annotated[str, typer.Option(help="Column of obs with batches.")],
     label: Annotated[str, typer.Option(help="Column of obs with cell types.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, the pictures and the page.")],
-    methods: Annotated[Optional[str], typer.Option(help="Names, separated by commas: scemb, last (its last layer), untrained, bag, svd, random, hvg, pca, harmony, scvi, geneformer:PATH, scgpt:PATH. Default: all but the last two.")] = None,
-    model: Annotated[str, typer.Option(help="A shipped model or the folder of a checkpoint, for scEMB, its untrained twin and its token bag.")] = "scemb-small",
-    corpus: Annotated[Optional[Path], typer.Option(help="Token data set that the model was trained on (made by scemb tokenize): gives the twin its start and the bag its vectors.")] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Half-samples for the intervals of the integration metrics.")] = 20,
+    methods: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Names, separated by commas: scemb, last (its last layer), untrained, bag, svd, "
+            "random, hvg, pca, harmony, scvi, geneformer:PATH, scgpt:PATH. Default: all but "
+            "the last two."
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A shipped model or the folder of a checkpoint, for scEMB, its untrained twin "
+            "and its token bag."
+        ),
+    ] = "scemb-small",
+    corpus: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Token data set that the model was trained on (made by scemb tokenize): gives "
+            "the twin its start and the bag its vectors."
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=2, help="Half-samples for the intervals of the integration metrics.")
+    ] = 20,
     max_cells: Annotated[int, typer.Option(min=50, help="Cells a half-sample at most.")] = 3000,
-    integration: Annotated[bool, typer.Option(help="The scib metrics, which take most of the time.")] = True,
-    reading=None, seed: Seed = 0, overwrite: Overwrite = False,
+    integration: Annotated[
+        bool, typer.Option(help="The scib metrics, which take most of the time.")
+    ] = True,
+    reading=None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ):
-    """Put embeddings before the same questions: bio conservation, batch mixing, labels carried over, depth.
+    """Put embeddings before the same questions: bio conservation, batch mixing, labels carried
+    over, depth.
 
-    Example: `scemb benchmark my_cells.h5ad --batch library --label cell_type --out scores --methods scemb,geneformer:PATH,scgpt:PATH,pca,hvg,harmony,scvi`
+    Example: `scemb benchmark my_cells.h5ad --batch library --label cell_type --out scores --methods
+    scemb,geneformer:PATH,scgpt:PATH,pca,hvg,harmony,scvi`
     """
-    import logging; logging.disable(logging.INFO)
+    import logging
+
+    logging.disable(logging.INFO)
     from scemb.compare import METHODS, compare
     from scemb.contest import contestants, facts, write_page
     from scemb.figures import write_comparison
     from scemb.counts import check_output, open_h5ad
     from scemb.tokens import read_tokens
+
     check_output(out, overwrite, "scores.csv")
-    embedders, absent = contestants(methods.split(",") if methods else METHODS, batch, model, read_tokens(corpus) if corpus else None, reading)
-    if not embedders: raise ValueError("No method is left to compare. " + "; ".join(absent))
+    embedders, absent = contestants(
+        methods.split(",") if methods else METHODS,
+        batch,
+        model,
+        read_tokens(corpus) if corpus else None,
+        reading,
+    )
+    if not embedders:
+        raise ValueError("No method is left to compare. " + "; ".join(absent))
     adata = open_h5ad(file, backed=False)
-    result = compare(adata, embedders, label, batch, batch, file.stem, integration=integration, n_samples=samples, max_cells=max_cells, layer=reading, seed=seed, say=tell)
-    page = lambda folder: write_page(folder/"report.html", result.table, {"All scores": folder/"scores.png", "UMAPs by label and batch": folder/"umap.png"}, facts(adata, label, batch, file=file.name, methods=", ".join(result.embeddings), model=model, seed=seed, half_samples=samples if integration else "none"), absent + result.skipped, f"{file.stem}: embeddings compared")
+    result = compare(
+        adata,
+        embedders,
+        label,
+        batch,
+        batch,
+        file.stem,
+        integration=integration,
+        n_samples=samples,
+        max_cells=max_cells,
+        layer=reading,
+        seed=seed,
+        say=tell,
+    )
+
+    def page(folder):
+        return write_page(
+            folder / "report.html",
+            result.table,
+            {"All scores": folder / "scores.png", "UMAPs by label and batch": folder / "umap.png"},
+            facts(
+                adata,
+                label,
+                batch,
+                file=file.name,
+                methods=", ".join(result.embeddings),
+                model=model,
+                seed=seed,
+                half_samples=samples if integration else "none",
+            ),
+            absent + result.skipped,
+            f"{file.stem}: embeddings compared",
+        )
+
     write_comparison(result, adata, label, batch, out, seed, more=page)
-    for line in absent + result.skipped: print(f"skipped: {line}", file=sys.stderr)
+    for line in absent + result.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
     for metric in ("bio conservation", "batch correction", "probe accuracy", "5-shot macro-F1"):
         t = result.table[result.table.metric == metric].sort_values("value", ascending=False)
-        if len(t): print(f"{metric}: " + ", ".join(f"{m}{'*' if best else ''} {v:.3f}" for m, best, v in zip(t.method, t.best, t.value)))
-    print(f"* best, or not to be told from the best. {out}: report.html, scores.csv, scores.parquet, scores.png, umap.png")
+        if len(t):
+            print(
+                f"{metric}: "
+                + ", ".join(
+                    f"{m}{'*' if best else ''} {v:.3f}"
+                    for m, best, v in zip(t.method, t.best, t.value)
+                )
+            )
+    print(
+        f"* best, or not to be told from the best. {out}: report.html, scores.csv, "
+        "scores.parquet, scores.png, umap.png"
+    )
 
 # %% ../nbs/99_cli.ipynb #0dfeee45
-for command in (finetune, annotate, integrate, perturb, screen, correlate): app.command()(command)
+for command in (finetune, annotate, integrate, perturb, screen, correlate):
+    app.command()(command)

@@ -17,57 +17,98 @@ from .curate import funnel
 @dataclass(frozen=True)
 class RiskGroup:
     "Donors of high polygenic risk, and how they came about."
-    donors: pd.DataFrame   # The chosen rows, highest score first
-    n_donors: int          # Rows of the table
-    n_unscored: int        # Donors without a score
-    threshold: float       # Lowest score that was chosen
-    n_tied: int            # Donors beyond the share, who have the score of the last one inside it
-    counts: dict           # Diagnosis -> donors chosen
+
+    donors: pd.DataFrame  # The chosen rows, highest score first
+    n_donors: int  # Rows of the table
+    n_unscored: int  # Donors without a score
+    threshold: float  # Lowest score that was chosen
+    n_tied: int  # Donors beyond the share, who have the score of the last one inside it
+    counts: dict  # Diagnosis -> donors chosen
+
     def __repr__(self):
         found = ", ".join(f"{n} {k}" for k, n in self.counts.items()) or "none"
-        return f"{len(self.donors)} of {self.n_donors - self.n_unscored} donors with a score (>= {self.threshold:.4g}; {self.n_tied} by ties): {found}; {self.n_unscored} donors without a score left out"
+        return (
+            f"{len(self.donors)} of {self.n_donors - self.n_unscored} donors with a score (>= "
+            f"{self.threshold:.4g}; {self.n_tied} by ties): {found}; {self.n_unscored} donors "
+            "without a score left out"
+        )
+
 
 def top_risk(
-    table:pd.DataFrame,        # A row a donor
-    fraction:float=.2,         # Share of the donors with a score (Hsieh et al., Methods)
-    score:str="prs",           # Column of the score
-    donor:str="donor",         # Column of donors
-    diagnosis:str="diagnosis", # Column that is counted
-)->RiskGroup:
+    table: pd.DataFrame,  # A row a donor
+    fraction: float = 0.2,  # Share of the donors with a score (Hsieh et al., Methods)
+    score: str = "prs",  # Column of the score
+    donor: str = "donor",  # Column of donors
+    diagnosis: str = "diagnosis",  # Column that is counted
+) -> RiskGroup:
     "Choose the donors with the highest polygenic risk scores."
-    if missing := [c for c in (score, donor, diagnosis) if c not in table]: raise ValueError(f"The table has no column {', '.join(missing)}; it has {', '.join(map(str, table))}. Name the columns: score=, donor=, diagnosis=.")
-    if not 0 < fraction <= 1: raise ValueError(f"fraction is {fraction}; it must be above 0 and at most 1 (20 % is 0.2).")
-    if (twice := table[donor][table[donor].duplicated()]).size: raise ValueError(f"Donor {twice.iloc[0]!r} stands twice; give one row a donor.")
-    scores = pd.to_numeric(table[score], errors="coerce"); known = scores.notna()
-    n = int(np.floor(fraction*known.sum() + 1e-9))
-    if n == 0: raise ValueError(f"{fraction:.0%} of {known.sum()} donors with a score is less than one donor.")
-    threshold = scores[known].nlargest(n).iloc[-1]; chosen = known & (scores >= threshold)
-    donors = table[chosen].assign(**{score: scores[chosen]}).sort_values([score, donor], ascending=[False, True]).reset_index(drop=True)
-    return RiskGroup(donors, len(table), int((~known).sum()), float(threshold), int(chosen.sum()) - n, donors[diagnosis].value_counts().sort_index().to_dict())
+    if missing := [c for c in (score, donor, diagnosis) if c not in table]:
+        raise ValueError(
+            f"The table has no column {', '.join(missing)}; it has {', '.join(map(str, table))}. "
+            "Name the columns: score=, donor=, diagnosis=."
+        )
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; it must be above 0 and at most 1 (20 % is 0.2).")
+    if (twice := table[donor][table[donor].duplicated()]).size:
+        raise ValueError(f"Donor {twice.iloc[0]!r} stands twice; give one row a donor.")
+    scores = pd.to_numeric(table[score], errors="coerce")
+    known = scores.notna()
+    n = int(np.floor(fraction * known.sum() + 1e-9))
+    if n == 0:
+        raise ValueError(
+            f"{fraction:.0%} of {known.sum()} donors with a score is less than one donor."
+        )
+    threshold = scores[known].nlargest(n).iloc[-1]
+    chosen = known & (scores >= threshold)
+    donors = (
+        table[chosen]
+        .assign(**{score: scores[chosen]})
+        .sort_values([score, donor], ascending=[False, True])
+        .reset_index(drop=True)
+    )
+    return RiskGroup(
+        donors,
+        len(table),
+        int((~known).sum()),
+        float(threshold),
+        int(chosen.sum()) - n,
+        donors[diagnosis].value_counts().sort_index().to_dict(),
+    )
 
 # %% ../nbs/04e_cohorts.ipynb #07a97efd
 def seurat_steps(
-    n_genes,                  # Detected genes a cell (nFeature_RNA), shape (cells,)
-    percent_mt,               # Mitochondrial counts in percent (percent.mt), shape (cells,)
-    min_genes:int=200,        # Fewest detected genes
-    max_genes:int|None=None,  # Most detected genes, against doublets; None: no limit
-    max_percent_mt:float=50., # As published for ROS/MAP (Hsieh et al., Methods)
-)->list:                      # (filter, bool array: passes), for `funnel`
+    n_genes,  # Detected genes a cell (nFeature_RNA), shape (cells,)
+    percent_mt,  # Mitochondrial counts in percent (percent.mt), shape (cells,)
+    min_genes: int = 200,  # Fewest detected genes
+    max_genes: int | None = None,  # Most detected genes, against doublets; None: no limit
+    max_percent_mt: float = 50.0,  # As published for ROS/MAP (Hsieh et al., Methods)
+) -> list:  # (filter, bool array: passes), for `funnel`
     "Seurat-style limits as filters."
     n_genes, percent_mt = np.asarray(n_genes), np.asarray(percent_mt, float)
-    if np.nanmax(percent_mt, initial=0) <= 1 < max_percent_mt: raise ValueError(f"The largest percent_mt is {np.nanmax(percent_mt, initial=0):.3g}, so these look like fractions; give percent (times 100).")
+    if np.nanmax(percent_mt, initial=0) <= 1 < max_percent_mt:
+        raise ValueError(
+            f"The largest percent_mt is {np.nanmax(percent_mt, initial=0):.3g}, so these look "
+            "like fractions; give percent (times 100)."
+        )
     steps = [("nFeature_RNA, low", n_genes >= min_genes)]
-    if max_genes is not None: steps.append(("nFeature_RNA, high", n_genes <= max_genes))
-    return steps + [("percent.mt", ~(percent_mt > max_percent_mt))]      # unmeasured (NaN) passes, as it does in Seurat
+    if max_genes is not None:
+        steps.append(("nFeature_RNA, high", n_genes <= max_genes))
+    return steps + [
+        ("percent.mt", ~(percent_mt > max_percent_mt))
+    ]  # unmeasured (NaN) passes, as it does in Seurat
+
 
 def strictness(
-    n_genes, percent_mt,      # As above
-    limits=(5, 10, 20, 50),   # percent.mt
-    **kwargs,                 # Other limits of `seurat_steps`
-)->pd.DataFrame:              # limit, removed, kept
+    n_genes,
+    percent_mt,  # As above
+    limits=(5, 10, 20, 50),  # percent.mt
+    **kwargs,  # Other limits of `seurat_steps`
+) -> pd.DataFrame:  # limit, removed, kept
     "What each mitochondrial limit would take out, after the limits on genes."
     rows = []
     for limit in limits:
-        removed, left = funnel(len(n_genes), seurat_steps(n_genes, percent_mt, max_percent_mt=limit, **kwargs))
+        removed, left = funnel(
+            len(n_genes), seurat_steps(n_genes, percent_mt, max_percent_mt=limit, **kwargs)
+        )
         rows.append(dict(limit=limit, removed=removed["percent.mt"], kept=int(left.sum())))
     return pd.DataFrame(rows)

@@ -20,44 +20,68 @@ from .folders import in_words, only_writer
 from .progress import Pace, Voice, json_line
 
 # %% ../nbs/97_commands.ipynb #c4db17a8
-def choice(name:str, *values)->StrEnum: # The values, as typed
+def choice(name: str, *values) -> StrEnum:  # The values, as typed
     "Allowed values of an option; a shell shows them under --help and refuses others with 2."
     return StrEnum(name, {re.sub(r"\W", "_", v): v for v in values})
 
-tell = Voice() # Words about the work, on stderr; its style is that of --progress
+
+tell = Voice()  # Words about the work, on stderr; its style is that of --progress
+
 
 def _set_style(value):
     tell.style = str(value or "auto")
     return value
 
+
 Style = choice("Style", "auto", "lines", "json", "none")
-Progress = Annotated[Style, typer.Option(callback=_set_style, help="On stderr: auto (a bar in a terminal, else lines), lines, json (an object a line), or none.")]
+Progress = Annotated[
+    Style,
+    typer.Option(
+        callback=_set_style,
+        help="On stderr: auto (a bar in a terminal, else lines), lines, json (an object a line), "
+        "or none.",
+    ),
+]
+
 
 def shell_words(
-    message:str,
-    options, # Parameters of the command
-)->str:      # "--layer counts" in place of "layer='counts'"
+    message: str,
+    options,  # Parameters of the command
+) -> str:  # "--layer counts" in place of "layer='counts'"
     "A message with options as they are typed at a shell."
+
     def typed(hit):
         name, value = hit[1], next(g for g in hit.groups()[1:] if g is not None)
         if name not in options:
             return hit[0]
         option = f"--{name.replace('_', '-')}"
-        return option if value == "True" else f"{option} {value!r}" if " " in value else f"{option} {value}"
+        return (
+            option
+            if value == "True"
+            else f"{option} {value!r}"
+            if " " in value
+            else f"{option} {value}"
+        )
+
     words = re.sub(r"\b([a-z_]+)=(?:'([^']*)'|\"([^\"]*)\"|([\w.+-]*\w))", typed, message)
     words = re.sub(r"overwrite \((--overwrite)\)", r"\1", words)
     return re.sub(r"(--[\w-]+) \(\1(?: \w+)?\)", r"\1", words)
 
-def _show(name, options, otherwise, message, category, filename, *rest): # a warning of ours reads as a sentence, others stay as they are
-    if Path(filename).parent.name == "scemb": print(f"scemb {name}: {shell_words(str(message), options)}", file=sys.stderr)
-    else: otherwise(message, category, filename, *rest)
+
+def _show(name, options, otherwise, message, category, filename, *rest):
+    # a warning of ours reads as a sentence, others stay as they are
+    if Path(filename).parent.name == "scemb":
+        print(f"scemb {name}: {shell_words(str(message), options)}", file=sys.stderr)
+    else:
+        otherwise(message, category, filename, *rest)
+
 
 def with_options(
-    function, # That runs
+    function,  # That runs
     command,  # Whose parameters it has
-    added,    # Further parameters, `inspect.Parameter`
-    without=(), # Names of parameters that it has no longer
-):            # The function, with that signature
+    added,  # Further parameters, `inspect.Parameter`
+    without=(),  # Names of parameters that it has no longer
+):  # The function, with that signature
     "Give a function the parameters of a command and others."
     signature = inspect.signature(command)
     kept = [p for n, p in signature.parameters.items() if n not in without]
@@ -67,36 +91,54 @@ def with_options(
     function.__annotations__ = annotations | {p.name: p.annotation for p in added}
     return function
 
-def _option(name, annotation, default):
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
 
-def end_with_parent()->None:
-    "Have the system end this process when the one that started it is killed (Linux): else it would wait for the others, and hold its output, for half an hour."
+def _option(name, annotation, default):
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation
+    )
+
+
+def end_with_parent() -> None:
+    """Have the system end this process when the one that started it is killed (Linux): else it
+    would wait for the others, and hold its output, for half an hour."""
     if sys.platform != "linux":
         return
     import ctypes
     import signal
+
     set_signal_of_parents_death = 1
     ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
 
-def _say_once(): # h5py repeats "disk full", with a traceback, for every object that it gives up; the command says it itself
+
+# h5py repeats "disk full", with a traceback, for every object that it gives up; the command says it
+# itself
+def _say_once():
     def repeated(error):
         words = ("decrement id ref count", "file write failed")
         return isinstance(error, (RuntimeError, OSError)) and any(w in str(error) for w in words)
+
     before, before_unraisable = sys.excepthook, sys.unraisablehook
+
     def unraisable(args):
         if not repeated(args.exc_value):
             before_unraisable(args)
+
     def uncaught(kind, error, trace):
         if not repeated(error):
             before(kind, error, trace)
+
     if getattr(sys.excepthook, "__name__", "") != "uncaught":
         sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
-def refusing(command): # a command -> the same, ending with code 1 and one clear message when input is refused
-    "Turn refused input into a message and exit code 1; anything else is a bug and keeps its traceback. Adds --progress."
+
+def refusing(
+    command,
+):  # a command -> the same, ending with code 1 and one clear message when input is refused
+    """Turn refused input into a message and exit code 1; anything else is a bug and keeps its
+    traceback. Adds --progress."""
     name = command.__name__.strip("_")
     options = inspect.signature(command).parameters
+
     @functools.wraps(command)
     def run(*args, progress="auto", **kwargs):
         _set_style(progress)
@@ -111,74 +153,156 @@ def refusing(command): # a command -> the same, ending with code 1 and one clear
         except typer.Exit:
             raise
         except Exception as e:
-            machine = in_words(e, kwargs.get("out"))                 # a full disk, whatever a library calls it
-            if machine is None and not isinstance(e, (ValueError, OSError, ImportError, FloatingPointError)):
+            machine = in_words(e, kwargs.get("out"))  # a full disk, whatever a library calls it
+            if machine is None and not isinstance(
+                e, (ValueError, OSError, ImportError, FloatingPointError)
+            ):
                 raise
             print(f"scemb {name}: {machine or shell_words(str(e), options)}", file=sys.stderr)
             raise typer.Exit(1) from None
         finally:
-            tell.close()                           # or the cursor stays hidden
+            tell.close()  # or the cursor stays hidden
+
     return with_options(run, command, [_option("progress", Progress, "auto")])
 
 # %% ../nbs/97_commands.ipynb #fe62740c
-def alone(command): # a command with an option `out` -> the same, refused while another one writes there
+def alone(
+    command,
+):  # a command with an option `out` -> the same, refused while another one writes there
     "Hold the output of a command while it runs."
     signature = inspect.signature(command)
+
     @functools.wraps(command)
     def run(*args, **kwargs):
         out = Path(signature.bind(*args, **kwargs).arguments["out"])
-        usable = out.parent.is_dir() and os.access(out.parent, os.W_OK)   # else the command says what is wrong
+        usable = out.parent.is_dir() and os.access(
+            out.parent, os.W_OK
+        )  # else the command says what is wrong
         with only_writer(out) if usable else nullcontext():
             return command(*args, **kwargs)
+
     return run
 
 # %% ../nbs/97_commands.ipynb #3c1bf1a6
-Precision = Annotated[choice("PrecisionName", "auto", "fp32", "bf16"), typer.Option(help="auto: bf16 on a GPU that has it (Ampere and newer), else fp32.")]
-Layer = Annotated[Optional[str], typer.Option(help="Where the raw counts are: X, a layer, or raw. Default: X when it holds counts.")]
-GeneColumn = Annotated[Optional[str], typer.Option(help="Column of var with gene identifiers. Default: an Ensembl column, else the names of var.")]
+Precision = Annotated[
+    choice("PrecisionName", "auto", "fp32", "bf16"),
+    typer.Option(help="auto: bf16 on a GPU that has it (Ampere and newer), else fp32."),
+]
+Layer = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Where the raw counts are: X, a layer, or raw. Default: X when it holds counts."
+    ),
+]
+GeneColumn = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Column of var with gene identifiers. Default: an Ensembl column, else the names of "
+        "var."
+    ),
+]
 DuplicateRule = choice("DuplicateRule", "error", "sum")
-Duplicates = Annotated[DuplicateRule, typer.Option(help="Gene names that stand twice: refuse them, or add their counts up.")]
-StripNames = Annotated[bool, typer.Option("--strip-names", help="Take genome prefixes (GRCh38_) and the marks of bytes (b'') off gene names.")]
-RoundCounts = Annotated[bool, typer.Option("--round-counts", help="Round fractions of counts, as SoupX, CellBender or RSEM write them.")]
-Species = Annotated[str, typer.Option(help="Species of the cells. The models know human genes only.")]
+Duplicates = Annotated[
+    DuplicateRule,
+    typer.Option(help="Gene names that stand twice: refuse them, or add their counts up."),
+]
+StripNames = Annotated[
+    bool,
+    typer.Option(
+        "--strip-names",
+        help="Take genome prefixes (GRCh38_) and the marks of bytes (b'') off gene names.",
+    ),
+]
+RoundCounts = Annotated[
+    bool,
+    typer.Option(
+        "--round-counts", help="Round fractions of counts, as SoupX, CellBender or RSEM write them."
+    ),
+]
+Species = Annotated[
+    str, typer.Option(help="Species of the cells. The models know human genes only.")
+]
 
-def check_species(species:str): # as given
+
+def check_species(species: str):  # as given
     "Refuse cells of another species than human."
-    if str(species).strip().lower() not in ("human", "homo sapiens", "homo_sapiens", "h. sapiens", "9606"):
-        raise ValueError(f"species={species!r}: the models know human genes only. Map the genes to human one-to-one orthologues first, and pass species='human'.")
+    if str(species).strip().lower() not in (
+        "human",
+        "homo sapiens",
+        "homo_sapiens",
+        "h. sapiens",
+        "9606",
+    ):
+        raise ValueError(
+            f"species={species!r}: the models know human genes only. Map the genes to human "
+            "one-to-one orthologues first, and pass species='human'."
+        )
 
-def reading_cells(command): # a command with a parameter `reading` -> the same with the options of reading in its place
+
+def reading_cells(
+    command,
+):  # a command with a parameter `reading` -> the same with the options of reading in its place
     "Give a command the options of reading cells."
+
     @functools.wraps(command)
-    def run(*args, layer=None, gene_column=None, duplicates="error", strip_names=False, round_counts=False, species="human", **kwargs):
+    def run(
+        *args,
+        layer=None,
+        gene_column=None,
+        duplicates="error",
+        strip_names=False,
+        round_counts=False,
+        species="human",
+        **kwargs,
+    ):
         from scemb.counts import Reading
+
         check_species(species)
         reading = Reading(layer, gene_column, str(duplicates), strip_names, round_counts)
         return command(*args, reading=reading, **kwargs)
+
     added = [
-        _option("layer", Layer, None), _option("gene_column", GeneColumn, None), _option("duplicates", Duplicates, "error"),
-        _option("strip_names", StripNames, False), _option("round_counts", RoundCounts, False), _option("species", Species, "human")]
+        _option("layer", Layer, None),
+        _option("gene_column", GeneColumn, None),
+        _option("duplicates", Duplicates, "error"),
+        _option("strip_names", StripNames, False),
+        _option("round_counts", RoundCounts, False),
+        _option("species", Species, "human"),
+    ]
     return with_options(run, command, added, without=("reading",))
 
 # %% ../nbs/97_commands.ipynb #012ce675
 @contextmanager
-def loading(): # with loading(): imports
+def loading():  # with loading(): imports
     "Load libraries without searching their objects for garbage, then or later."
     was_on = gc.isenabled()
     gc.disable()
-    try: yield
+    try:
+        yield
     finally:
         gc.freeze()
-        if was_on: gc.enable()
+        if was_on:
+            gc.enable()
 
 # %% ../nbs/97_commands.ipynb #d8be0ec5
-def counter(what): # "cells" -> progress(done, total): a bar with rate and time left, lines, JSON, or nothing
+def counter(
+    what,
+):  # "cells" -> progress(done, total): a bar with rate and time left, lines, JSON, or nothing
     "Progress on stderr for work that is counted, as --progress asks."
     if tell.style == "json":
         return functools.partial(json_line, what)
     return Pace(what, tell)
 
+
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
-Model = Annotated[str, typer.Option(help="A shipped model (scemb-small, or scemb-base, which is better and slower) or the folder of a checkpoint.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:1; default: a GPU when there is one.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A shipped model (scemb-small, or scemb-base, which is better and slower) or the "
+        "folder of a checkpoint."
+    ),
+]
+Device = Annotated[
+    Optional[str], typer.Option(help="cpu, cuda or cuda:1; default: a GPU when there is one.")
+]

@@ -13,7 +13,17 @@ from functools import cache
 
 import numpy as np
 
-from .baselines import (ClusterBinTable, bag, bin_table, gene_vectors, masked_losses, pca_embedding, random_projection, table_scorer, unigram_prior)
+from scemb.baselines import (
+    ClusterBinTable,
+    bag,
+    bin_table,
+    gene_vectors,
+    masked_losses,
+    pca_embedding,
+    random_projection,
+    table_scorer,
+    unigram_prior,
+)
 from .benchmark import Embedder, depth_scores, few_shot_scores, leave_batch_out, loss_scores
 from .checkpoint import load_checkpoint
 from .counts import gene_names, read_counts
@@ -31,36 +41,51 @@ from .tokens import encoded_chunks, tokenize
 # %% ../nbs/17b_compare.ipynb #1aca1458
 CROSS_STUDY = "pbmc_cross_study"
 BROAD = {
-    "T": ["Naive CD4 T", "Memory CD4 T", "CD8 T", "memoryt", "regulatoryt", "thelper", "cytotoxict",
-          "naivet", "naivecytotoxic"],
+    "T": [
+        "Naive CD4 T",
+        "Memory CD4 T",
+        "CD8 T",
+        "memoryt",
+        "regulatoryt",
+        "thelper",
+        "cytotoxict",
+        "naivet",
+        "naivecytotoxic",
+    ],
     "NK": ["NK", "nk"],
     "B": ["B", "bcells"],
-    "monocyte": ["CD14+ Mono", "FCGR3A+ Mono", "monocytes"]}
+    "monocyte": ["CD14+ Mono", "FCGR3A+ Mono", "monocytes"],
+}
 GATES = {
     "T": ["CD3D", "CD3E", "CD3G", "TRAC"],
     "NK": ["NKG7", "GNLY", "KLRD1", "KLRF1"],
     "B": ["CD79A", "CD79B", "MS4A1"],
-    "monocyte": ["LYZ", "FCN1", "S100A8", "CST3"]}
+    "monocyte": ["LYZ", "FCN1", "S100A8", "CST3"],
+}
+
 
 def gated(
-    adata,         # Blood cells with raw counts, gene symbols as names
-)->np.ndarray:     # Broad type of each cell, "" where none or two fit
-    "Name blood cells by markers, in counts per 10,000; T cells may carry NK genes, NK cells no CD3."
+    adata,  # Blood cells with raw counts, gene symbols as names
+) -> np.ndarray:  # Broad type of each cell, "" where none or two fit
+    """Name blood cells by markers, in counts per 10,000; T cells may carry NK genes, NK cells no
+    CD3."""
     total = np.asarray(adata.X.sum(1)).ravel()
     share = {}
     for name, genes in GATES.items():
         there = [g for g in genes if g in adata.var_names]
-        share[name] = np.asarray(adata[:, there].X.sum(1)).ravel()/total*1e4
+        share[name] = np.asarray(adata[:, there].X.sum(1)).ravel() / total * 1e4
     t, nk = share["T"] >= 4, share["NK"] >= 15
     b, monocyte = share["B"] >= 8, share["monocyte"] >= 40
     ways = [t & ~b & ~monocyte, nk & ~t & ~b & ~monocyte, b & ~t & ~monocyte, monocyte & ~t & ~b]
     return np.select(ways, ["T", "NK", "B", "monocyte"], "")
 
-def cross_study_pbmc(): # -> AnnData with cell_type and batch (study)
+
+def cross_study_pbmc():  # -> AnnData with cell_type and batch (study)
     "Three studies of blood under four broad types, on the genes that all have measured."
     import anndata as ad
     import pandas as pd
     import scipy.sparse as sp
+
     broad = {old: new for new, olds in BROAD.items() for old in olds}
     studies = dict(pbmc3k="pbmc3k", sorted="zheng_sorted_reference", lanes="hao_pbmc_1000")
     parts = []
@@ -80,13 +105,14 @@ def cross_study_pbmc(): # -> AnnData with cell_type and batch (study)
         parts.append(part[part.obs.cell_type != ""].copy())
     return ad.concat(parts, join="inner")
 
+
 def evaluation_cells(
-    dataset:str,             # A manifest with labels and batches, or "pbmc_cross_study"
-    label:str="cell_type",   # Column of obs with cell types
-    keep=None,               # Column of obs: value; other cells are left out
-    n_cells:int=0,           # Cells drawn; 0: all
-    seed:int=0,
-):                           # AnnData
+    dataset: str,  # A manifest with labels and batches, or "pbmc_cross_study"
+    label: str = "cell_type",  # Column of obs with cell types
+    keep=None,  # Column of obs: value; other cells are left out
+    n_cells: int = 0,  # Cells drawn; 0: all
+    seed: int = 0,
+):  # AnnData
     "Labelled cells of a data set, or some of them."
     a = cross_study_pbmc() if dataset == CROSS_STUDY else load(dataset)
     for column, value in (keep or {}).items():
@@ -97,161 +123,401 @@ def evaluation_cells(
     return a.copy()
 
 # %% ../nbs/17b_compare.ipynb #3ff1b068
-METHODS = ("scEMB", "scEMB last layer", "untrained scEMB", "token bag", "SVD bag", "random projection", "PCA on HVGs", "PCA on all genes", "Harmony", "scVI")
+METHODS = (
+    "scEMB",
+    "scEMB last layer",
+    "untrained scEMB",
+    "token bag",
+    "SVD bag",
+    "random projection",
+    "PCA on HVGs",
+    "PCA on all genes",
+    "Harmony",
+    "scVI",
+)
 
-def twin(net, corpus=None, seed=0): # the model as it was before training -> ScembForMaskedLM
-    "An untrained model of the same shape; with a corpus (TokenSet) it has the gene vectors that training starts from."
+
+def twin(net, corpus=None, seed=0):  # the model as it was before training -> ScembForMaskedLM
+    """An untrained model of the same shape; with a corpus (TokenSet) it has the gene vectors that
+    training starts from."""
     import torch
-    c = net.config
-    if corpus is None: torch.manual_seed(seed); return ScembForMaskedLM(type(c).from_dict(c.to_dict())).eval()
-    s = TrainSettings(max_len=c.max_position_embeddings, seed=seed, warmup_steps=0)
-    return new_model(corpus, s, c.num_hidden_layers, c.hidden_size, c.num_attention_heads, intermediate_size=c.intermediate_size)
 
-def embed_vectors(adata, model, layer=None, max_len=None, seed=None, pooling="mean12"): # -> (cells, D); obsm is left alone
+    c = net.config
+    if corpus is None:
+        torch.manual_seed(seed)
+        return ScembForMaskedLM(type(c).from_dict(c.to_dict())).eval()
+    s = TrainSettings(max_len=c.max_position_embeddings, seed=seed, warmup_steps=0)
+    return new_model(
+        corpus,
+        s,
+        c.num_hidden_layers,
+        c.hidden_size,
+        c.num_attention_heads,
+        intermediate_size=c.intermediate_size,
+    )
+
+
+def embed_vectors(
+    adata, model, layer=None, max_len=None, seed=None, pooling="mean12"
+):  # -> (cells, D); obsm is left alone
     "Embed cells without writing into the AnnData."
     encoder, counts = cell_encoder(model, pooling, max_len, seed=seed), read_counts(adata, layer)
-    return np.concatenate([encoder(e) for _, e in encoded_chunks(counts, encoder.tokenizer(counts))])
+    return np.concatenate(
+        [encoder(e) for _, e in encoded_chunks(counts, encoder.tokenizer(counts))]
+    )
+
 
 def named_methods(
-    names=METHODS,          # Which, in the order of the table
-    model=None,             # Checkpoint, its name, or (model, vocabulary, settings); needed by the first four
-    batch:str="batch",      # Column of obs, for Harmony and scVI
-    corpus=None,            # TokenSet that the model was trained on: for its twin and its bag
-    layer:str|None=None, max_len:int|None=None,
-    n_seeds:int=2,          # Seeds of the methods that depend on chance
-)->list:                    # Embedders
+    names=METHODS,  # Which, in the order of the table
+    model=None,  # Checkpoint, its name, or (model, vocabulary, settings); needed by the first four
+    batch: str = "batch",  # Column of obs, for Harmony and scVI
+    corpus=None,  # TokenSet that the model was trained on: for its twin and its bag
+    layer: str | None = None,
+    max_len: int | None = None,
+    n_seeds: int = 2,  # Seeds of the methods that depend on chance
+) -> list:  # Embedders
     "Make embedders from names; an unknown name is refused."
     unknown = [n for n in names if n not in METHODS]
-    if unknown: raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(METHODS)}.")
-    if model is None and (need := [n for n in names if n in METHODS[:4]]): raise ValueError(f"{need} need a model: give a checkpoint, or leave them out.")
-    triple = model if isinstance(model, tuple) else load_checkpoint(model)[:3] if model is not None else None
-    settings = triple and TokenizerSettings(**{**vars(triple[2]), "max_len": min(max_len or triple[2].max_len, triple[0].config.max_position_embeddings)})
-    cells = lambda a, seed=0: tokenize(read_counts(a, layer), triple[1] if triple else None, TokenizerSettings(**{**vars(settings or TokenizerSettings()), "seed": seed}))
+    if unknown:
+        raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(METHODS)}.")
+    if model is None and (need := [n for n in names if n in METHODS[:4]]):
+        raise ValueError(f"{need} need a model: give a checkpoint, or leave them out.")
+    triple = (
+        model
+        if isinstance(model, tuple)
+        else load_checkpoint(model)[:3]
+        if model is not None
+        else None
+    )
+    settings = triple and TokenizerSettings(
+        **{
+            **vars(triple[2]),
+            "max_len": min(max_len or triple[2].max_len, triple[0].config.max_position_embeddings),
+        }
+    )
+
+    def cells(a, seed=0):
+        return tokenize(
+            read_counts(a, layer),
+            triple[1] if triple else None,
+            TokenizerSettings(**{**vars(settings or TokenizerSettings()), "seed": seed}),
+        )
+
     start = cache(lambda seed: twin(triple[0], corpus, seed))
-    svd = lambda a, seed: own_bag(cells(a), min(50, a.n_obs - 1)) if corpus is None else bag(cells(a), gene_vectors(corpus, triple[0].config.hidden_size if triple else 50, 0, corpus.settings.max_len), corpus.settings.max_len)
-    run = {"scEMB": lambda a, seed: embed_vectors(a, triple, layer, max_len, seed), "scEMB last layer": lambda a, seed: embed_vectors(a, triple, layer, max_len, seed, "last"),
-           "untrained scEMB": lambda a, seed: embed_vectors(a, (start(seed if corpus is None else 0), *triple[1:]), layer, max_len, seed),
-           "token bag": lambda a, seed: token_bag(cells(a), triple[0]), "SVD bag": svd, "random projection": lambda a, seed: random_projection(a, layer=layer, seed=seed),
-           "PCA on HVGs": lambda a, seed: pca_embedding(a, layer=layer), "PCA on all genes": lambda a, seed: pca_embedding(a, n_top_genes=None, layer=layer),
-           "Harmony": lambda a, seed: harmony_embedding(a, batch, layer=layer, seed=seed), "scVI": lambda a, seed: scvi_embedding(a, batch, layer=layer, seed=seed)}
-    return [Embedder(n, run[n], n_seeds if n in ("scEMB", "scEMB last layer", "untrained scEMB", "random projection", "Harmony") else 1) for n in names]
+
+    def svd(a, seed):
+        return (
+            own_bag(cells(a), min(50, a.n_obs - 1))
+            if corpus is None
+            else bag(
+                cells(a),
+                gene_vectors(
+                    corpus,
+                    triple[0].config.hidden_size if triple else 50,
+                    0,
+                    corpus.settings.max_len,
+                ),
+                corpus.settings.max_len,
+            )
+        )
+
+    run = {
+        "scEMB": lambda a, seed: embed_vectors(a, triple, layer, max_len, seed),
+        "scEMB last layer": lambda a, seed: embed_vectors(a, triple, layer, max_len, seed, "last"),
+        "untrained scEMB": lambda a, seed: embed_vectors(
+            a, (start(seed if corpus is None else 0), *triple[1:]), layer, max_len, seed
+        ),
+        "token bag": lambda a, seed: token_bag(cells(a), triple[0]),
+        "SVD bag": svd,
+        "random projection": lambda a, seed: random_projection(a, layer=layer, seed=seed),
+        "PCA on HVGs": lambda a, seed: pca_embedding(a, layer=layer),
+        "PCA on all genes": lambda a, seed: pca_embedding(a, n_top_genes=None, layer=layer),
+        "Harmony": lambda a, seed: harmony_embedding(a, batch, layer=layer, seed=seed),
+        "scVI": lambda a, seed: scvi_embedding(a, batch, layer=layer, seed=seed),
+    }
+    return [
+        Embedder(
+            n,
+            run[n],
+            n_seeds
+            if n in ("scEMB", "scEMB last layer", "untrained scEMB", "random projection", "Harmony")
+            else 1,
+        )
+        for n in names
+    ]
 
 # %% ../nbs/17b_compare.ipynb #addfca85
 @dataclass
 class Comparison:
     "What `compare` returns."
-    table: object     # DataFrame: dataset, method, group, metric, value, ci_low, ci_high, n, p, q, seed, interval, best
+
+    # DataFrame: dataset, method, group, metric, value, ci_low, ci_high, n, p, q, seed, interval,
+    # best
+    table: object
     embeddings: dict  # Method -> (cells, D), of the first seed
-    skipped: list     # Lines on methods that could not run
+    skipped: list  # Lines on methods that could not run
+
 
 def compare(
-    adata,                # AnnData with raw counts
-    embedders,            # From `named_methods`, or your own
-    label:str, batch:str, # Columns of obs
-    unit:str="batch",     # What a batch is: donor, library, run
-    dataset:str="",       # Name for the table
-    reference:str="PCA on all genes", # Method with which accuracies are compared
-    integration:bool=True,            # The scib metrics; they need scib-metrics and most of the time
-    n_samples:int=20, max_cells:int=3000, # See `half_samples`
-    shots=(5, 20), n_draws:int=20,        # See `few_shot_scores`
-    layer:str|None=None, seed:int=0,
-    say=lambda text: None,            # Called with a line now and then
-    fair:bool=True,                   # Probes choose scaling and penalty, see `linear_probe`
-)->Comparison:
+    adata,  # AnnData with raw counts
+    embedders,  # From `named_methods`, or your own
+    label: str,
+    batch: str,  # Columns of obs
+    unit: str = "batch",  # What a batch is: donor, library, run
+    dataset: str = "",  # Name for the table
+    reference: str = "PCA on all genes",  # Method with which accuracies are compared
+    integration: bool = True,  # The scib metrics; they need scib-metrics and most of the time
+    n_samples: int = 20,
+    max_cells: int = 3000,  # See `half_samples`
+    shots=(5, 20),
+    n_draws: int = 20,  # See `few_shot_scores`
+    layer: str | None = None,
+    seed: int = 0,
+    say=lambda text: None,  # Called with a line now and then
+    fair: bool = True,  # Probes choose scaling and penalty, see `linear_probe`
+) -> Comparison:
     "Put every method before every question."
     for c in (label, batch):
-        if c not in adata.obs: raise ValueError(f"obs has no column {c!r}; it has {list(adata.obs.columns)}.")
+        if c not in adata.obs:
+            raise ValueError(f"obs has no column {c!r}; it has {list(adata.obs.columns)}.")
     y, b = adata.obs[label].astype(str).to_numpy(), adata.obs[batch].astype(str).to_numpy()
-    if len(set(y)) < 2 or len(set(b)) < 2: raise ValueError(f"obs[{label!r}] has {len(set(y))} labels and obs[{batch!r}] {len(set(b))} batches; at least two of each are needed.")
-    counts = read_counts(adata, layer); sizes = [(np.diff(c.indptr), np.asarray(c.sum(1)).ravel()) for _, c in counts.chunks()]
+    if len(set(y)) < 2 or len(set(b)) < 2:
+        raise ValueError(
+            f"obs[{label!r}] has {len(set(y))} labels and obs[{batch!r}] {len(set(b))} batches; "
+            "at least two of each are needed."
+        )
+    counts = read_counts(adata, layer)
+    sizes = [(np.diff(c.indptr), np.asarray(c.sum(1)).ravel()) for _, c in counts.chunks()]
     detected, total = (np.concatenate(part) for part in zip(*sizes))
     before = pca_embedding(adata, layer=layer) if integration else None
     rows, embeddings, right, skipped = [], {}, {}, []
     for e in embedders:
         say(f"embedding by {e.name}")
-        try: xs = [e(adata, s) for s in range(e.n_seeds)]
-        except ImportError as error: skipped.append(f"{e.name} left out: {error}"); say(skipped[-1]); continue
+        try:
+            xs = [e(adata, s) for s in range(e.n_seeds)]
+        except ImportError as error:
+            skipped.append(f"{e.name} left out: {error}")
+            say(skipped[-1])
+            continue
         embeddings[e.name] = x = xs[0]
         say(f"scoring {e.name}")
-        if integration: rows += integration_scores(integration_draws(xs, y, b, before, n_samples, max_cells, seed), e.name, len(y))
+        if integration:
+            rows += integration_scores(
+                integration_draws(xs, y, b, before, n_samples, max_cells, seed), e.name, len(y)
+            )
         named, right[e.name] = leave_batch_out(x, y, b, e.name, unit, seed, fair)
-        rows += named + few_shot_scores(x, y, e.name, shots, n_draws, seed=seed, fair=fair) + depth_scores(x, detected, total, e.name, seed)
+        rows += (
+            named
+            + few_shot_scores(x, y, e.name, shots, n_draws, seed=seed, fair=fair)
+            + depth_scores(x, detected, total, e.name, seed)
+        )
     return Comparison(tidy(rows, dataset, seed, right, b, reference), embeddings, skipped)
+
 
 def tidy(rows, dataset, seed=0, right=None, batch=None, reference=""):
     "Rows into the score table: groups, paired p and q, and who is best."
     import pandas as pd
-    t = pd.DataFrame(rows).assign(dataset=dataset, seed=seed, p=np.nan, q=np.nan)
-    t["group"] = [g if (g := group_of(m)) != "other" else "depth" if m.startswith("depth") else "loss" if m.endswith("loss") else "labels" for m in t.metric]
-    for method, r in (right or {}).items():
-        if method == reference or reference not in right: continue
-        for kind in ("probe", "k-NN"):
-            d = r[kind] - right[reference][kind]; ok = np.isfinite(d); units = batch[ok] if len(np.unique(batch[ok])) >= 6 else None
-            t.loc[(t.method == method) & (t.metric == f"{kind} accuracy"), "p"] = sign_flip_test(d[ok], units, n_permutations=1999, seed=seed).p if d[ok].any() else 1.
-    if t.p.notna().any(): t["q"] = false_discovery(t.p.to_numpy())
-    t["best"] = best(t)
-    return t[["dataset", "method", "group", "metric", "value", "ci_low", "ci_high", "n", "p", "q", "seed", "interval", "best"]]
 
-def best(table): # -> boolean array
-    "The best of each metric, and every method whose interval meets the interval of the best; depth has no best."
+    t = pd.DataFrame(rows).assign(dataset=dataset, seed=seed, p=np.nan, q=np.nan)
+    t["group"] = [
+        g
+        if (g := group_of(m)) != "other"
+        else "depth"
+        if m.startswith("depth")
+        else "loss"
+        if m.endswith("loss")
+        else "labels"
+        for m in t.metric
+    ]
+    for method, r in (right or {}).items():
+        if method == reference or reference not in right:
+            continue
+        for kind in ("probe", "k-NN"):
+            d = r[kind] - right[reference][kind]
+            ok = np.isfinite(d)
+            units = batch[ok] if len(np.unique(batch[ok])) >= 6 else None
+            t.loc[(t.method == method) & (t.metric == f"{kind} accuracy"), "p"] = (
+                sign_flip_test(d[ok], units, n_permutations=1999, seed=seed).p
+                if d[ok].any()
+                else 1.0
+            )
+    if t.p.notna().any():
+        t["q"] = false_discovery(t.p.to_numpy())
+    t["best"] = best(t)
+    return t[
+        [
+            "dataset",
+            "method",
+            "group",
+            "metric",
+            "value",
+            "ci_low",
+            "ci_high",
+            "n",
+            "p",
+            "q",
+            "seed",
+            "interval",
+            "best",
+        ]
+    ]
+
+
+def best(table):  # -> boolean array
+    """The best of each metric, and every method whose interval meets the interval of the best;
+    depth has no best."""
     out = np.zeros(len(table), bool)
     for metric, i in table.groupby("metric", sort=False).indices.items():
         t = table.iloc[i]
-        if t.group.iloc[0] == "depth" or not t.value.notna().any(): continue
+        if t.group.iloc[0] == "depth" or not t.value.notna().any():
+            continue
         sign = -1 if metric.endswith("loss") else 1
-        top = t.iloc[int(np.nanargmax(sign*t.value))]
-        if sign > 0: out[i] = (t.value >= top.value) | (t.ci_high >= top.ci_low)
-        else: out[i] = (t.value <= top.value) | (t.ci_low <= top.ci_high)
+        top = t.iloc[int(np.nanargmax(sign * t.value))]
+        if sign > 0:
+            out[i] = (t.value >= top.value) | (t.ci_high >= top.ci_low)
+        else:
+            out[i] = (t.value <= top.value) | (t.ci_low <= top.ci_high)
     return out
 
 # %% ../nbs/17b_compare.ipynb #bb5fbfaf
 def masked_gene_scores(
-    adata,           # Cells that are not in the corpus
-    model,           # Checkpoint, its name, or (model, vocabulary, settings)
-    corpus,          # TokenSet that it was trained on
-    n_cells:int=400, layer:str|None=None, seed:int=0,
-)->list:             # Rows: masked-gene loss of the model, its twin and the tables, intervals over cells
+    adata,  # Cells that are not in the corpus
+    model,  # Checkpoint, its name, or (model, vocabulary, settings)
+    corpus,  # TokenSet that it was trained on
+    n_cells: int = 400,
+    layer: str | None = None,
+    seed: int = 0,
+) -> list:  # Rows: masked-gene loss of the model, its twin and the tables, intervals over cells
     "Loss on hidden genes beside the tables."
-    net, vocabulary, settings = model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
-    n = settings.max_len; tokens = tokenize(read_counts(adata, layer), vocabulary, settings)
-    some = np.flatnonzero(tokens.lengths > 1); some = np.sort(np.random.default_rng(seed).permutation(some)[:n_cells])
-    scorers = {"scEMB": model_scorer(net), "untrained scEMB": model_scorer(twin(net, corpus)), "unigram prior": table_scorer(unigram_prior(corpus, n)),
-               "frequency given bin": table_scorer(bin_table(corpus, n)), "table by cluster and bin": ClusterBinTable(corpus, n)}
+    net, vocabulary, settings = (
+        model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
+    )
+    n = settings.max_len
+    tokens = tokenize(read_counts(adata, layer), vocabulary, settings)
+    some = np.flatnonzero(tokens.lengths > 1)
+    some = np.sort(np.random.default_rng(seed).permutation(some)[:n_cells])
+    scorers = {
+        "scEMB": model_scorer(net),
+        "untrained scEMB": model_scorer(twin(net, corpus)),
+        "unigram prior": table_scorer(unigram_prior(corpus, n)),
+        "frequency given bin": table_scorer(bin_table(corpus, n)),
+        "table by cluster and bin": ClusterBinTable(corpus, n),
+    }
     return loss_scores(masked_losses(tokens.subset(some), scorers, n, seed=1))
 
 # %% ../nbs/17b_compare.ipynb #8c1e7d21
 BAR_SETS = ("baron_pancreas", "kang_ctrl_8donors", "scmixology_cell_lines")
 
+
 def bars(
     table,  # Score tables of the three sets, one below the other
-    method:str="scEMB", # Row that is held against them: "scEMB", or "scEMB last layer"
-):          # DataFrame: a row a bar and set, what was found, what was wanted, whether it was reached
+    method: str = "scEMB",  # Row that is held against them: "scEMB", or "scEMB last layer"
+):  # DataFrame: a row a bar and set, what was found, what was wanted, whether it was reached
     "Hold the tables against the bars of the shipped model."
     import pandas as pd
+
     rows = []
     for name in BAR_SETS:
         t = table[table.dataset == name]
-        if not len(t): continue
-        at = {(r.method, r.metric): r for r in t.itertuples()}; v = lambda m, k: at[m, k].value if (m, k) in at else np.nan  # noqa: B023
-        apart = lambda m, o, k: (m, k) in at and (o, k) in at and at[m, k].ci_low > at[o, k].ci_high  # noqa: B023
-        add = lambda bar, found, wanted, ok: rows.append(dict(bar=bar, dataset=name, found=found, wanted=wanted, reached=bool(ok)))  # noqa: B023
-        bio, mixed, shots = "bio conservation", "batch correction", [k for k in ("5-shot macro-F1", "20-shot macro-F1") if (method, k) in at]
+        if not len(t):
+            continue
+        at = {(r.method, r.metric): r for r in t.itertuples()}
+
+        def v(m, k):
+            return at[m, k].value if (m, k) in at else np.nan  # noqa: B023
+
+        def apart(m, o, k):
+            return (m, k) in at and (o, k) in at and at[m, k].ci_low > at[o, k].ci_high  # noqa: B023
+
+        def add(bar, found, wanted, ok):
+            return rows.append(
+                dict(bar=bar, dataset=name, found=found, wanted=wanted, reached=bool(ok))  # noqa: B023
+            )
+
+        bio, mixed, shots = (
+            "bio conservation",
+            "batch correction",
+            [k for k in ("5-shot macro-F1", "20-shot macro-F1") if (method, k) in at],
+        )
         both = [bio, "probe accuracy", *shots]
-        text = lambda m, o, ks: "; ".join(f"{k} {v(m, k):.3f} and {v(o, k):.3f}" for k in ks)  # noqa: B023
-        add("above untrained", text(method, "untrained scEMB", both), "higher in each", all(v(method, k) > v("untrained scEMB", k) for k in both))
-        add("above token bag", text(method, "token bag", [bio, "probe accuracy"]), "higher in both", all(v(method, k) > v("token bag", k) for k in (bio, "probe accuracy")))
-        add("few-shot above token bag", text(method, "token bag", shots), "intervals apart", shots and all(apart(method, "token bag", k) for k in shots))
-        add("probe near PCA", f"{v(method, 'probe accuracy'):.3f}", f"{v('PCA on all genes', 'probe accuracy') - .02:.3f}: .02 below PCA on all genes", v(method, "probe accuracy") >= v("PCA on all genes", "probe accuracy") - .02)
+
+        def text(m, o, ks):
+            return "; ".join(f"{k} {v(m, k):.3f} and {v(o, k):.3f}" for k in ks)
+
+        add(
+            "above untrained",
+            text(method, "untrained scEMB", both),
+            "higher in each",
+            all(v(method, k) > v("untrained scEMB", k) for k in both),
+        )
+        add(
+            "above token bag",
+            text(method, "token bag", [bio, "probe accuracy"]),
+            "higher in both",
+            all(v(method, k) > v("token bag", k) for k in (bio, "probe accuracy")),
+        )
+        add(
+            "few-shot above token bag",
+            text(method, "token bag", shots),
+            "intervals apart",
+            shots and all(apart(method, "token bag", k) for k in shots),
+        )
+        add(
+            "probe near PCA",
+            f"{v(method, 'probe accuracy'):.3f}",
+            f"{v('PCA on all genes', 'probe accuracy') - 0.02:.3f}: .02 below PCA on all genes",
+            v(method, "probe accuracy") >= v("PCA on all genes", "probe accuracy") - 0.02,
+        )
         pca = max(("PCA on HVGs", "PCA on all genes"), key=lambda m: np.nan_to_num(v(m, bio)))
-        add("integration", f"bio {v(method, bio):.3f}, batch {v(method, mixed):.3f}", f"bio {v(pca, bio) - .03:.3f}, batch above {v(pca, mixed):.3f}: {pca}", v(method, bio) >= v(pca, bio) - .03 and v(method, mixed) > v(pca, mixed))
-        loss, other = ("scEMB", "masked-gene loss"), ("table by cluster and bin", "masked-gene loss")
-        if loss in at: add("masked-gene loss", f"{at[loss].value:.3f}", f"below {at[other].value:.3f}: table by cluster and bin", at[loss].value < at[other].value)
+        add(
+            "integration",
+            f"bio {v(method, bio):.3f}, batch {v(method, mixed):.3f}",
+            f"bio {v(pca, bio) - 0.03:.3f}, batch above {v(pca, mixed):.3f}: {pca}",
+            v(method, bio) >= v(pca, bio) - 0.03 and v(method, mixed) > v(pca, mixed),
+        )
+        loss, other = (
+            ("scEMB", "masked-gene loss"),
+            ("table by cluster and bin", "masked-gene loss"),
+        )
+        if loss in at:
+            add(
+                "masked-gene loss",
+                f"{at[loss].value:.3f}",
+                f"below {at[other].value:.3f}: table by cluster and bin",
+                at[loss].value < at[other].value,
+            )
     return pd.DataFrame(rows)
 
-NEEDED = {"above untrained": 3, "above token bag": 2, "few-shot above token bag": 2, "probe near PCA": 2, "integration": 2, "masked-gene loss": 3}  # sets of three
 
-def verdict(found): # from `bars` -> DataFrame: bar, sets reached, sets needed, verdict
+NEEDED = {
+    "above untrained": 3,
+    "above token bag": 2,
+    "few-shot above token bag": 2,
+    "probe near PCA": 2,
+    "integration": 2,
+    "masked-gene loss": 3,
+}  # sets of three
+
+
+def verdict(found):  # from `bars` -> DataFrame: bar, sets reached, sets needed, verdict
     "Pass or miss, a bar a row."
     import pandas as pd
-    rows = [dict(bar=b, reached=int(found[found.bar == b].reached.sum()), needed=n, sets=int((found.bar == b).sum())) for b, n in NEEDED.items()]
-    return pd.DataFrame(rows).assign(verdict=lambda t: np.where(t.sets < t.needed, "not measured", np.where(t.reached >= t.needed, "pass", "miss"))).set_index("bar")
+
+    rows = [
+        dict(
+            bar=b,
+            reached=int(found[found.bar == b].reached.sum()),
+            needed=n,
+            sets=int((found.bar == b).sum()),
+        )
+        for b, n in NEEDED.items()
+    ]
+    return (
+        pd.DataFrame(rows)
+        .assign(
+            verdict=lambda t: np.where(
+                t.sets < t.needed, "not measured", np.where(t.reached >= t.needed, "pass", "miss")
+            )
+        )
+        .set_index("bar")
+    )

@@ -14,7 +14,15 @@ import numpy as np
 from .benchmark import Embedder
 from .compare import METHODS, named_methods
 from .finetune import CellModel, FinetuneSettings
-from .fit import fit, fit_again, fit_temperature, predict, probabilities, split_labelled, trained_state
+from scemb.fit import (
+    fit,
+    fit_again,
+    fit_temperature,
+    predict,
+    probabilities,
+    split_labelled,
+    trained_state,
+)
 from .geneformer import Geneformer
 from .peers import Peer, vectors
 from .pretrain import versions
@@ -22,100 +30,227 @@ from .scgpt import ScGPT
 from .tokens import TokenSet
 
 # %% ../nbs/18c_contest.ipynb #7ac80fe4
-SHORT = {"scemb": "scEMB", "last": "scEMB last layer", "untrained": "untrained scEMB", "bag": "token bag", "svd": "SVD bag", "random": "random projection", "hvg": "PCA on HVGs", "pca": "PCA on all genes", "harmony": "Harmony", "scvi": "scVI"}
+SHORT = {
+    "scemb": "scEMB",
+    "last": "scEMB last layer",
+    "untrained": "untrained scEMB",
+    "bag": "token bag",
+    "svd": "SVD bag",
+    "random": "random projection",
+    "hvg": "PCA on HVGs",
+    "pca": "PCA on all genes",
+    "harmony": "Harmony",
+    "scvi": "scVI",
+}
 PEERS = {"geneformer": ("Geneformer", Geneformer), "scgpt": ("scGPT", ScGPT)}
 
+
 def contestants(
-    names,                   # Short or full names of methods; geneformer:PATH and scgpt:PATH, and scemb:PATH for a model of your own
-    batch:str="batch",       # Column of obs, for Harmony and scVI
-    model="scemb-small",     # The scEMB, where its name carries no path
-    corpus=None,             # TokenSet that it was trained on (see `named_methods`)
-    layer:str|None=None, max_len:int|None=None, n_seeds:int=2,
-    device:str|None=None,    # For the peers
-)->tuple:                    # (Embedders, lines on methods that are absent)
-    "Make embedders from short names; a peer without a folder is absent, an unknown name is refused."
+    # Short or full names of methods; geneformer:PATH and scgpt:PATH, and scemb:PATH for a model of
+    # your own
+    names,
+    batch: str = "batch",  # Column of obs, for Harmony and scVI
+    model="scemb-small",  # The scEMB, where its name carries no path
+    corpus=None,  # TokenSet that it was trained on (see `named_methods`)
+    layer: str | None = None,
+    max_len: int | None = None,
+    n_seeds: int = 2,
+    device: str | None = None,  # For the peers
+) -> tuple:  # (Embedders, lines on methods that are absent)
+    """Make embedders from short names; a peer without a folder is absent, an unknown name is
+    refused."""
     ours, peers, absent, order = [], {}, [], []
     for name in map(str.strip, names):
-        kind, _, path = name.partition(":"); kind = kind.strip().lower()
-        if kind in PEERS and not path.strip(): absent.append(f"{PEERS[kind][0]} is absent: give the folder of its weights, {kind}:PATH"); continue
-        if kind in PEERS: peer = PEERS[kind][1](path.strip(), device=device); peers[peer.name] = peer; order.append(peer.name); continue
-        if kind == "scemb" and path: model = path.strip()
+        kind, _, path = name.partition(":")
+        kind = kind.strip().lower()
+        if kind in PEERS and not path.strip():
+            absent.append(
+                f"{PEERS[kind][0]} is absent: give the folder of its weights, {kind}:PATH"
+            )
+            continue
+        if kind in PEERS:
+            peer = PEERS[kind][1](path.strip(), device=device)
+            peers[peer.name] = peer
+            order.append(peer.name)
+            continue
+        if kind == "scemb" and path:
+            model = path.strip()
         full = {m.lower(): m for m in METHODS} | SHORT
-        if kind not in full: raise ValueError(f"Unknown method {name!r}; choose from {', '.join([*SHORT, *(f'{p}:PATH' for p in PEERS)])}.")
-        ours.append(full[kind]); order.append(full[kind])
-    made = {e.name: e for e in named_methods(ours, model, batch, corpus, layer, max_len, n_seeds)} if ours else {}
-    made |= {n: Embedder(n, lambda a, seed, p=p: vectors(p, a, layer, seed), n_seeds) for n, p in peers.items()}
+        if kind not in full:
+            raise ValueError(
+                f"Unknown method {name!r}; choose from "
+                f"{', '.join([*SHORT, *(f'{p}:PATH' for p in PEERS)])}."
+            )
+        ours.append(full[kind])
+        order.append(full[kind])
+    made = (
+        {e.name: e for e in named_methods(ours, model, batch, corpus, layer, max_len, n_seeds)}
+        if ours
+        else {}
+    )
+    made |= {
+        n: Embedder(n, lambda a, seed, p=p: vectors(p, a, layer, seed), n_seeds)
+        for n, p in peers.items()
+    }
     return [made[n] for n in dict.fromkeys(order)], absent
 
 # %% ../nbs/18c_contest.ipynb #a826d677
 def annotated_by(
-    peer:Peer,              # From `Geneformer` or `ScGPT`; a copy is trained
-    tokens:TokenSet,        # All cells, from `token_set`
-    names,                  # Their classes, shape (cells,)
-    reference:np.ndarray,   # Cells to learn from
-    query:np.ndarray,       # Cells to be named
-    settings:FinetuneSettings=FinetuneSettings(),
-    units=None,             # Donor of each cell, shape (cells,): see `split_labelled`
-)->tuple:                   # Probabilities (query, classes), the classes
-    "Fine-tune a peer on labelled cells and name others: split, fitted and calibrated as `learn` does it for scEMB."
+    peer: Peer,  # From `Geneformer` or `ScGPT`; a copy is trained
+    tokens: TokenSet,  # All cells, from `token_set`
+    names,  # Their classes, shape (cells,)
+    reference: np.ndarray,  # Cells to learn from
+    query: np.ndarray,  # Cells to be named
+    settings: FinetuneSettings = FinetuneSettings(),
+    units=None,  # Donor of each cell, shape (cells,): see `split_labelled`
+) -> tuple:  # Probabilities (query, classes), the classes
+    """Fine-tune a peer on labelled cells and name others: split, fitted and calibrated as `learn`
+    does it for scEMB."""
     rows = np.asarray(reference)[tokens.lengths[reference] > 0]
     classes, y = np.unique(np.asarray(names).astype(str)[rows], return_inverse=True)
-    if len(classes) < 2: raise ValueError(f"The {len(rows)} labelled cells with genes are of {len(classes)} class; at least two are needed.")
+    if len(classes) < 2:
+        raise ValueError(
+            f"The {len(rows)} labelled cells with genes are of {len(classes)} class; at least "
+            "two are needed."
+        )
     model, mine = CellModel(peer.net.bert, len(classes), settings), tokens.subset(rows)
-    train, held = split_labelled(y, settings.validation_share, settings.seed, None if units is None else np.asarray(units)[rows])
+    train, held = split_labelled(
+        y,
+        settings.validation_share,
+        settings.seed,
+        None if units is None else np.asarray(units)[rows],
+    )
     start, history = trained_state(model), fit(model, mine, y, train, held)
-    warmth = fit_temperature(predict(model, mine, held), y[held]) if len(held) else 1.
-    if 0 < len(held) and len(y) <= settings.refit: fit_again(model, start, mine, y, np.arange(len(y)), history)
+    warmth = fit_temperature(predict(model, mine, held), y[held]) if len(held) else 1.0
+    if 0 < len(held) and len(y) <= settings.refit:
+        fit_again(model, start, mine, y, np.arange(len(y)), history)
     return probabilities(predict(model, tokens, query), warmth), classes
 
 # %% ../nbs/18c_contest.ipynb #18e79ec0
-GROUPS = {"aggregate": "Integration, overall", "bio": "Bio conservation", "batch": "Batch mixing", "labels": "Labels", "loss": "Masked genes", "depth": "Depth: R2 with which it is read off an embedding (high is a warning)"}
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}
-table{border-collapse:collapse;font-size:.85em}th,td{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}td.best{font-weight:700}div{overflow-x:auto}small{color:#666;font-weight:400}"""
+GROUPS = {
+    "aggregate": "Integration, overall",
+    "bio": "Bio conservation",
+    "batch": "Batch mixing",
+    "labels": "Labels",
+    "loss": "Masked genes",
+    "depth": "Depth: R2 with which it is read off an embedding (high is a warning)",
+}
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}
+h2{font-size:1.15em;margin-top:2em}
+img{max-width:100%}
+table{border-collapse:collapse;font-size:.85em}
+th,td{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left}
+td.best{font-weight:700}
+div{overflow-x:auto}
+small{color:#666;font-weight:400}
+"""
+
 
 def stands_out(
-    table, # Score table
-)->list:   # Sentences
+    table,  # Score table
+) -> list:  # Sentences
     "Say who is best where, and who cannot be told from the best."
     out = []
-    for metric in ("bio conservation", "batch correction", "total (.6 bio + .4 batch)", "probe accuracy", "5-shot macro-F1", "20-shot macro-F1", "masked-gene loss"):
-        t = table[(table.metric == metric) & table.value.notna()].sort_values("value", ascending=metric.endswith("loss"), kind="stable")
-        if not len(t): continue
+    for metric in (
+        "bio conservation",
+        "batch correction",
+        "total (.6 bio + .4 batch)",
+        "probe accuracy",
+        "5-shot macro-F1",
+        "20-shot macro-F1",
+        "masked-gene loss",
+    ):
+        t = table[(table.metric == metric) & table.value.notna()].sort_values(
+            "value", ascending=metric.endswith("loss"), kind="stable"
+        )
+        if not len(t):
+            continue
         near = [m for m, b in zip(t.method[1:], t.best[1:]) if b]
-        out.append(f"{metric}: {t.method.iloc[0]} is best ({t.value.iloc[0]:.3f}){', not to be told from ' + ', '.join(near) if near else ''}.")
+        out.append(
+            f"{metric}: {t.method.iloc[0]} is best "
+            f"({t.value.iloc[0]:.3f}){', not to be told from ' + ', '.join(near) if near else ''}."
+        )
     return out
 
-def group_table(t): # rows of one group -> HTML: a row a method, a column a metric, intervals in brackets
+
+def group_table(
+    t,
+):  # rows of one group -> HTML: a row a method, a column a metric, intervals in brackets
     "One group of metrics as a table."
     metrics, at = list(dict.fromkeys(t.metric)), {(r.method, r.metric): r for r in t.itertuples()}
+
     def cell(r):
-        if r is None or not np.isfinite(r.value): return "<td>-</td>"
-        interval = f" <small>[{r.ci_low:.3f}, {r.ci_high:.3f}]</small>" if np.isfinite(r.ci_low) else ""
-        return f'<td{" class=best" if r.best else ""} title="{html.escape(f"{r.n:,} cells; {r.interval}")}">{r.value:.3f}{interval}</td>'
-    rows = "".join(f"<tr><td>{html.escape(m)}</td>{''.join(cell(at.get((m, k))) for k in metrics)}</tr>" for m in dict.fromkeys(t.method))
-    return f"<div><table><tr><th></th>{''.join(f'<th>{html.escape(k)}</th>' for k in metrics)}</tr>{rows}</table></div>"
+        if r is None or not np.isfinite(r.value):
+            return "<td>-</td>"
+        interval = (
+            f" <small>[{r.ci_low:.3f}, {r.ci_high:.3f}]</small>" if np.isfinite(r.ci_low) else ""
+        )
+        return (
+            f"<td{' class=best' if r.best else ''} "
+            f'title="{html.escape(f"{r.n:,} cells; {r.interval}")}">{r.value:.3f}{interval}</td>'
+        )
+
+    rows = "".join(
+        f"<tr><td>{html.escape(m)}</td>{''.join(cell(at.get((m, k))) for k in metrics)}</tr>"
+        for m in dict.fromkeys(t.method)
+    )
+    head = "".join(f"<th>{html.escape(k)}</th>" for k in metrics)
+    return f"<div><table><tr><th></th>{head}</tr>{rows}</table></div>"
 
 # %% ../nbs/18c_contest.ipynb #184d7745
-def facts(adata, label:str, batch:str, **given)->dict: # -> name -> value, for the foot of the page
+def facts(
+    adata, label: str, batch: str, **given
+) -> dict:  # -> name -> value, for the foot of the page
     "What was compared, and by which versions."
-    return dict(cells=f"{adata.n_obs:,}", genes=f"{adata.n_vars:,}", labels=f"{label}, {adata.obs[label].nunique()} kinds", batches=f"{batch}, {adata.obs[batch].nunique()} kinds") | given | dict(versions=", ".join(f"{k} {v}" for k, v in versions().items()))
+    return (
+        dict(
+            cells=f"{adata.n_obs:,}",
+            genes=f"{adata.n_vars:,}",
+            labels=f"{label}, {adata.obs[label].nunique()} kinds",
+            batches=f"{batch}, {adata.obs[batch].nunique()} kinds",
+        )
+        | given
+        | dict(versions=", ".join(f"{k} {v}" for k, v in versions().items()))
+    )
+
 
 def write_page(
-    path,            # File to write
-    table,           # Score table (`compare`)
-    pictures:dict|None=None, # Heading -> PNG file, put in as it is
-    run:dict|None=None, # What was run: name -> value (`facts`)
-    notes=(),        # Lines on methods that are absent or were left out
-    title:str="Comparison of embeddings",
-)->Path:
+    path,  # File to write
+    table,  # Score table (`compare`)
+    pictures: dict | None = None,  # Heading -> PNG file, put in as it is
+    run: dict | None = None,  # What was run: name -> value (`facts`)
+    notes=(),  # Lines on methods that are absent or were left out
+    title: str = "Comparison of embeddings",
+) -> Path:
     "Write a comparison as one HTML file."
-    listed = lambda lines: f"<ul>{''.join(f'<li>{html.escape(str(line))}</li>' for line in lines)}</ul>"
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>", listed(stands_out(table))]
-    if notes: parts += ["<h2>Not in the table</h2>", listed(notes)]
-    for name, p in (pictures or {}).items(): parts.append(f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(Path(p).read_bytes()).decode()}">')
+
+    def listed(lines):
+        return f"<ul>{''.join(f'<li>{html.escape(str(line))}</li>' for line in lines)}</ul>"
+
+    parts = [
+        "<!doctype html><html lang=en><meta "
+        f"charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        listed(stands_out(table)),
+    ]
+    if notes:
+        parts += ["<h2>Not in the table</h2>", listed(notes)]
+    for name, p in (pictures or {}).items():
+        parts.append(
+            f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" '
+            f'src="data:image/png;base64,{base64.b64encode(Path(p).read_bytes()).decode()}">'
+        )
     for g, name in GROUPS.items():
-        if (t := table[table.group == g]).size: parts += [f"<h2>{name}</h2>", group_table(t)]
-    parts += ["<p><small>Bold: the best, and every method whose interval meets the interval of the best. Brackets: intervals; hold the pointer over a number for their kind. An interval over cells says nothing of other donors.</small></p>"]
-    if run: parts += ["<h2>What was run</h2>", listed(f"{k}: {v}" for k, v in run.items())]
+        if (t := table[table.group == g]).size:
+            parts += [f"<h2>{name}</h2>", group_table(t)]
+    parts += [
+        "<p><small>Bold: the best, and every method whose interval meets the interval of the "
+        "best. Brackets: intervals; hold the pointer over a number for their kind. An interval "
+        "over cells says nothing of other donors.</small></p>"
+    ]
+    if run:
+        parts += ["<h2>What was run</h2>", listed(f"{k}: {v}" for k, v in run.items())]
     Path(path).write_text("\n".join(parts) + "</html>\n")
     return Path(path)

@@ -17,189 +17,416 @@ import numpy as np
 import pandas as pd
 
 from .counts import check_output
-from .curate import BY, Filters, coding_counts, counted_steps, funnel, gene_axis, gene_keys, measure
+from scemb.curate import (
+    BY,
+    Filters,
+    coding_counts,
+    counted_steps,
+    funnel,
+    gene_axis,
+    gene_keys,
+    measure,
+)
 from .datasets import available, locate, manifest, manifests
-from .folders import Damaged, check_file, inside, only_writer, open_folder, read_json, read_toml, tidy_folder, write_json, write_manifest
+from scemb.folders import (
+    Damaged,
+    check_file,
+    inside,
+    only_writer,
+    open_folder,
+    read_json,
+    read_toml,
+    tidy_folder,
+    write_json,
+    write_manifest,
+)
 from .genes import ASSETS
-from .shards import COMPOSITION, GENE_STEP, MITO_STEP, ShardWriter, enter, finished, rewrite, shard_column, shard_obs, shard_var
+from scemb.shards import (
+    COMPOSITION,
+    GENE_STEP,
+    MITO_STEP,
+    ShardWriter,
+    enter,
+    finished,
+    rewrite,
+    shard_column,
+    shard_obs,
+    shard_var,
+)
 from .sources import is_soma, open_counts, open_source
 
 # %% ../nbs/04c_corpus.ipynb #02447ca6
 @dataclass(frozen=True)
 class Recipe:
     "What a corpus is made of."
-    sources: tuple               # What `open_source` takes
+
+    sources: tuple  # What `open_source` takes
     filters: Filters = Filters()
-    exclude: tuple = ()          # dicts with by (data_set, collection, donor, cells, hashes), value, reason, and data_set where cells are meant
+    # dicts with by (data_set, collection, donor, cells, hashes), value, reason, and data_set where
+    # cells are meant
+    exclude: tuple = ()
     name: str = "corpus"
     title: str = ""
     notes: tuple = ()
 
+
 def read_recipe(
-    path, # TOML: a recipe, or the manifest of a Census
-)->Recipe:
+    path,  # TOML: a recipe, or the manifest of a Census
+) -> Recipe:
     "Read a recipe and refuse one that is not well formed."
     d = read_toml(path)
     known = {f.name for f in fields(Filters)}
     if d.get("kind") == "census":
         f = d["filters"]
-        return Recipe((dict(census=f["census_version"], organism=f["organism"]),), Filters(**{k: v for k, v in f.items() if k in known - {"organism"}}), tuple(d["exclude"]), d["name"], d["title"], tuple(d["notes"]))
-    if wrong := d.keys() - {f.name for f in fields(Recipe)}: raise ValueError(f"{path} has unknown keys {sorted(wrong)}; a recipe has {', '.join(f.name for f in fields(Recipe))}.")
-    if not d.get("sources"): raise ValueError(f"{path} names no [[sources]].")
-    if wrong := d.get("filters", {}).keys() - known: raise ValueError(f"{path}: unknown filters {sorted(wrong)}; known are {', '.join(sorted(known))}.")
+        return Recipe(
+            (dict(census=f["census_version"], organism=f["organism"]),),
+            Filters(**{k: v for k, v in f.items() if k in known - {"organism"}}),
+            tuple(d["exclude"]),
+            d["name"],
+            d["title"],
+            tuple(d["notes"]),
+        )
+    if wrong := d.keys() - {f.name for f in fields(Recipe)}:
+        raise ValueError(
+            f"{path} has unknown keys {sorted(wrong)}; a recipe has "
+            f"{', '.join(f.name for f in fields(Recipe))}."
+        )
+    if not d.get("sources"):
+        raise ValueError(f"{path} names no [[sources]].")
+    if wrong := d.get("filters", {}).keys() - known:
+        raise ValueError(
+            f"{path}: unknown filters {sorted(wrong)}; known are {', '.join(sorted(known))}."
+        )
     lists = {k: tuple(v) if isinstance(v, list) else v for k, v in d.get("filters", {}).items()}
     for e in d.get("exclude", []):
-        if e.get("by") not in (*BY, "cells", "hashes") or "reason" not in e: raise ValueError(f"{path}: an exclusion needs by (one of {', '.join((*BY, 'cells', 'hashes'))}), value and reason; found {e}.")
-    return Recipe(tuple(d["sources"]), Filters(**lists), tuple(d.get("exclude", ())), d.get("name", Path(path).stem), d.get("title", ""), tuple(d.get("notes", ())))
+        if e.get("by") not in (*BY, "cells", "hashes") or "reason" not in e:
+            raise ValueError(
+                f"{path}: an exclusion needs by (one of {', '.join((*BY, 'cells', 'hashes'))}), "
+                f"value and reason; found {e}."
+            )
+    return Recipe(
+        tuple(d["sources"]),
+        Filters(**lists),
+        tuple(d.get("exclude", ())),
+        d.get("name", Path(path).stem),
+        d.get("title", ""),
+        tuple(d.get("notes", ())),
+    )
 
 # %% ../nbs/04c_corpus.ipynb #2697337e
 def join_sources(
-    sources,        # Files, folders, recipes (.toml), addresses of stores, "census:VERSION", or names of data sets
-    assume=(),      # Column -> value, stated for all cells of the files
-    exclude=(),     # (by, value) pairs; by is one of data_set, collection, donor, cells, hashes
-    reading=None,   # dict with layer and duplicates, for the files that are named
-    **filters,      # Fields of `Filters` that differ; None and () leave them as they are; deny_assays adds to those of the recipe
-)->Recipe:
+    # Files, folders, recipes (.toml), addresses of stores, "census:VERSION", or names of data sets
+    sources,
+    assume=(),  # Column -> value, stated for all cells of the files
+    exclude=(),  # (by, value) pairs; by is one of data_set, collection, donor, cells, hashes
+    reading=None,  # dict with layer and duplicates, for the files that are named
+    # Fields of `Filters` that differ; None and () leave them as they are; deny_assays adds to those
+    # of the recipe
+    **filters,
+) -> Recipe:
     "One recipe from what a command line names."
     parts = [_as_recipe(str(s), dict(assume), reading or {}) for s in sources]
-    if any(p.filters != parts[0].filters for p in parts): raise ValueError("The recipes have different filters; make one corpus from each.")
+    if any(p.filters != parts[0].filters for p in parts):
+        raise ValueError("The recipes have different filters; make one corpus from each.")
     for by, value in exclude:
-        if by not in (*BY, "cells", "hashes"): raise ValueError(f"Cannot exclude by {by!r}; choose one of {', '.join((*BY, 'cells', 'hashes'))}.")
-        if by in ("cells", "hashes") and value not in manifests() and not Path(value).exists(): raise FileNotFoundError(f"There is no {value} to take cells from; check the path.")
+        if by not in (*BY, "cells", "hashes"):
+            raise ValueError(
+                f"Cannot exclude by {by!r}; choose one of {', '.join((*BY, 'cells', 'hashes'))}."
+            )
+        if by in ("cells", "hashes") and value not in manifests() and not Path(value).exists():
+            raise FileNotFoundError(f"There is no {value} to take cells from; check the path.")
     filters = {k: v for k, v in filters.items() if v not in (None, ())}
-    if "deny_assays" in filters: filters["deny_assays"] = parts[0].filters.deny_assays | {a: "asked for on the command line" for a in filters["deny_assays"]}
-    asked = tuple(dict(by=by, reason="asked for on the command line", **(dict(data_set=value, value="all") if by == "cells" and value in manifests() else dict(value=value))) for by, value in exclude)
+    if "deny_assays" in filters:
+        filters["deny_assays"] = parts[0].filters.deny_assays | {
+            a: "asked for on the command line" for a in filters["deny_assays"]
+        }
+    asked = tuple(
+        dict(
+            by=by,
+            reason="asked for on the command line",
+            **(
+                dict(data_set=value, value="all")
+                if by == "cells" and value in manifests()
+                else dict(value=value)
+            ),
+        )
+        for by, value in exclude
+    )
     first = parts[0]
-    return replace(first, sources=tuple(s for p in parts for s in p.sources), exclude=(*(e for p in parts for e in p.exclude), *asked), filters=replace(first.filters, **filters))
+    return replace(
+        first,
+        sources=tuple(s for p in parts for s in p.sources),
+        exclude=(*(e for p in parts for e in p.exclude), *asked),
+        filters=replace(first.filters, **filters),
+    )
+
 
 def _as_recipe(name, assume, reading):
     if name.endswith(".toml"):
-        if not Path(name).is_file(): raise FileNotFoundError(f"There is no {name}; check the path.")
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"There is no {name}; check the path.")
         return read_recipe(name)
     if not Path(name).exists() and name in manifests():
-        return read_recipe(ASSETS/"manifests"/f"{name}.toml") if manifest(name).kind == "census" else Recipe((dict(data_set=name, obs=assume, **reading),))
-    return Recipe((dict(uri=name, obs=assume) if "://" in name or is_soma(name) else dict(path=name, obs=assume, **reading),))
+        return (
+            read_recipe(ASSETS / "manifests" / f"{name}.toml")
+            if manifest(name).kind == "census"
+            else Recipe((dict(data_set=name, obs=assume, **reading),))
+        )
+    return Recipe(
+        (
+            dict(uri=name, obs=assume)
+            if "://" in name or is_soma(name)
+            else dict(path=name, obs=assume, **reading),
+        )
+    )
 
 # %% ../nbs/04c_corpus.ipynb #f46f7939
 def cell_hashes(
-    source,         # Counts, or what `open_counts` takes
-    rows=None,      # bool, shape (cells,): only these
-)->np.ndarray:      # uint64, one a cell, over its protein-coding genes
+    source,  # Counts, or what `open_counts` takes
+    rows=None,  # bool, shape (cells,): only these
+) -> np.ndarray:  # uint64, one a cell, over its protein-coding genes
     "The content hash of each cell."
-    counts = open_counts(source, duplicates="sum") if isinstance(source, (str, os.PathLike)) else source
+    counts = (
+        open_counts(source, duplicates="sum") if isinstance(source, (str, os.PathLike)) else source
+    )
     axis = gene_axis(counts.genes)
     key = gene_keys(axis.ids, axis.exact)
     out = np.concatenate([measure(chunk, axis, key)["hash"] for _, chunk in counts.chunks()])
     return out if rows is None else out[rows]
 
+
 def banned_hashes(
     exclude,  # Exclusions of a recipe
-)->tuple:     # (sorted uint64 hashes, list: what was checked, with the number of cells)
+) -> tuple:  # (sorted uint64 hashes, list: what was checked, with the number of cells)
     "The cells that must stay out, by content."
     found, checked = [np.zeros(0, np.uint64)], []
     for e in exclude:
-        if e["by"] == "hashes": h = np.array([int(line, 16) for line in Path(e["value"]).read_text().split()], np.uint64)
+        if e["by"] == "hashes":
+            h = np.array(
+                [int(line, 16) for line in Path(e["value"]).read_text().split()], np.uint64
+            )
         elif e["by"] == "cells" and "data_set" in e:
-            if not available(e["data_set"]): checked.append(dict(data_set=e["data_set"], cells=0, checked=False, why="its file is not on this machine")); continue
-            counts = open_counts(locate(e["data_set"]), duplicates="sum"); rows = None
-            if e["value"] not in ("all", "unknown"): rows = (counts.adata.obs[list(manifest(e["data_set"]).obs.values())] == e["value"]).any(axis=1).to_numpy()
+            if not available(e["data_set"]):
+                checked.append(
+                    dict(
+                        data_set=e["data_set"],
+                        cells=0,
+                        checked=False,
+                        why="its file is not on this machine",
+                    )
+                )
+                continue
+            counts = open_counts(locate(e["data_set"]), duplicates="sum")
+            rows = None
+            if e["value"] not in ("all", "unknown"):
+                rows = (
+                    (counts.adata.obs[list(manifest(e["data_set"]).obs.values())] == e["value"])
+                    .any(axis=1)
+                    .to_numpy()
+                )
             h = cell_hashes(counts, rows)
-        elif e["by"] == "cells": h = cell_hashes(e["value"])
-        else: continue
-        found.append(h); checked.append(dict(data_set=e.get("data_set", Path(str(e["value"])).name), value=e["value"] if "data_set" in e else "all", cells=len(h), checked=True))
+        elif e["by"] == "cells":
+            h = cell_hashes(e["value"])
+        else:
+            continue
+        found.append(h)
+        checked.append(
+            dict(
+                data_set=e.get("data_set", Path(str(e["value"])).name),
+                value=e["value"] if "data_set" in e else "all",
+                cells=len(h),
+                checked=True,
+            )
+        )
     return np.unique(np.concatenate(found)), checked
 
 # %% ../nbs/04c_corpus.ipynb #109ebf75
 @dataclass(frozen=True, eq=False)
 class Unit:
     "A block of candidate cells of one data set: what one shard is made from."
-    number: int; source: int; data_set: str; start: int; rows: np.ndarray
+
+    number: int
+    source: int
+    data_set: str
+    start: int
+    rows: np.ndarray
+
     @property
-    def shard(self): return f"shard-{self.number:05d}.h5ad"
+    def shard(self):
+        return f"shard-{self.number:05d}.h5ad"
+
     @property
-    def record(self): return f"shard-{self.number:05d}.json"
+    def record(self):
+        return f"shard-{self.number:05d}.json"
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Everything that follows from recipe and sources before a count is read."
-    recipe: Recipe; sources: list; axes: list; candidates: list; units: list; banned: np.ndarray; checked: list; shard_cells: int
-    @property
-    def key(self): # the same for every worker of one corpus
-        filters = asdict(self.recipe.filters)
-        return hashlib.sha256(json.dumps([VERSION, filters, self.recipe.exclude, [s.mark for s in self.sources], [[c.source, c.name, len(c.rows)] for c in self.candidates],
-                                          hashlib.sha256(self.banned.tobytes()).hexdigest(), self.shard_cells], default=str).encode()).hexdigest()[:16]
 
-VERSION = 1 # of the layout of a corpus
+    recipe: Recipe
+    sources: list
+    axes: list
+    candidates: list
+    units: list
+    banned: np.ndarray
+    checked: list
+    shard_cells: int
+
+    @property
+    def key(self):  # the same for every worker of one corpus
+        filters = asdict(self.recipe.filters)
+        return hashlib.sha256(
+            json.dumps(
+                [
+                    VERSION,
+                    filters,
+                    self.recipe.exclude,
+                    [s.mark for s in self.sources],
+                    [[c.source, c.name, len(c.rows)] for c in self.candidates],
+                    hashlib.sha256(self.banned.tobytes()).hexdigest(),
+                    self.shard_cells,
+                ],
+                default=str,
+            ).encode()
+        ).hexdigest()[:16]
+
+
+VERSION = 1  # of the layout of a corpus
+
 
 def make_plan(
-    recipe:Recipe,
-    shard_cells:int=65_536, # Candidate cells a shard: 100-250 MB at 2,000 to 4,000 genes a cell
-    say=None,               # Called with messages
-)->Plan:
+    recipe: Recipe,
+    shard_cells: int = 65_536,  # Candidate cells a shard: 100-250 MB at 2,000 to 4,000 genes a cell
+    say=None,  # Called with messages
+) -> Plan:
     "Open the sources, apply the filters that need no counts, and cut the rest into units."
     sources = [s for named in recipe.sources for s in open_source(named, say)]
     banned, checked = banned_hashes(recipe.exclude)
     for c in checked:
-        if say and not c["checked"]: say(f"{c['data_set']} is to be kept out by content, but {c['why']}: not checked")
-    candidates = [c for i, s in enumerate(sources) for c in s.candidates(i, recipe.filters, recipe.exclude)]
+        if say and not c["checked"]:
+            say(f"{c['data_set']} is to be kept out by content, but {c['why']}: not checked")
+    candidates = [
+        c for i, s in enumerate(sources) for c in s.candidates(i, recipe.filters, recipe.exclude)
+    ]
     names = pd.Series([c.name for c in candidates])
-    if names.duplicated().any(): raise ValueError(f"Two sources both hold a data set {names[names.duplicated()].iloc[0]!r}; name each once (a file's name is its data set, unless obs has dataset_id).")
+    if names.duplicated().any():
+        raise ValueError(
+            f"Two sources both hold a data set {names[names.duplicated()].iloc[0]!r}; name each "
+            "once (a file's name is its data set, unless obs has dataset_id)."
+        )
     blocks = [(c, start) for c in candidates for start in range(0, len(c.rows), shard_cells)]
-    units = [Unit(k, c.source, c.name, start, c.rows[start:start + shard_cells]) for k, (c, start) in enumerate(blocks)]
+    units = [
+        Unit(k, c.source, c.name, start, c.rows[start : start + shard_cells])
+        for k, (c, start) in enumerate(blocks)
+    ]
     axes = [gene_axis(s.genes) for s in sources]
     for i in sorted({u.source for u in units}):
-        if say and not axes[i].mito.any(): say(f"{sources[i].name} has no mitochondrial gene: the mitochondrial filter is blind there")
+        if say and not axes[i].mito.any():
+            say(
+                f"{sources[i].name} has no mitochondrial gene: the mitochondrial filter is blind "
+                "there"
+            )
     return Plan(recipe, sources, axes, candidates, units, banned, checked, shard_cells)
 
 # %% ../nbs/04c_corpus.ipynb #64b31d3d
 def ahead(
-    chunks, # Any iterable of things that are not None
-):          # Yields the same
+    chunks,  # Any iterable of things that are not None
+):  # Yields the same
     "Read the next item in a thread while one is being used."
     it = iter(chunks)
     with ThreadPoolExecutor(1) as reader:
         job = reader.submit(next, it, None)
         while (item := job.result()) is not None:
-            job = reader.submit(next, it, None); yield item
+            job = reader.submit(next, it, None)
+            yield item
 
 # %% ../nbs/04c_corpus.ipynb #a7fd56cf
 def write_unit(
-    plan:Plan, unit:Unit, folder:Path,
-    pool=None,         # Threads that compress
-    progress=None,     # Called with the number of cells of each chunk
-    chunk_cells:int=1024, # What is in memory at once; larger is no faster
-)->dict:               # The record of the shard, also written beside it
+    plan: Plan,
+    unit: Unit,
+    folder: Path,
+    pool=None,  # Threads that compress
+    progress=None,  # Called with the number of cells of each chunk
+    chunk_cells: int = 1024,  # What is in memory at once; larger is no faster
+) -> dict:  # The record of the shard, also written beside it
     "Make one shard and its record."
     source, filters = plan.sources[unit.source], plan.recipe.filters
-    here = source.measured(unit.data_set); axis = plan.axes[unit.source]
+    here = source.measured(unit.data_set)
+    axis = plan.axes[unit.source]
     axis = replace(axis, mito=axis.mito & here)
-    key, writer, removed, parts, at, obs = gene_keys(axis.ids, axis.exact), ShardWriter(folder/unit.shard, len(axis.ids), pool), {}, [], [], None
+    key, writer, removed, parts, at, obs = (
+        gene_keys(axis.ids, axis.exact),
+        ShardWriter(folder / unit.shard, len(axis.ids), pool),
+        {},
+        [],
+        [],
+        None,
+    )
     try:
         for first, chunk in ahead(source.chunks(unit.rows, chunk_cells)):
             m = measure(chunk, axis, key)
             out, left = funnel(chunk.shape[0], counted_steps(m, axis, filters, plan.banned))
             removed = {k: removed.get(k, 0) + v for k, v in out.items()}
             writer.append(coding_counts(chunk, axis, left))
-            parts.append({k: v[left] for k, v in m.items()}); at.append(unit.rows[first + np.flatnonzero(left)])
-            if progress: progress(chunk.shape[0])
+            parts.append({k: v[left] for k, v in m.items()})
+            at.append(unit.rows[first + np.flatnonzero(left)])
+            if progress:
+                progress(chunk.shape[0])
         rows, seen = np.concatenate(at), np.isin(np.arange(len(axis.ids)), axis.position[here])
         if len(rows):
-            obs = shard_obs(source.obs(rows), rows, {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, axis)
-            writer.close(obs, shard_var(axis, seen), {"scemb": dict(data_set=unit.data_set, unit=unit.number)})
+            obs = shard_obs(
+                source.obs(rows),
+                rows,
+                {k: np.concatenate([p[k] for p in parts]) for k in parts[0]},
+                axis,
+            )
+            writer.close(
+                obs,
+                shard_var(axis, seen),
+                {"scemb": dict(data_set=unit.data_set, unit=unit.number)},
+            )
     finally:
-        if obs is None: writer.discard()
-    record = dict(plan=plan.key, unit=unit.number, source=unit.source, data_set=unit.data_set, start=unit.start, n_read=len(unit.rows), removed=removed, mito_measured=int(axis.mito.sum()), genes_measured=int(seen.sum()))
-    return enter(folder, unit.record, record, folder/unit.shard if obs is not None else None, obs, writer.size)
+        if obs is None:
+            writer.discard()
+    record = dict(
+        plan=plan.key,
+        unit=unit.number,
+        source=unit.source,
+        data_set=unit.data_set,
+        start=unit.start,
+        n_read=len(unit.rows),
+        removed=removed,
+        mito_measured=int(axis.mito.sum()),
+        genes_measured=int(seen.sum()),
+    )
+    return enter(
+        folder,
+        unit.record,
+        record,
+        folder / unit.shard if obs is not None else None,
+        obs,
+        writer.size,
+    )
 
 # %% ../nbs/04c_corpus.ipynb #cf292519
-def drop_duplicates(plan, folder, records): # -> records, after rewriting the shards that held copies; and the hash of all content
+def drop_duplicates(
+    plan, folder, records
+):  # -> records, after rewriting the shards that held copies; and the hash of all content
     "Keep the first of equal cells over the whole corpus."
     from xxhash import xxh3_128
-    hashes = [shard_column(folder/r["file"], "cell_hash") if r["file"] else np.zeros(0, np.uint64) for r in records]
+
+    hashes = [
+        shard_column(folder / r["file"], "cell_hash") if r["file"] else np.zeros(0, np.uint64)
+        for r in records
+    ]
     everything = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
-    if not plan.recipe.filters.drop_duplicates: return records, xxh3_128(everything.tobytes()).hexdigest()
-    keep = np.zeros(len(everything), bool); keep[np.unique(everything, return_index=True)[1]] = True
-    ends = np.cumsum([0] + [len(h) for h in hashes]); out = []
+    if not plan.recipe.filters.drop_duplicates:
+        return records, xxh3_128(everything.tobytes()).hexdigest()
+    keep = np.zeros(len(everything), bool)
+    keep[np.unique(everything, return_index=True)[1]] = True
+    ends = np.cumsum([0] + [len(h) for h in hashes])
+    out = []
     for r, unit, a, b in zip(records, plan.units, ends, ends[1:]):
         left = keep[a:b]
         out.append(r if left.all() else rewrite(folder, unit, r, left))
@@ -207,120 +434,251 @@ def drop_duplicates(plan, folder, records): # -> records, after rewriting the sh
 
 # %% ../nbs/04c_corpus.ipynb #208541d7
 def merge(
-    plan:Plan, folder:Path,
-    records,    # One a unit
-    seed:int=0, # Written into the card; nothing here is random
-)->dict:        # The card, also written as corpus.json
+    plan: Plan,
+    folder: Path,
+    records,  # One a unit
+    seed: int = 0,  # Written into the card; nothing here is random
+) -> dict:  # The card, also written as corpus.json
     "Take out copies and write the card of the corpus."
     records, content = drop_duplicates(plan, folder, records)
-    for stray in folder.glob("shard-*.part"): stray.unlink()
+    for stray in folder.glob("shard-*.part"):
+        stray.unlink()
     tidy_folder(folder)
-    sets = [data_set_card(c, [r for r in records if (r["source"], r["data_set"]) == (c.source, c.name)], plan) for c in plan.candidates]
-    steps = list(dict.fromkeys(k for s in sets for k in s["removed"])); n, filters = sum(s["cells_in"] for s in sets), []
+    sets = [
+        data_set_card(
+            c, [r for r in records if (r["source"], r["data_set"]) == (c.source, c.name)], plan
+        )
+        for c in plan.candidates
+    ]
+    steps = list(dict.fromkeys(k for s in sets for k in s["removed"]))
+    n, filters = sum(s["cells_in"] for s in sets), []
     for k in steps:
         out = sum(s["removed"].get(k, 0) for s in sets)
-        filters.append(dict(filter=k, cells_in=n, removed=out, cells_out=n - out)); n -= out
-    add = lambda key, sub=None: _added([(r[key][sub] if sub else r[key]) for r in records if r["file"]])
-    card = dict(name=plan.recipe.name, title=plan.recipe.title, notes=plan.recipe.notes, layout=VERSION, n_cells=sum(r["n_cells"] for r in records), n_values=sum(r["n_values"] for r in records),
-                n_counts=sum(r.get("n_counts", 0) for r in records), content_hash=content, seed=seed, shard_cells=plan.shard_cells, settings=asdict(plan.recipe.filters), software=software(plan), filters=filters,
-                exclude=plan.recipe.exclude, excluded_cells=plan.checked, sources=[s.card() for s in plan.sources], data_sets=sets,
-                composition={c: add("composition", c) for c in COMPOSITION}, genes_per_cell=dict(step=GENE_STEP, cells=add("genes")), mito_fraction=dict(step=MITO_STEP, cells=add("mito")),
-                shards=[{k: r[k] for k in ("file", "data_set", "start", "n_read", "n_cells", "n_values", "bytes", "xxh3_128")} for r in records if r["file"]])
-    write_json(folder/"corpus.json", card, default=str)
+        filters.append(dict(filter=k, cells_in=n, removed=out, cells_out=n - out))
+        n -= out
+
+    def add(key, sub=None):
+        return _added([(r[key][sub] if sub else r[key]) for r in records if r["file"]])
+
+    card = dict(
+        name=plan.recipe.name,
+        title=plan.recipe.title,
+        notes=plan.recipe.notes,
+        layout=VERSION,
+        n_cells=sum(r["n_cells"] for r in records),
+        n_values=sum(r["n_values"] for r in records),
+        n_counts=sum(r.get("n_counts", 0) for r in records),
+        content_hash=content,
+        seed=seed,
+        shard_cells=plan.shard_cells,
+        settings=asdict(plan.recipe.filters),
+        software=software(plan),
+        filters=filters,
+        exclude=plan.recipe.exclude,
+        excluded_cells=plan.checked,
+        sources=[s.card() for s in plan.sources],
+        data_sets=sets,
+        composition={c: add("composition", c) for c in COMPOSITION},
+        genes_per_cell=dict(step=GENE_STEP, cells=add("genes")),
+        mito_fraction=dict(step=MITO_STEP, cells=add("mito")),
+        shards=[
+            {
+                k: r[k]
+                for k in (
+                    "file",
+                    "data_set",
+                    "start",
+                    "n_read",
+                    "n_cells",
+                    "n_values",
+                    "bytes",
+                    "xxh3_128",
+                )
+            }
+            for r in records
+            if r["file"]
+        ],
+    )
+    write_json(folder / "corpus.json", card, default=str)
     seal(folder, plan, card)
     return card
 
-def seal(folder, plan, card): # the manifest of a corpus, with the checksums that its card knows
+
+def seal(folder, plan, card):  # the manifest of a corpus, with the checksums that its card knows
     known = {s["file"]: s["xxh3_128"] for s in card["shards"]}
     names = ["corpus.json", "plan.json", *(u.record for u in plan.units), *known]
-    write_manifest(folder, "corpus", plan.key, [n for n in names if (folder/n).exists()], known)
+    write_manifest(folder, "corpus", plan.key, [n for n in names if (folder / n).exists()], known)
 
-def _added(counts): # dicts of numbers -> one, keys in order
+
+def _added(counts):  # dicts of numbers -> one, keys in order
     total = {}
     for c in counts:
-        for k, v in c.items(): total[k] = total.get(k, 0) + v
-    return dict(sorted(total.items(), key=lambda kv: (float(kv[0]) if kv[0].lstrip("-").isdigit() else 0, kv[0])))
+        for k, v in c.items():
+            total[k] = total.get(k, 0) + v
+    return dict(
+        sorted(
+            total.items(),
+            key=lambda kv: (float(kv[0]) if kv[0].lstrip("-").isdigit() else 0, kv[0]),
+        )
+    )
+
 
 def data_set_card(c, records, plan):
     removed = dict(c.removed)
-    for r in records: removed = removed | {k: removed.get(k, 0) + v for k, v in r["removed"].items()}
-    if records: removed["duplicate"] = sum(r.get("duplicates", 0) for r in records)
-    return dict(dataset_id=c.name, source=plan.sources[c.source].name, cells_in=c.n_cells, removed=removed, n_cells=sum(r["n_cells"] for r in records),
-                mitochondrial_genes=records[0]["mito_measured"] if records else None, coding_genes=records[0]["genes_measured"] if records else None)
+    for r in records:
+        removed = removed | {k: removed.get(k, 0) + v for k, v in r["removed"].items()}
+    if records:
+        removed["duplicate"] = sum(r.get("duplicates", 0) for r in records)
+    return dict(
+        dataset_id=c.name,
+        source=plan.sources[c.source].name,
+        cells_in=c.n_cells,
+        removed=removed,
+        n_cells=sum(r["n_cells"] for r in records),
+        mitochondrial_genes=records[0]["mito_measured"] if records else None,
+        coding_genes=records[0]["genes_measured"] if records else None,
+    )
+
 
 def software(plan):
     from importlib.metadata import version
+
     soma = any(hasattr(s, "census") for s in plan.sources)
-    return {p: version(p) for p in ("scemb", "anndata", "h5py", "numpy", "pandas", "isal", *(("tiledbsoma", "cellxgene-census") if soma else ()))}
+    return {
+        p: version(p)
+        for p in (
+            "scemb",
+            "anndata",
+            "h5py",
+            "numpy",
+            "pandas",
+            "isal",
+            *(("tiledbsoma", "cellxgene-census") if soma else ()),
+        )
+    }
 
 # %% ../nbs/04c_corpus.ipynb #659fa85c
 def curate(
-    recipe:Recipe,
-    out,                        # Folder of the corpus
-    partition:tuple=(1, 1),     # (i, n): do every n-th unit, beginning with the i-th; 1 <= i <= n
-    merge_only:bool=False,      # Only check that all is there, and write the card
-    overwrite:bool=False,       # Replace a corpus of another recipe
-    shard_cells:int=65_536, n_threads:int=1, seed:int=0,
-    progress=None,              # Called with (cells done, cells in all)
-    say=None,                   # Called with messages
-)->dict|None:                   # The card; None after one of several partitions
-    "Make a corpus; the same call goes on where an interrupted one stopped, and repairs what was damaged."
-    i, n = partition; out = Path(out)
-    if not 1 <= i <= n: raise ValueError(f"partition {i}/{n}: the first number must be 1 to {n}.")
-    if overwrite and (n > 1 or merge_only): raise ValueError("overwrite would delete what other workers have made; delete the folder before the first partition starts.")
+    recipe: Recipe,
+    out,  # Folder of the corpus
+    partition: tuple = (1, 1),  # (i, n): do every n-th unit, beginning with the i-th; 1 <= i <= n
+    merge_only: bool = False,  # Only check that all is there, and write the card
+    overwrite: bool = False,  # Replace a corpus of another recipe
+    shard_cells: int = 65_536,
+    n_threads: int = 1,
+    seed: int = 0,
+    progress=None,  # Called with (cells done, cells in all)
+    say=None,  # Called with messages
+) -> dict | None:  # The card; None after one of several partitions
+    """Make a corpus; the same call goes on where an interrupted one stopped, and repairs what was
+    damaged."""
+    i, n = partition
+    out = Path(out)
+    if not 1 <= i <= n:
+        raise ValueError(f"partition {i}/{n}: the first number must be 1 to {n}.")
+    if overwrite and (n > 1 or merge_only):
+        raise ValueError(
+            "overwrite would delete what other workers have made; delete the folder before the "
+            "first partition starts."
+        )
     occupied(out, overwrite)
     plan = make_plan(recipe, shard_cells, say)
-    if not plan.units: raise ValueError(f"None of {sum(c.n_cells for c in plan.candidates):,} cells passes the filters on what is written about them: {_why(plan)}.")
+    if not plan.units:
+        raise ValueError(
+            f"None of {sum(c.n_cells for c in plan.candidates):,} cells passes the filters on "
+            f"what is written about them: {_why(plan)}."
+        )
     out.mkdir(parents=True, exist_ok=True)
     part = "merge" if merge_only else f"partition {i} of {n}"
-    with only_writer(out/part.replace(" ", "-")):
+    with only_writer(out / part.replace(" ", "-")):
         claim(out, plan, say)
         return _made(plan, out, partition, merge_only, n_threads, seed, progress, say)
 
-def _made(plan, out, partition, merge_only, n_threads, seed, progress, say): # units, and the card when all are there
+
+def _made(plan, out, partition, merge_only, n_threads, seed, progress, say):
+    # units, and the card when all are there
     i, n = partition
     mine = [u for u in plan.units if u.number % n == i - 1]
     records = {} if merge_only else make_units(plan, mine, out, n_threads, progress, say)
-    if n > 1 and not merge_only: return None
+    if n > 1 and not merge_only:
+        return None
     records = [records.get(u.number) or finished(out, u, True, plan.key) for u in plan.units]
     if missing := [u for u, r in zip(plan.units, records) if r is None]:
-        raise ValueError(f"{len(missing)} of {len(plan.units)} shards are missing or damaged: {', '.join(u.shard for u in missing[:5])}{' ...' if len(missing) > 5 else ''} (data sets {', '.join(sorted({u.data_set for u in missing})[:5])}). "
-                         "Run the partitions again; what is done is not done again.")
+        raise ValueError(
+            f"{len(missing)} of {len(plan.units)} shards are missing or damaged: "
+            f"{', '.join(u.shard for u in missing[:5])}{' ...' if len(missing) > 5 else ''} "
+            f"(data sets {', '.join(sorted({u.data_set for u in missing})[:5])}). "
+            "Run the partitions again; what is done is not done again."
+        )
     if not sum(r["n_cells"] for r in records):
         removed = _added([c.removed for c in plan.candidates] + [r["removed"] for r in records])
-        raise ValueError(f"None of {sum(c.n_cells for c in plan.candidates):,} cells passes the filters: {', '.join(f'{k} takes out {v:,}' for k, v in removed.items() if v)}. No corpus is written.")
+        raise ValueError(
+            f"None of {sum(c.n_cells for c in plan.candidates):,} cells passes the filters: "
+            f"{', '.join(f'{k} takes out {v:,}' for k, v in removed.items() if v)}. No corpus is "
+            "written."
+        )
     return merge(plan, out, records, seed)
 
 # %% ../nbs/04c_corpus.ipynb #5392ebc5
-def _why(plan): return ", ".join(f"{k} takes out {v:,}" for k, v in _added([c.removed for c in plan.candidates]).items() if v)
+def _why(plan):
+    return ", ".join(
+        f"{k} takes out {v:,}" for k, v in _added([c.removed for c in plan.candidates]).items() if v
+    )
 
-def occupied(out, overwrite): # a folder that is no corpus is never touched
-    if not out.exists(): check_output(out)
+
+def occupied(out, overwrite):  # a folder that is no corpus is never touched
+    if not out.exists():
+        check_output(out)
     held = [p.name for p in out.iterdir()] if out.is_dir() else []
-    known = all(re.fullmatch(r"shard-\d{5,}\.(h5ad|json|\d+\.part)|(corpus|plan|manifest)\.json|\..*\.(lock|part)", name) for name in held)
-    ours = known and any(name.startswith("shard-") or name == "corpus.json" for name in held)   # its plan.json was lost
-    if out.exists() and (not out.is_dir() or held) and not (out/"plan.json").exists() and not ours:
-        raise FileExistsError(f"{out} exists and is no corpus (it has no plan.json); it is left alone. Choose another name.")
-    if overwrite and out.exists(): shutil.rmtree(out)
+    known = all(
+        re.fullmatch(
+            r"shard-\d{5,}\.(h5ad|json|\d+\.part)|(corpus|plan|manifest)\.json|\..*\.(lock|part)",
+            name,
+        )
+        for name in held
+    )
+    ours = known and any(
+        name.startswith("shard-") or name == "corpus.json" for name in held
+    )  # its plan.json was lost
+    if (
+        out.exists()
+        and (not out.is_dir() or held)
+        and not (out / "plan.json").exists()
+        and not ours
+    ):
+        raise FileExistsError(
+            f"{out} exists and is no corpus (it has no plan.json); it is left alone. Choose "
+            "another name."
+        )
+    if overwrite and out.exists():
+        shutil.rmtree(out)
 
-def claim(out, plan, say=None): # the first worker writes the plan; the others must have the same
+
+def claim(out, plan, say=None):  # the first worker writes the plan; the others must have the same
     mine = dict(key=plan.key, units=len(plan.units), shard_cells=plan.shard_cells)
     held = _held_plan(out)
     if held:
         if held != mine:
-            raise FileExistsError(f"{out} holds a corpus of another recipe, other settings or changed sources (plan {held.get('key')}, this one is {mine['key']}). Choose another name, or pass overwrite (--overwrite).")
+            raise FileExistsError(
+                f"{out} holds a corpus of another recipe, other settings or changed sources "
+                f"(plan {held.get('key')}, this one is {mine['key']}). Choose another name, or "
+                "pass overwrite (--overwrite)."
+            )
     else:
         _keep_own(out, plan, say)
-        write_json(out/"plan.json", mine, indent=None)
+        write_json(out / "plan.json", mine, indent=None)
 
-def _held_plan(out): # the plan in a folder; None: none, or one that is damaged
+
+def _held_plan(out):  # the plan in a folder; None: none, or one that is damaged
     try:
-        held = read_json(out/"plan.json", keys=("key", "units", "shard_cells"))
+        held = read_json(out / "plan.json", keys=("key", "units", "shard_cells"))
     except (FileNotFoundError, Damaged):
         return None
     return held
 
-def _keep_own(out, plan, say): # the plan was lost: shards count only where their record names the same plan
+
+def _keep_own(out, plan, say):
+    # the plan was lost: shards count only where their record names the same plan
     records = sorted(out.glob("shard-*.json"))
     if not records:
         return
@@ -334,54 +692,98 @@ def _keep_own(out, plan, say): # the plan was lost: shards count only where thei
         if not same:
             path.unlink()
     if say:
-        say(f"plan.json of {out} was lost or damaged and is written anew; {kept} of {len(records)} shards are of this plan and are kept")
+        say(
+            f"plan.json of {out} was lost or damaged and is written anew; {kept} of "
+            f"{len(records)} shards are of this plan and are kept"
+        )
 
-def make_units(plan, units, out, n_threads, progress, say): # -> unit number -> record; what cannot be read is reported at the end
+
+def make_units(
+    plan, units, out, n_threads, progress, say
+):  # -> unit number -> record; what cannot be read is reported at the end
     done, records, missing = 0, {}, []
     total = sum(len(u.rows) for u in units)
+
     def report(n):
-        nonlocal done; done += n
-        if progress: progress(done, total)
+        nonlocal done
+        done += n
+        if progress:
+            progress(done, total)
+
     with ThreadPoolExecutor(n_threads) as pool:
         for u in units:
-            if (r := finished(out, u, True, plan.key)): records[u.number] = r; report(len(u.rows)); continue
-            (out/u.record).unlink(missing_ok=True)
-            try: records[u.number] = write_unit(plan, u, out, pool if n_threads > 1 else None, report)
-            except OSError as e: missing.append((u, e)); report(0)
-    if missing: raise OSError(f"{len(missing)} of {len(units)} shards could not be made: " + "; ".join(f"{u.shard} ({u.data_set}, {len(u.rows):,} cells from {u.start:,}): {e}" for u, e in missing[:5]) + ". Everything else is done: give the same command again for the rest.")
+            if r := finished(out, u, True, plan.key):
+                records[u.number] = r
+                report(len(u.rows))
+                continue
+            (out / u.record).unlink(missing_ok=True)
+            try:
+                records[u.number] = write_unit(
+                    plan, u, out, pool if n_threads > 1 else None, report
+                )
+            except OSError as e:
+                missing.append((u, e))
+                report(0)
+    if missing:
+        raise OSError(
+            f"{len(missing)} of {len(units)} shards could not be made: "
+            + "; ".join(
+                f"{u.shard} ({u.data_set}, {len(u.rows):,} cells from {u.start:,}): {e}"
+                for u, e in missing[:5]
+            )
+            + ". Everything else is done: give the same command again for the rest."
+        )
     return records
 
 # %% ../nbs/04c_corpus.ipynb #bb1b3979
 WAY_OUT = "Give the scemb curate command of this corpus again: it rebuilds what is damaged."
 
+
 def read_corpus(
-    folder, # A corpus written by `curate`
-)->dict:    # Its card
+    folder,  # A corpus written by `curate`
+) -> dict:  # Its card
     "The card of a corpus; a folder that is none, is not complete or is damaged is refused."
     folder = Path(folder)
-    if not (folder/"corpus.json").exists():
-        part = " It holds an unfinished one: give its scemb curate command again (or --merge after all partitions)." if (folder/"plan.json").exists() else ""
-        raise FileNotFoundError(f"{folder} is no corpus (it has no corpus.json).{part or ' Make one with: scemb curate FILE --out ' + folder.name}")
+    if not (folder / "corpus.json").exists():
+        part = (
+            " It holds an unfinished one: give its scemb curate command again (or --merge after "
+            "all partitions)."
+            if (folder / "plan.json").exists()
+            else ""
+        )
+        raise FileNotFoundError(
+            f"{folder} is no corpus (it has no "
+            f"corpus.json).{part or ' Make one with: scemb curate FILE --out ' + folder.name}"
+        )
     open_folder(folder, "corpus", WAY_OUT)
     keys = ("file", "bytes", "xxh3_128", "n_cells", "data_set")
-    card = read_json(folder/"corpus.json", keys=("shards", "name", "content_hash", "n_cells"), way_out=WAY_OUT)
-    if not isinstance(card["shards"], list) or not all(isinstance(s, dict) and all(k in s for k in keys) for s in card["shards"]):
-        raise Damaged(f"{folder/'corpus.json'} is damaged: its shards must be a list of records with {', '.join(keys)}. {WAY_OUT}")
+    card = read_json(
+        folder / "corpus.json", keys=("shards", "name", "content_hash", "n_cells"), way_out=WAY_OUT
+    )
+    if not isinstance(card["shards"], list) or not all(
+        isinstance(s, dict) and all(k in s for k in keys) for s in card["shards"]
+    ):
+        raise Damaged(
+            f"{folder / 'corpus.json'} is damaged: its shards must be a list of records with "
+            f"{', '.join(keys)}. {WAY_OUT}"
+        )
     for s in card["shards"]:
         check_file(inside(folder, s["file"]), s["bytes"], s["xxh3_128"], WAY_OUT, now=False)
     return card
 
+
 def shard_path(
-    folder,     # A corpus
-    shard:dict, # Its entry in the card
-)->Path:        # The file, compared with its checksum when this process first asks for it
+    folder,  # A corpus
+    shard: dict,  # Its entry in the card
+) -> Path:  # The file, compared with its checksum when this process first asks for it
     "A shard that is what was written."
     path = inside(folder, shard["file"])
     check_file(path, shard["bytes"], shard["xxh3_128"], WAY_OUT)
     return path
 
+
 def shards(
-    folder, # A corpus
-)->list:    # Paths, in order; each is compared with its checksum
+    folder,  # A corpus
+) -> list:  # Paths, in order; each is compared with its checksum
     "The shards of a corpus."
     return [shard_path(folder, s) for s in read_corpus(folder)["shards"]]

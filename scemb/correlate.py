@@ -14,61 +14,114 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from .genegraph import alias_notes
-from .stats import (arrangements, as_labels, as_mask, attainable_p, cosine, false_discovery, finite, mean_differences, min_units, n_arrangements,
-                         per_unit, permutation_p)
+from scemb.stats import (
+    arrangements,
+    as_labels,
+    as_mask,
+    attainable_p,
+    cosine,
+    false_discovery,
+    finite,
+    mean_differences,
+    min_units,
+    n_arrangements,
+    per_unit,
+    permutation_p,
+)
 
 # %% ../nbs/15_correlate.ipynb #e08c2db1
 @dataclass(frozen=True, eq=False)
 class StateShift:
     "A difference of two groups of donors, and what it is made of."
-    vector: np.ndarray       # Mean of cases minus mean of controls within strata, shape (features,)
-    means: np.ndarray        # Of each donor, adjusted for depth, shape (donors, features)
-    donors: np.ndarray       # Names
-    case: np.ndarray         # Bool, shape (donors,)
-    strata: np.ndarray|None  # Of each donor
+
+    vector: np.ndarray  # Mean of cases minus mean of controls within strata, shape (features,)
+    means: np.ndarray  # Of each donor, adjusted for depth, shape (donors, features)
+    donors: np.ndarray  # Names
+    case: np.ndarray  # Bool, shape (donors,)
+    strata: np.ndarray | None  # Of each donor
     n_cells: int
-    unit: str = "donor"      # What a donor is: "cell" where donors are unknown
+    unit: str = "donor"  # What a donor is: "cell" where donors are unknown
     name: str = "case - control"
 
+
 def without_depth(
-    x:np.ndarray,      # Shape (cells, features)
-    depth:np.ndarray,  # Counts of each cell, shape (cells,)
-    units,             # Slopes are fitted within these
-)->np.ndarray:         # Same shape; the mean of a unit moves as far as its depth is off the average
+    x: np.ndarray,  # Shape (cells, features)
+    depth: np.ndarray,  # Counts of each cell, shape (cells,)
+    units,  # Slopes are fitted within these
+) -> np.ndarray:  # Same shape; the mean of a unit moves as far as its depth is off the average
     "Subtract what the logarithm of depth explains within units."
     d = finite(depth, "depth")
-    if (d <= 0).any(): raise ValueError(f"{(d <= 0).sum()} of {len(d)} cells have no counts: drop empty cells first.")
-    d = np.log(d); _, code = np.unique(np.asarray(units).astype(str), return_inverse=True); n = np.bincount(code)
-    inner = lambda v: v - (np.stack([np.bincount(code, c) for c in np.atleast_2d(v.T)]).T/n[:, None])[code].reshape(v.shape)
-    own = inner(d); spread = float(own @ own)
-    if spread == 0: return x
-    return x - np.outer(d - d.mean(), own @ inner(x)/spread)
+    if (d <= 0).any():
+        raise ValueError(
+            f"{(d <= 0).sum()} of {len(d)} cells have no counts: drop empty cells first."
+        )
+    d = np.log(d)
+    _, code = np.unique(np.asarray(units).astype(str), return_inverse=True)
+    n = np.bincount(code)
 
-def check_design(case, strata, unit="donor", table_of="batch"): # bool and strata, one a unit
-    "Refuse a design in which groups and batches cannot be told apart; warn of batches that hold one group only."
+    def inner(v):
+        return v - (np.stack([np.bincount(code, c) for c in np.atleast_2d(v.T)]).T / n[:, None])[
+            code
+        ].reshape(v.shape)
+
+    own = inner(d)
+    spread = float(own @ own)
+    if spread == 0:
+        return x
+    return x - np.outer(d - d.mean(), own @ inner(x) / spread)
+
+
+def check_design(case, strata, unit="donor", table_of="batch"):  # bool and strata, one a unit
+    """Refuse a design in which groups and batches cannot be told apart; warn of batches that hold
+    one group only."""
     counts = {g: int(n) for g, n in zip(("control", "case"), (np.sum(~case), np.sum(case)))}
-    if min(counts.values()) < 2 and strata is None: raise ValueError(f"{counts['case']} case and {counts['control']} control {unit}s, wanted at least 2 of each: with one {unit} a group, its own traits and the group's cannot be told apart.")
-    if strata is None: return
-    table = pd.crosstab(pd.Series(strata, name=table_of), pd.Series(np.where(case, "case", "control"), name=unit + "s")).reindex(columns=["case", "control"], fill_value=0)
+    if min(counts.values()) < 2 and strata is None:
+        raise ValueError(
+            f"{counts['case']} case and {counts['control']} control {unit}s, wanted at least 2 "
+            f"of each: with one {unit} a group, its own traits and the group's cannot be told "
+            "apart."
+        )
+    if strata is None:
+        return
+    table = pd.crosstab(
+        pd.Series(strata, name=table_of),
+        pd.Series(np.where(case, "case", "control"), name=unit + "s"),
+    ).reindex(columns=["case", "control"], fill_value=0)
     one = (table == 0).any(axis=1)
-    if one.all(): raise ValueError(f"Groups and {table_of} are confounded, because no {table_of} holds both groups:\n{table}\nThis data cannot tell a disease from a {table_of}. Get samples of both groups in one {table_of}, or leave {table_of} out and say so.")
-    if one.any(): warnings.warn(f"{one.sum()} of {len(table)} {table_of}es hold one group only and tell nothing of the shift: {', '.join(map(str, table.index[one][:5]))}.")
-    if len(case) - one.size < 2: raise ValueError(f"{len(case)} {unit}s in {len(table)} strata leave nothing to permute:\n{table}")
+    if one.all():
+        raise ValueError(
+            f"Groups and {table_of} are confounded, because no {table_of} holds both "
+            f"groups:\n{table}\nThis data cannot tell a disease from a {table_of}. Get samples "
+            f"of both groups in one {table_of}, or leave {table_of} out and say so."
+        )
+    if one.any():
+        warnings.warn(
+            f"{one.sum()} of {len(table)} {table_of}es hold one group only and tell nothing of "
+            f"the shift: {', '.join(map(str, table.index[one][:5]))}."
+        )
+    if len(case) - one.size < 2:
+        raise ValueError(
+            f"{len(case)} {unit}s in {len(table)} strata leave nothing to permute:\n{table}"
+        )
 
 # %% ../nbs/15_correlate.ipynb #549202e8
 def state_shift(
-    x,                       # Embedding or expression, shape (cells, features)
-    case,                    # True for cells of the cases
-    donors,                  # Donor of each cell
-    batch=None,              # Batch of each donor's cells: groups are compared within batches
-    depth=None,              # Counts of each cell, to adjust for; None: not adjusted
-    paired:bool=False,       # Donors are seen in both states: compared within donors
-    unit:str="donor", name:str="case - control",
-)->StateShift:
+    x,  # Embedding or expression, shape (cells, features)
+    case,  # True for cells of the cases
+    donors,  # Donor of each cell
+    batch=None,  # Batch of each donor's cells: groups are compared within batches
+    depth=None,  # Counts of each cell, to adjust for; None: not adjusted
+    paired: bool = False,  # Donors are seen in both states: compared within donors
+    unit: str = "donor",
+    name: str = "case - control",
+) -> StateShift:
     "The shift between two groups of donors."
-    x = finite(x, "the embedding"); case, donors = as_mask(case, len(x)), as_labels(donors, len(x), f"{unit}s")
-    if paired: batch, donors = donors, np.char.add(donors.astype(str), np.where(case, " case", " control"))
-    if depth is not None: x = without_depth(x, depth, donors)
+    x = finite(x, "the embedding")
+    case, donors = as_mask(case, len(x)), as_labels(donors, len(x), f"{unit}s")
+    if paired:
+        batch, donors = donors, np.char.add(donors.astype(str), np.where(case, " case", " control"))
+    if depth is not None:
+        x = without_depth(x, depth, donors)
     names, means, labels = per_unit(x, donors, case=case, strata=batch)
     check_design(labels["case"], labels["strata"], unit, "donor" if paired else "batch")
     vector = mean_differences(means, labels["case"][None], labels["strata"])[0]
@@ -78,96 +131,161 @@ def state_shift(
 @dataclass(frozen=True, eq=False)
 class Shifts:
     "Perturbation shifts, observed in a screen or predicted."
-    targets: np.ndarray        # Names, shape (targets,)
-    vectors: np.ndarray        # Shape (targets, features); NaN rows are reported and never matched
-    guides: tuple = ()         # Of each target: shifts of its guides (guides, features); empty where predicted
-    control: np.ndarray|None = None  # Shifts of the non-targeting guides, which scatter around 0
+
+    targets: np.ndarray  # Names, shape (targets,)
+    vectors: np.ndarray  # Shape (targets, features); NaN rows are reported and never matched
+    # Of each target: shifts of its guides (guides, features); empty where predicted
+    guides: tuple = ()
+    control: np.ndarray | None = None  # Shifts of the non-targeting guides, which scatter around 0
     source: str = "observed"
-    n_cells: np.ndarray|None = None  # Of each target
+    n_cells: np.ndarray | None = None  # Of each target
+
 
 def centred_cells(
-    x,                     # Embedding or expression, shape (cells, features)
-    target,                # Target of each cell
-    guide,                 # Guide of each cell
-    control:str="non-targeting", # Target of the control cells
-    batch=None,            # Batch of each cell
-    depth=None,            # Counts of each cell, to adjust for
-)->np.ndarray:             # Same shape
+    x,  # Embedding or expression, shape (cells, features)
+    target,  # Target of each cell
+    guide,  # Guide of each cell
+    control: str = "non-targeting",  # Target of the control cells
+    batch=None,  # Batch of each cell
+    depth=None,  # Counts of each cell, to adjust for
+) -> np.ndarray:  # Same shape
     "Cells minus the mean of the control cells of their batch."
-    x = finite(x, "the embedding"); target, guide = as_labels(target, len(x), "targets"), as_labels(guide, len(x), "guides")
-    batch = np.zeros(len(x), "U1") if batch is None else as_labels(batch, len(x), "batches"); is_control = target == control
-    if not is_control.any(): raise ValueError(f"No cell has the target {control!r}; targets are {', '.join(np.unique(target)[:8])}. Name the controls with control=.")
-    if depth is not None: x = without_depth(x, depth, np.char.add(guide.astype(str), batch.astype(str)))
-    if lonely := sorted(set(batch) - set(batch[is_control])): raise ValueError(f"{len(lonely)} batches have no {control} cell ({', '.join(lonely[:3])}): nothing to compare their cells with. Leave them out.")
+    x = finite(x, "the embedding")
+    target, guide = as_labels(target, len(x), "targets"), as_labels(guide, len(x), "guides")
+    batch = np.zeros(len(x), "U1") if batch is None else as_labels(batch, len(x), "batches")
+    is_control = target == control
+    if not is_control.any():
+        raise ValueError(
+            f"No cell has the target {control!r}; targets are "
+            f"{', '.join(np.unique(target)[:8])}. Name the controls with control=."
+        )
+    if depth is not None:
+        x = without_depth(x, depth, np.char.add(guide.astype(str), batch.astype(str)))
+    if lonely := sorted(set(batch) - set(batch[is_control])):
+        raise ValueError(
+            f"{len(lonely)} batches have no {control} cell ({', '.join(lonely[:3])}): nothing to "
+            "compare their cells with. Leave them out."
+        )
     centred = np.array(x, float)
-    for b in np.unique(batch): centred[batch == b] -= x[(batch == b) & is_control].mean(0)
+    for b in np.unique(batch):
+        centred[batch == b] -= x[(batch == b) & is_control].mean(0)
     return centred
 
+
 def perturbation_shifts(
-    x,                     # Embedding or expression, shape (cells, features)
-    target,                # Target of each cell; cells of none, or of two (joined by "+"), belong out
-    guide,                 # Guide of each cell
-    control:str="non-targeting", # Target of the control cells
-    batch=None,            # Batch of each cell: compared with controls of the same batch
-    depth=None,            # Counts of each cell, to adjust for
-    min_cells:int=20,      # A target with fewer cells is left out, with a warning
-)->Shifts:
+    x,  # Embedding or expression, shape (cells, features)
+    target,  # Target of each cell; cells of none, or of two (joined by "+"), belong out
+    guide,  # Guide of each cell
+    control: str = "non-targeting",  # Target of the control cells
+    batch=None,  # Batch of each cell: compared with controls of the same batch
+    depth=None,  # Counts of each cell, to adjust for
+    min_cells: int = 20,  # A target with fewer cells is left out, with a warning
+) -> Shifts:
     "Observed shifts of a screen."
-    centred = centred_cells(x, target, guide, control, batch, depth); target, guide = np.asarray(target).astype(str), np.asarray(guide).astype(str); is_control = target == control
-    of = lambda cells: np.stack([centred[cells & (guide == g)].mean(0) for g in np.unique(guide[cells])])
+    centred = centred_cells(x, target, guide, control, batch, depth)
+    target, guide = np.asarray(target).astype(str), np.asarray(guide).astype(str)
+    is_control = target == control
+
+    def of(cells):
+        return np.stack([centred[cells & (guide == g)].mean(0) for g in np.unique(guide[cells])])
+
     names, n = np.unique(target[~is_control], return_counts=True)
-    if few := [f"{t} ({k})" for t, k in zip(names, n) if k < min_cells]: warnings.warn(f"{len(few)} targets have fewer than {min_cells} cells and are left out: {', '.join(few[:8])}.")
+    if few := [f"{t} ({k})" for t, k in zip(names, n) if k < min_cells]:
+        warnings.warn(
+            f"{len(few)} targets have fewer than {min_cells} cells and are left out: "
+            f"{', '.join(few[:8])}."
+        )
     names, n = names[n >= min_cells], n[n >= min_cells]
-    if not len(names): raise ValueError(f"No target has {min_cells} cells: lower min_cells, or check the guide assignment.")
+    if not len(names):
+        raise ValueError(
+            f"No target has {min_cells} cells: lower min_cells, or check the guide assignment."
+        )
     guides = tuple(of(target == t) for t in names)
-    return Shifts(names, np.stack([g.mean(0) for g in guides]), guides, of(is_control), "observed", n)
+    return Shifts(
+        names, np.stack([g.mean(0) for g in guides]), guides, of(is_control), "observed", n
+    )
 
 # %% ../nbs/15_correlate.ipynb #5fb2c05b
 def donor_test(
-    state:StateShift,
-    directions:np.ndarray,     # Unit vectors, shape (targets, features)
-    n_permutations:int=9999, seed:int=0,
-)->tuple:                      # p (targets,), smallest attainable p, null projections (B, targets), exact
+    state: StateShift,
+    directions: np.ndarray,  # Unit vectors, shape (targets, features)
+    n_permutations: int = 9999,
+    seed: int = 0,
+) -> tuple:  # p (targets,), smallest attainable p, null projections (B, targets), exact
     "Deal case and control among donors within strata, and look along each direction."
     along = state.means @ directions.T
-    project = lambda masks: mean_differences(along, masks, state.strata)
+
+    def project(masks):
+        return mean_differences(along, masks, state.strata)
+
     observed = project(state.case[None])[0]
-    null = np.concatenate([project(m) for m in arrangements(state.case, state.strata, n_permutations, seed)])
+    null = np.concatenate(
+        [project(m) for m in arrangements(state.case, state.strata, n_permutations, seed)]
+    )
     exact = n_arrangements(state.case, state.strata) - 1 <= n_permutations
     return permutation_p(observed, null), attainable_p(observed, null, exact=exact), null, exact
 
+
 def guide_test(
-    guides:np.ndarray,      # Shifts of a target's guides, shape (guides, features)
-    control:np.ndarray,     # Of non-targeting guides
-    direction:np.ndarray,   # Unit vector of the state shift
-    n_permutations:int=9999, seed:int=0,
-)->tuple:                   # p, smallest attainable p
+    guides: np.ndarray,  # Shifts of a target's guides, shape (guides, features)
+    control: np.ndarray,  # Of non-targeting guides
+    direction: np.ndarray,  # Unit vector of the state shift
+    n_permutations: int = 9999,
+    seed: int = 0,
+) -> tuple:  # p, smallest attainable p
     "Deal the guides among target and control, and look along the state shift by Welch's t."
-    along = np.concatenate([guides, control]) @ direction; along = along - along.mean()
+    along = np.concatenate([guides, control]) @ direction
+    along = along - along.mean()
     own = np.arange(len(along)) < len(guides)
-    def welch(masks): # the control guides have more cells, so the groups' variances differ
-        parts = [(m @ along/m.sum(1), m @ along**2/m.sum(1), m.sum(1)) for m in (masks, ~masks)]
-        error = sum((square - mean**2)/np.maximum(n - 1, 1) for mean, square, n in parts)
-        return (parts[0][0] - parts[1][0])/np.sqrt(np.maximum(error, 1e-30))
-    if len(guides) < 2: welch = lambda masks: mean_differences(along, masks)
-    observed, null = welch(own[None])[0], np.concatenate([welch(m) for m in arrangements(own, None, n_permutations, seed)])
-    return permutation_p(observed, null), attainable_p(observed, null, exact=n_arrangements(own) - 1 <= n_permutations)
+
+    def welch(masks):  # the control guides have more cells, so the groups' variances differ
+        parts = [(m @ along / m.sum(1), m @ along**2 / m.sum(1), m.sum(1)) for m in (masks, ~masks)]
+        error = sum((square - mean**2) / np.maximum(n - 1, 1) for mean, square, n in parts)
+        return (parts[0][0] - parts[1][0]) / np.sqrt(np.maximum(error, 1e-30))
+
+    if len(guides) < 2:
+
+        def welch(masks):
+            return mean_differences(along, masks)
+
+    observed, null = (
+        welch(own[None])[0],
+        np.concatenate([welch(m) for m in arrangements(own, None, n_permutations, seed)]),
+    )
+    return permutation_p(observed, null), attainable_p(
+        observed, null, exact=n_arrangements(own) - 1 <= n_permutations
+    )
 
 # %% ../nbs/15_correlate.ipynb #7e40da6f
 def bootstrap_cosines(
-    state:StateShift, shifts:Shifts,
-    n_boot:int=999, seed:int=0,
-)->np.ndarray:              # Shape (n_boot, targets); donors within group and stratum, guides and non-targeting guides drawn anew
+    state: StateShift,
+    shifts: Shifts,
+    n_boot: int = 999,
+    seed: int = 0,
+    # Shape (n_boot, targets); donors within group and stratum, guides and non-targeting guides
+    # drawn anew
+) -> np.ndarray:
     "Cosines with donors and guides drawn with replacement."
     rng = np.random.default_rng(seed)
     strata = np.zeros(len(state.case), "U1") if state.strata is None else state.strata
     donors = np.empty((n_boot, len(state.case)), int)
     for s in np.unique(strata):
         for group in (True, False):
-            if len(at := np.flatnonzero((strata == s) & (state.case == group))): donors[:, at] = rng.choice(at, (n_boot, len(at)))
-    vector = lambda rows: mean_differences(state.means[rows], state.case[None], state.strata)[0]
+            if len(at := np.flatnonzero((strata == s) & (state.case == group))):
+                donors[:, at] = rng.choice(at, (n_boot, len(at)))
+
+    def vector(rows):
+        return mean_differences(state.means[rows], state.case[None], state.strata)[0]
+
     states = np.stack([vector(rows) for rows in donors])
-    drawn = lambda units: rng.multinomial(len(units), np.full(len(units), 1/len(units)), n_boot) @ units/len(units)
+
+    def drawn(units):
+        return (
+            rng.multinomial(len(units), np.full(len(units), 1 / len(units)), n_boot)
+            @ units
+            / len(units)
+        )
+
     base = drawn(shifts.control) - shifts.control.mean(0) if shifts.control is not None else 0
     moves = [drawn(g) - base for g in shifts.guides] if shifts.guides else list(shifts.vectors)
     return np.stack([cosine(states, m) for m in moves], 1)
@@ -176,80 +294,195 @@ def bootstrap_cosines(
 @dataclass(frozen=True, eq=False)
 class Match:
     "What `correlate` returns."
-    table: pd.DataFrame     # A row a target, the strongest reversal first
-    draws: pd.DataFrame     # Bootstrap cosines, a column a target
+
+    table: pd.DataFrame  # A row a target, the strongest reversal first
+    draws: pd.DataFrame  # Bootstrap cosines, a column a target
     left_out: pd.DataFrame  # Cosine without one donor, a row a donor and a column a target
-    power: dict             # What the design could have shown
+    power: dict  # What the design could have shown
+
 
 def correlate(
-    state:StateShift, shifts:Shifts,
-    matched:dict|None=None,    # Target -> shifts of random genes matched to it (genes, features): a third null
-    n_permutations:int=9999, n_boot:int=999, alpha:float=.05, seed:int=0,
-)->Match:
+    state: StateShift,
+    shifts: Shifts,
+    matched: dict
+    | None = None,  # Target -> shifts of random genes matched to it (genes, features): a third null
+    n_permutations: int = 9999,
+    n_boot: int = 999,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> Match:
     "Match a state shift with perturbation shifts."
-    if state.vector.shape[0] != shifts.vectors.shape[1]: raise ValueError(f"The state shift has {state.vector.shape[0]} features and the perturbation shifts {shifts.vectors.shape[1]}: embed both with the same model.")
-    size = np.linalg.norm(shifts.vectors, axis=1); ok = np.isfinite(size) & (size > 0)
-    if not ok.any(): raise ValueError("None of the perturbation shifts is finite and different from zero.")
-    if not ok.all(): shifts = kept(shifts, ok)
-    length, units = np.linalg.norm(state.vector), shifts.vectors/size[ok, None]
+    if state.vector.shape[0] != shifts.vectors.shape[1]:
+        raise ValueError(
+            f"The state shift has {state.vector.shape[0]} features and the perturbation shifts "
+            f"{shifts.vectors.shape[1]}: embed both with the same model."
+        )
+    size = np.linalg.norm(shifts.vectors, axis=1)
+    ok = np.isfinite(size) & (size > 0)
+    if not ok.any():
+        raise ValueError("None of the perturbation shifts is finite and different from zero.")
+    if not ok.all():
+        shifts = kept(shifts, ok)
+    length, units = np.linalg.norm(state.vector), shifts.vectors / size[ok, None]
     p_donors, p_min, null, exact = donor_test(state, units, n_permutations, seed)
-    row = dict(target=shifts.targets, cosine=cosine(state.vector, shifts.vectors), size=size[ok], p_donors=p_donors,
-               cosine_needed=np.where(p_min <= alpha, np.quantile(np.abs(null), 1 - alpha, axis=0)/length, np.nan), source=shifts.source)
-    if shifts.guides: row |= dict(n_guides=[len(g) for g in shifts.guides], p_guides=[guide_test(g, shifts.control, state.vector/length, n_permutations, seed)[0] for g in shifts.guides])
-    if shifts.n_cells is not None: row["n_cells"] = shifts.n_cells
+    row = dict(
+        target=shifts.targets,
+        cosine=cosine(state.vector, shifts.vectors),
+        size=size[ok],
+        p_donors=p_donors,
+        cosine_needed=np.where(
+            p_min <= alpha, np.quantile(np.abs(null), 1 - alpha, axis=0) / length, np.nan
+        ),
+        source=shifts.source,
+    )
+    if shifts.guides:
+        row |= dict(
+            n_guides=[len(g) for g in shifts.guides],
+            p_guides=[
+                guide_test(g, shifts.control, state.vector / length, n_permutations, seed)[0]
+                for g in shifts.guides
+            ],
+        )
+    if shifts.n_cells is not None:
+        row["n_cells"] = shifts.n_cells
     table = pd.DataFrame(row)
     if matched is not None:
-        table["p_matched"] = [matched_p(c, state.vector, matched.get(t)) for t, c in zip(table.target, table.cosine)]
-        table["p_matched_least"] = [np.nan if not len(others := matched.get(t) if matched.get(t) is not None else ()) else min(1., 2/(len(others) + 1)) for t in table.target]
+        table["p_matched"] = [
+            matched_p(c, state.vector, matched.get(t)) for t, c in zip(table.target, table.cosine)
+        ]
+        table["p_matched_least"] = [
+            np.nan
+            if not len(others := matched.get(t) if matched.get(t) is not None else ())
+            else min(1.0, 2 / (len(others) + 1))
+            for t in table.target
+        ]
     table["p"] = table[[c for c in ("p_donors", "p_guides", "p_matched") if c in table]].max(axis=1)
     table["q"] = false_discovery(table.p.to_numpy())
     draws = pd.DataFrame(bootstrap_cosines(state, shifts, n_boot, seed), columns=shifts.targets)
     few = min((state.case).sum(), (~state.case).sum()) < min_units
-    table["ci_low"], table["ci_high"] = (np.nan, np.nan) if few else draws.quantile([.025, .975]).to_numpy()
+    table["ci_low"], table["ci_high"] = (
+        (np.nan, np.nan) if few else draws.quantile([0.025, 0.975]).to_numpy()
+    )
     left = leave_one_out(state, shifts)
-    if len(left): table["lodo_low"], table["lodo_high"] = left.min().to_numpy(), left.max().to_numpy(); table["lodo_same_sign"] = ((np.sign(left) == np.sign(table.cosine.to_numpy())).all()).to_numpy()
-    notes = alias_notes([str(t) for t in shifts.targets]); table["note"] = [notes.get(str(t), "") for t in shifts.targets]
+    if len(left):
+        table["lodo_low"], table["lodo_high"] = left.min().to_numpy(), left.max().to_numpy()
+        table["lodo_same_sign"] = (
+            (np.sign(left) == np.sign(table.cosine.to_numpy())).all()
+        ).to_numpy()
+    notes = alias_notes([str(t) for t in shifts.targets])
+    table["note"] = [notes.get(str(t), "") for t in shifts.targets]
     called = (table.q < alpha).to_numpy()
-    table["call"] = np.where(called, np.where(table.cosine < 0, "reversal", "mimic"), "not told apart")
-    return Match(table.sort_values("cosine", ignore_index=True, kind="stable"), draws, left, power_statement(state, table, p_min, exact, alpha))
+    table["call"] = np.where(
+        called, np.where(table.cosine < 0, "reversal", "mimic"), "not told apart"
+    )
+    return Match(
+        table.sort_values("cosine", ignore_index=True, kind="stable"),
+        draws,
+        left,
+        power_statement(state, table, p_min, exact, alpha),
+    )
 
 # %% ../nbs/15_correlate.ipynb #aa981e63
-def kept(shifts, ok): # Shifts without the targets that have no vector, with a warning
+def kept(shifts, ok):  # Shifts without the targets that have no vector, with a warning
     "Leave out targets without a shift."
-    warnings.warn(f"{(~ok).sum()} of {len(ok)} targets have no shift and are left out: {', '.join(map(str, shifts.targets[~ok][:8]))}.")
-    part = lambda v: None if v is None else v[ok]
-    return Shifts(shifts.targets[ok], shifts.vectors[ok], tuple(g for g, k in zip(shifts.guides, ok) if k), shifts.control, shifts.source, part(shifts.n_cells))
+    warnings.warn(
+        f"{(~ok).sum()} of {len(ok)} targets have no shift and are left out: "
+        f"{', '.join(map(str, shifts.targets[~ok][:8]))}."
+    )
 
-def matched_p(observed, vector, others): # cosine of a target, state shift, shifts of matched genes -> two-sided p; NaN without any
+    def part(v):
+        return None if v is None else v[ok]
+
+    return Shifts(
+        shifts.targets[ok],
+        shifts.vectors[ok],
+        tuple(g for g, k in zip(shifts.guides, ok) if k),
+        shifts.control,
+        shifts.source,
+        part(shifts.n_cells),
+    )
+
+
+def matched_p(
+    observed, vector, others
+):  # cosine of a target, state shift, shifts of matched genes -> two-sided p; NaN without any
     "How far out a target's cosine lies among genes like it."
-    if others is None or not len(others): return np.nan
+    if others is None or not len(others):
+        return np.nan
     return float(permutation_p(observed, cosine(vector, others)))
 
-def leave_one_out(state:StateShift, shifts:Shifts): # -> DataFrame, a row a donor left out, a column a target
+
+def leave_one_out(
+    state: StateShift, shifts: Shifts
+):  # -> DataFrame, a row a donor left out, a column a target
     "Cosines without one donor at a time."
     rows = {}
     for k, name in enumerate(state.donors):
-        rest = np.arange(len(state.donors)) != k; strata = None if state.strata is None else state.strata[rest]
-        try: rows[name] = cosine(mean_differences(state.means[rest], state.case[rest][None], strata)[0], shifts.vectors)
-        except ValueError: continue     # its stratum was the last with both groups
+        rest = np.arange(len(state.donors)) != k
+        strata = None if state.strata is None else state.strata[rest]
+        try:
+            rows[name] = cosine(
+                mean_differences(state.means[rest], state.case[rest][None], strata)[0],
+                shifts.vectors,
+            )
+        except ValueError:
+            continue  # its stratum was the last with both groups
     return pd.DataFrame.from_dict(rows, orient="index", columns=shifts.targets)
 
 # %% ../nbs/15_correlate.ipynb #ed145479
-def power_statement(state, table, p_min, exact, alpha=.05): # -> dict with a text
+def power_statement(state, table, p_min, exact, alpha=0.05):  # -> dict with a text
     "What this design could have shown."
     n_case, n_control = int(state.case.sum()), int((~state.case).sum())
     ways, tested = n_arrangements(state.case, state.strata), int(table.p.notna().sum())
     many = f"{ways:,}" if ways < 10**9 else "more than a thousand million"
-    text = f"{n_case} case and {n_control} control {state.unit}s can be dealt in {many} ways, so no p over {state.unit}s is below {p_min:.2g}. "
-    if p_min > alpha: text += "Nothing can be significant here, whatever the cells say: this is a smoke test of the method."
-    else: text += (f"With {tested} targets a single target alone reaches q < {alpha} if its p is below {alpha/max(1, tested):.2g}{'' if p_min <= alpha/max(1, tested) else ', which this design cannot give: only several targets together can'}. "
-                   f"Along a typical target (median) the cosine had to pass {table.cosine_needed.median():.2f} either way to reach p < {alpha} over {state.unit}s.")
-    if "p_matched_least" in table: text += f" Against its matched random genes no target's p is below {table.p_matched_least.min():.2g}, so {'none can' if table.p_matched_least.min()*tested > alpha*max(1, (table.p_matched <= table.p_matched_least).sum()) else 'the furthest out may'} be called among {tested}."
-    if state.unit == "cell": text += " Cells, not donors, are dealt: the figures describe these cells and say nothing of other people."
-    return dict(n_case=n_case, n_control=n_control, arrangements=ways, exact=exact, p_min=p_min, q_of_one=min(1., p_min*max(1, tested)), text=text)
+    text = (
+        f"{n_case} case and {n_control} control {state.unit}s can be dealt in {many} ways, so "
+        f"no p over {state.unit}s is below {p_min:.2g}. "
+    )
+    if p_min > alpha:
+        text += (
+            "Nothing can be significant here, whatever the cells say: this is a smoke test "
+            "of the method."
+        )
+    else:
+        needed = alpha / max(1, tested)
+        out_of_reach = ", which this design cannot give: only several targets together can"
+        text += (
+            f"With {tested} targets a single target alone reaches q < {alpha} if its p is below "
+            f"{needed:.2g}{'' if p_min <= needed else out_of_reach}. "
+            f"Along a typical target (median) the cosine had to pass "
+            f"{table.cosine_needed.median():.2f} either way to reach p < {alpha} over "
+            f"{state.unit}s."
+        )
+    if "p_matched_least" in table:
+        least = table.p_matched_least.min()
+        n_least = max(1, (table.p_matched <= table.p_matched_least).sum())
+        can_be = "none can" if least * tested > alpha * n_least else "the furthest out may"
+        text += (
+            f" Against its matched random genes no target's p is below {least:.2g}, so {can_be} "
+            f"be called among {tested}."
+        )
+    if state.unit == "cell":
+        text += (
+            " Cells, not donors, are dealt: the figures describe these cells and say nothing of "
+            "other people."
+        )
+    return dict(
+        n_case=n_case,
+        n_control=n_control,
+        arrangements=ways,
+        exact=exact,
+        p_min=p_min,
+        q_of_one=min(1.0, p_min * max(1, tested)),
+        text=text,
+    )
+
 
 def rankings(
     table,  # Of a `Match`
-)->dict:    # "reversal" and "mimic": the table, strongest first
+) -> dict:  # "reversal" and "mimic": the table, strongest first
     "The two rankings: against the disease, and like it."
-    return dict(reversal=table[table.cosine < 0].sort_values("cosine", kind="stable"), mimic=table[table.cosine > 0].sort_values("cosine", ascending=False, kind="stable"))
+    return dict(
+        reversal=table[table.cosine < 0].sort_values("cosine", kind="stable"),
+        mimic=table[table.cosine > 0].sort_values("cosine", ascending=False, kind="stable"),
+    )

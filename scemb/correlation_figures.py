@@ -13,89 +13,233 @@ from .figures import PALETTE, colours, _plt
 # %% ../nbs/19c_correlation_figures.ipynb #ca4374d2
 CALLS = {"reversal": PALETTE[0], "mimic": PALETTE[3], "not told apart": "#b0b0b0"}
 
+
 def signed_violins(
-    table,            # DataFrame: target, cosine, ci_low, ci_high, call; perhaps cosine_needed, symbol
-    draws=None,       # DataFrame of bootstrap cosines, a column a target; None: intervals alone
-    bold=(),          # Targets written in bold
-    most:int=60,      # More targets than these: the extremes of both ends are drawn, and the title says so
-    title:str="", disease:str="disease",
-):                    # matplotlib figure
+    table,  # DataFrame: target, cosine, ci_low, ci_high, call; perhaps cosine_needed, symbol
+    draws=None,  # DataFrame of bootstrap cosines, a column a target; None: intervals alone
+    bold=(),  # Targets written in bold
+    # More targets than these: the extremes of both ends are drawn, and the title says so
+    most: int = 60,
+    title: str = "",
+    disease: str = "disease",
+):  # matplotlib figure
     "All targets by signed cosine."
-    plt = _plt(); t = table.dropna(subset=["cosine"]).sort_values("cosine", ascending=False, ignore_index=True, kind="stable")
-    if len(t) > most: title = f"{title} ({most} of {len(t)} targets: the two ends)".strip(); t = t.iloc[np.r_[0:most//2, len(t) - (most - most//2):len(t)]].reset_index(drop=True)
-    fig, ax = plt.subplots(figsize=(5.6, 1 + .22*len(t)), layout="constrained"); y = np.arange(len(t))[::-1]
-    if "cosine_needed" in t: ax.fill_betweenx(np.r_[y + .5, y[-1] - .5], *(np.r_[s*t.cosine_needed, s*t.cosine_needed.iloc[-1]] for s in (-1, 1)), step="post", color="#f0f0f0", lw=0, label="p > .05 over donors", zorder=0)
+    plt = _plt()
+    t = table.dropna(subset=["cosine"]).sort_values(
+        "cosine", ascending=False, ignore_index=True, kind="stable"
+    )
+    if len(t) > most:
+        title = f"{title} ({most} of {len(t)} targets: the two ends)".strip()
+        t = t.iloc[np.r_[0 : most // 2, len(t) - (most - most // 2) : len(t)]].reset_index(
+            drop=True
+        )
+    fig, ax = plt.subplots(figsize=(5.6, 1 + 0.22 * len(t)), layout="constrained")
+    y = np.arange(len(t))[::-1]
+    if "cosine_needed" in t:
+        ax.fill_betweenx(
+            np.r_[y + 0.5, y[-1] - 0.5],
+            *(np.r_[s * t.cosine_needed, s * t.cosine_needed.iloc[-1]] for s in (-1, 1)),
+            step="post",
+            color="#f0f0f0",
+            lw=0,
+            label="p > .05 over donors",
+            zorder=0,
+        )
     for k, row in zip(y, t.itertuples()):
         colour = CALLS.get(row.call, "#b0b0b0")
-        if draws is not None and row.target in draws and np.isfinite(row.ci_low) and np.ptp(draws[row.target].dropna()) > 0:
-            for part in ax.violinplot([draws[row.target].dropna()], [k], orientation="horizontal", widths=.85, showextrema=False)["bodies"]: part.set(facecolor=colour, alpha=.35, edgecolor="none")
-        if np.isfinite(row.ci_low): ax.plot([row.ci_low, row.ci_high], [k, k], color=colour, lw=2, solid_capstyle="butt")
-        ax.plot(row.cosine, k, "o", ms=5, mfc=colour if row.call != "not told apart" else "white", mec=colour, zorder=3)
-    ax.axvline(0, color="k", lw=.8); names = t.symbol if "symbol" in t else t.target
-    ax.set(yticks=y, xlim=(-1.02, 1.02), ylim=(-.7, len(t) - .3), xlabel=f"cosine with the {disease} shift    (left: against it, right: like it)", title=title)
+        if (
+            draws is not None
+            and row.target in draws
+            and np.isfinite(row.ci_low)
+            and np.ptp(draws[row.target].dropna()) > 0
+        ):
+            for part in ax.violinplot(
+                [draws[row.target].dropna()],
+                [k],
+                orientation="horizontal",
+                widths=0.85,
+                showextrema=False,
+            )["bodies"]:
+                part.set(facecolor=colour, alpha=0.35, edgecolor="none")
+        if np.isfinite(row.ci_low):
+            ax.plot([row.ci_low, row.ci_high], [k, k], color=colour, lw=2, solid_capstyle="butt")
+        ax.plot(
+            row.cosine,
+            k,
+            "o",
+            ms=5,
+            mfc=colour if row.call != "not told apart" else "white",
+            mec=colour,
+            zorder=3,
+        )
+    ax.axvline(0, color="k", lw=0.8)
+    names = t.symbol if "symbol" in t else t.target
+    ax.set(
+        yticks=y,
+        xlim=(-1.02, 1.02),
+        ylim=(-0.7, len(t) - 0.3),
+        xlabel=f"cosine with the {disease} shift    (left: against it, right: like it)",
+        title=title,
+    )
     ax.set_yticklabels(names, fontsize=7)
-    for label, target, name in zip(ax.get_yticklabels(), t.target, names): label.set_fontweight("bold" if {target, name} & set(bold) else "normal")
-    handles = [plt.Line2D([], [], marker="o", ls="", ms=5, mfc=c if n != "not told apart" else "white", mec=c, label=n) for n, c in CALLS.items() if n in set(t.call)]
-    if "cosine_needed" in t and t.cosine_needed.notna().any(): handles.append(plt.Rectangle((0, 0), 1, 1, color="#e4e4e4", label="too small for p < .05"))
-    ax.legend(handles=handles, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1)); [ax.spines[s].set_visible(False) for s in ("top", "right")]
+    for label, target, name in zip(ax.get_yticklabels(), t.target, names):
+        label.set_fontweight("bold" if {target, name} & set(bold) else "normal")
+    handles = [
+        plt.Line2D(
+            [],
+            [],
+            marker="o",
+            ls="",
+            ms=5,
+            mfc=c if n != "not told apart" else "white",
+            mec=c,
+            label=n,
+        )
+        for n, c in CALLS.items()
+        if n in set(t.call)
+    ]
+    if "cosine_needed" in t and t.cosine_needed.notna().any():
+        handles.append(plt.Rectangle((0, 0), 1, 1, color="#e4e4e4", label="too small for p < .05"))
+    ax.legend(handles=handles, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    [ax.spines[s].set_visible(False) for s in ("top", "right")]
     return fig
 
 # %% ../nbs/19c_correlation_figures.ipynb #beffde23
 def link_bars(
-    table,                      # DataFrame: method, value, ci_low, ci_high, and the columns named next
-    panel:str="test",           # Column: a panel each
-    colour_by:str="negatives",  # Column: a colour each
-    metric:str="AUROC", chance:float|None=.5,
-    order=None,                 # Methods from the top; None: by their mean value
-):                              # matplotlib figure
+    table,  # DataFrame: method, value, ci_low, ci_high, and the columns named next
+    panel: str = "test",  # Column: a panel each
+    colour_by: str = "negatives",  # Column: a colour each
+    metric: str = "AUROC",
+    chance: float | None = 0.5,
+    order=None,  # Methods from the top; None: by their mean value
+):  # matplotlib figure
     "Scores of methods, side by side."
-    plt = _plt(); t = table[table.metric == metric] if "metric" in table else table
+    plt = _plt()
+    t = table[table.metric == metric] if "metric" in table else table
     panels, kinds = list(dict.fromkeys(t[panel])), list(dict.fromkeys(t[colour_by]))
-    methods = list(order) if order is not None else list(t.groupby("method").value.mean().sort_values(ascending=False, kind="stable").index)
-    wide = min(4, len(panels)); deep = -(-len(panels)//wide)
-    fig, axes = plt.subplots(deep, wide, figsize=(2.2 + 2.4*wide, deep*(1. + .28*len(methods))), sharey=True, sharex=True, squeeze=False, layout="constrained")
-    paint = colours(kinds); y = np.arange(len(methods))[::-1]; [ax.set_axis_off() for ax in axes.flat[len(panels):]]
+    methods = (
+        list(order)
+        if order is not None
+        else list(
+            t.groupby("method").value.mean().sort_values(ascending=False, kind="stable").index
+        )
+    )
+    wide = min(4, len(panels))
+    deep = -(-len(panels) // wide)
+    fig, axes = plt.subplots(
+        deep,
+        wide,
+        figsize=(2.2 + 2.4 * wide, deep * (1.0 + 0.28 * len(methods))),
+        sharey=True,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    paint = colours(kinds)
+    y = np.arange(len(methods))[::-1]
+    [ax.set_axis_off() for ax in axes.flat[len(panels) :]]
     for ax, name in zip(axes.flat, panels):
         for s, kind in enumerate(kinds):
-            part = t[(t[panel] == name) & (t[colour_by] == kind)].drop_duplicates("method").set_index("method").reindex(methods)
-            at = y + .15*((len(kinds) - 1)/2 - s)*2
-            ax.hlines(at, part.ci_low, part.ci_high, color=paint[str(kind)], lw=1.5); ax.plot(part.value, at, "o", ms=4, color=paint[str(kind)], label=str(kind))
-        if chance is not None: ax.axvline(chance, color="k", lw=.7, ls=":")
-        ax.set(title=name, xlabel=metric, yticks=y, ylim=(-.6, len(methods) - .4)); ax.set_yticklabels(methods, fontsize=8); ax.title.set_fontsize(9); [ax.spines[s].set_visible(False) for s in ("top", "right")]
+            part = (
+                t[(t[panel] == name) & (t[colour_by] == kind)]
+                .drop_duplicates("method")
+                .set_index("method")
+                .reindex(methods)
+            )
+            at = y + 0.15 * ((len(kinds) - 1) / 2 - s) * 2
+            ax.hlines(at, part.ci_low, part.ci_high, color=paint[str(kind)], lw=1.5)
+            ax.plot(part.value, at, "o", ms=4, color=paint[str(kind)], label=str(kind))
+        if chance is not None:
+            ax.axvline(chance, color="k", lw=0.7, ls=":")
+        ax.set(title=name, xlabel=metric, yticks=y, ylim=(-0.6, len(methods) - 0.4))
+        ax.set_yticklabels(methods, fontsize=8)
+        ax.title.set_fontsize(9)
+        [ax.spines[s].set_visible(False) for s in ("top", "right")]
     axes[0, wide - 1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/19c_correlation_figures.ipynb #f6d33f5c
 def network_drawing(
-    edges,         # DataFrame: source, target, weight
-    nodes,         # DataFrame: gene, degree, module (from `hubs_and_modules`)
-    named:int=15,  # Hubs with a name
-    bold=(), title:str="",
-):                 # matplotlib figure
+    edges,  # DataFrame: source, target, weight
+    nodes,  # DataFrame: gene, degree, module (from `hubs_and_modules`)
+    named: int = 15,  # Hubs with a name
+    bold=(),
+    title: str = "",
+):  # matplotlib figure
     "A network with its modules."
     import networkx as nx
-    plt = _plt(); graph = nx.from_pandas_edgelist(edges, "source", "target", "weight")
-    graph = graph.subgraph(max(nx.connected_components(graph), key=len)); left = len(nodes) - len(graph)
-    place = nx.kamada_kawai_layout(graph, weight=None); t = nodes.set_index("gene").loc[list(graph)]
-    if left: title = f"{title} ({left} genes apart from these are not drawn)"
+
+    plt = _plt()
+    graph = nx.from_pandas_edgelist(edges, "source", "target", "weight")
+    graph = graph.subgraph(max(nx.connected_components(graph), key=len))
+    left = len(nodes) - len(graph)
+    place = nx.kamada_kawai_layout(graph, weight=None)
+    t = nodes.set_index("gene").loc[list(graph)]
+    if left:
+        title = f"{title} ({left} genes apart from these are not drawn)"
     fig, ax = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
-    for a, b in graph.edges: ax.plot(*zip(place[a], place[b]), color="#cccccc", lw=.6, zorder=1)
-    big = t.module.value_counts().index[:8]; paint = {m: PALETTE[k % len(PALETTE)] for k, m in enumerate(big)}
-    xy = np.array([place[g] for g in t.index]); ax.scatter(*xy.T, s=12 + 10*t.degree, c=[paint.get(m, "#b0b0b0") for m in t.module], linewidths=.4, edgecolors="white", zorder=2)
-    for g in t.sort_values("degree", ascending=False, kind="stable").index[:named]: ax.annotate(g, place[g], fontsize=7, ha="center", va="bottom", xytext=(0, 3), textcoords="offset points", fontweight="bold" if g in bold else "normal", zorder=3)
-    ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9); [s.set_visible(False) for s in ax.spines.values()]
-    handles = [plt.Line2D([], [], marker="o", ls="", ms=5, color=paint[m], label=f"module {m}: {int((t.module == m).sum())} genes") for m in big if (t.module == m).sum() > 2]
+    for a, b in graph.edges:
+        ax.plot(*zip(place[a], place[b]), color="#cccccc", lw=0.6, zorder=1)
+    big = t.module.value_counts().index[:8]
+    paint = {m: PALETTE[k % len(PALETTE)] for k, m in enumerate(big)}
+    xy = np.array([place[g] for g in t.index])
+    ax.scatter(
+        *xy.T,
+        s=12 + 10 * t.degree,
+        c=[paint.get(m, "#b0b0b0") for m in t.module],
+        linewidths=0.4,
+        edgecolors="white",
+        zorder=2,
+    )
+    for g in t.sort_values("degree", ascending=False, kind="stable").index[:named]:
+        ax.annotate(
+            g,
+            place[g],
+            fontsize=7,
+            ha="center",
+            va="bottom",
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontweight="bold" if g in bold else "normal",
+            zorder=3,
+        )
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
+    [s.set_visible(False) for s in ax.spines.values()]
+    handles = [
+        plt.Line2D(
+            [],
+            [],
+            marker="o",
+            ls="",
+            ms=5,
+            color=paint[m],
+            label=f"module {m}: {int((t.module == m).sum())} genes",
+        )
+        for m in big
+        if (t.module == m).sum() > 2
+    ]
     ax.legend(handles=handles, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/19c_correlation_figures.ipynb #8a3a4d1b
 def p_diagonal(
-    table,                    # DataFrame: p and the column of kinds
-    kind:str="null",
-):                            # matplotlib figure
+    table,  # DataFrame: p and the column of kinds
+    kind: str = "null",
+):  # matplotlib figure
     "Share of p-values below each level, against the level."
-    plt = _plt(); paint = colours(table[kind]); grid = np.linspace(0, 1, 201)
-    fig, ax = plt.subplots(figsize=(3.6, 3.2), layout="constrained"); ax.plot([0, 1], [0, 1], color="k", lw=.7, ls=":")
-    for name, t in table.groupby(kind, sort=False): ax.plot(grid, np.searchsorted(np.sort(t.p), grid, side="right")/len(t), color=paint[str(name)], label=f"{name} (n = {len(t):,})")
-    ax.set(xlabel="level", ylabel="share of p at or below it", xlim=(0, 1), ylim=(0, 1)); ax.legend(fontsize=7, frameon=False, loc="lower right")
+    plt = _plt()
+    paint = colours(table[kind])
+    grid = np.linspace(0, 1, 201)
+    fig, ax = plt.subplots(figsize=(3.6, 3.2), layout="constrained")
+    ax.plot([0, 1], [0, 1], color="k", lw=0.7, ls=":")
+    for name, t in table.groupby(kind, sort=False):
+        ax.plot(
+            grid,
+            np.searchsorted(np.sort(t.p), grid, side="right") / len(t),
+            color=paint[str(name)],
+            label=f"{name} (n = {len(t):,})",
+        )
+    ax.set(xlabel="level", ylabel="share of p at or below it", xlim=(0, 1), ylim=(0, 1))
+    ax.legend(fontsize=7, frameon=False, loc="lower right")
     return fig

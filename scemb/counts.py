@@ -23,93 +23,162 @@ from .genes import GeneMap, check_overlap, map_genes, stripped_names
 
 # %% ../nbs/02a_counts.ipynb #166d3fd1
 def first_non_count(
-    values:np.ndarray, # Any numeric array, for example the stored values of a sparse matrix
-)->int|None:           # Flat position of the first value that is no count; None when all are
+    values: np.ndarray,  # Any numeric array, for example the stored values of a sparse matrix
+) -> int | None:  # Flat position of the first value that is no count; None when all are
     "Find the first value that is negative, not whole, not finite, or over 2^31 - 1."
-    if values.dtype.kind == "b": return None
-    if values.dtype.kind not in "iuf": raise ValueError(f"Expression values have dtype {values.dtype}; counts must be numbers.")
+    if values.dtype.kind == "b":
+        return None
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"Expression values have dtype {values.dtype}; counts must be numbers.")
     flat = values.ravel()
-    if flat.dtype == np.int32 and flat.size and flat.min() >= 0: return None
+    if flat.dtype == np.int32 and flat.size and flat.min() >= 0:
+        return None
     bad = (flat < 0) | (flat > np.iinfo(np.int32).max)
-    if flat.dtype.kind == "f": bad |= ~(flat == np.floor(flat))     # NaN is unequal to itself
+    if flat.dtype.kind == "f":
+        bad |= ~(flat == np.floor(flat))  # NaN is unequal to itself
     i = int(bad.argmax()) if bad.size else 0
     return i if bad.size and bad[i] else None
 
 # %% ../nbs/02a_counts.ipynb #b5e7ac6c
 class InflatedArray:
-    "A 1-D gzip-compressed HDF5 array, read front to back and inflated by ISA-L; the last chunk is kept for the next read."
-    def __init__(self, dataset): self.dataset, self.size, self.held = dataset, dataset.chunks[0], (-1, None)
+    """A 1-D gzip-compressed HDF5 array, read front to back and inflated by ISA-L; the last chunk is
+    kept for the next read."""
+
+    def __init__(self, dataset):
+        self.dataset, self.size, self.held = dataset, dataset.chunks[0], (-1, None)
 
     @staticmethod
-    def suits(dataset): # gzip, perhaps with shuffle, and no other filter
-        return getattr(dataset, "compression", None) == "gzip" and dataset.ndim == 1 and not dataset.fletcher32 and dataset.scaleoffset is None
+    def suits(dataset):  # gzip, perhaps with shuffle, and no other filter
+        return (
+            getattr(dataset, "compression", None) == "gzip"
+            and dataset.ndim == 1
+            and not dataset.fletcher32
+            and dataset.scaleoffset is None
+        )
 
-    def _inflate(self, stored): # (filter mask, bytes) -> values of one chunk
+    def _inflate(self, stored):  # (filter mask, bytes) -> values of one chunk
         from isal import isal_zlib
+
         mask, raw = stored
-        x = np.frombuffer(raw if mask else isal_zlib.decompress(raw), np.uint8)      # a mask says that the filter was left out
-        if self.dataset.shuffle and not mask: x = np.ascontiguousarray(x.reshape(self.dataset.dtype.itemsize, -1).T)
+        x = np.frombuffer(
+            raw if mask else isal_zlib.decompress(raw), np.uint8
+        )  # a mask says that the filter was left out
+        if self.dataset.shuffle and not mask:
+            x = np.ascontiguousarray(x.reshape(self.dataset.dtype.itemsize, -1).T)
         return x.reshape(-1).view(self.dataset.dtype)
 
-    def read(self, a, b, pool=None): # values a to b
-        first, last = a//self.size, max(a, b - 1)//self.size
+    def read(self, a, b, pool=None):  # values a to b
+        first, last = a // self.size, max(a, b - 1) // self.size
         wanted = [k for k in range(first, last + 1) if k != self.held[0]]
-        stored = (self.dataset.id.read_direct_chunk((k*self.size,)) for k in wanted)
-        values = dict(zip(wanted, (pool.map if pool else map)(self._inflate, stored))) | {self.held[0]: self.held[1]}
+        stored = (self.dataset.id.read_direct_chunk((k * self.size,)) for k in wanted)
+        values = dict(zip(wanted, (pool.map if pool else map)(self._inflate, stored))) | {
+            self.held[0]: self.held[1]
+        }
         self.held = (last, values[last])
-        return np.concatenate([values[k] for k in range(first, last + 1)])[a - first*self.size:b - first*self.size]
+        return np.concatenate([values[k] for k in range(first, last + 1)])[
+            a - first * self.size : b - first * self.size
+        ]
+
 
 class PlainArray:
-    "A 1-D uncompressed HDF5 array, read straight from the file: blocks that lie one behind another in one go."
+    """A 1-D uncompressed HDF5 array, read straight from the file: blocks that lie one behind
+    another in one go."""
+
     def __init__(self, dataset):
-        self.dtype, self.size = dataset.dtype, dataset.chunks[0] if dataset.chunks else max(1, dataset.shape[0])
-        self.place = np.full(-(-dataset.shape[0]//self.size), -1, np.int64) # of each block in the file; -1: never written
-        if dataset.chunks: dataset.id.chunk_iter(lambda b: self.place.__setitem__(b.chunk_offset[0]//self.size, b.byte_offset))
-        else: self.place[:] = -1 if dataset.id.get_offset() is None else dataset.id.get_offset()
-        self.whole = bool((self.place >= 0).all()); self.file = open(dataset.file.filename, "rb", buffering=0)
+        self.dtype, self.size = (
+            dataset.dtype,
+            dataset.chunks[0] if dataset.chunks else max(1, dataset.shape[0]),
+        )
+        self.place = np.full(
+            -(-dataset.shape[0] // self.size), -1, np.int64
+        )  # of each block in the file; -1: never written
+        if dataset.chunks:
+            dataset.id.chunk_iter(
+                lambda b: self.place.__setitem__(b.chunk_offset[0] // self.size, b.byte_offset)
+            )
+        else:
+            self.place[:] = -1 if dataset.id.get_offset() is None else dataset.id.get_offset()
+        self.whole = bool((self.place >= 0).all())
+        self.file = open(dataset.file.filename, "rb", buffering=0)
 
     @staticmethod
-    def suits(d): # no filter, in an ordinary file that nobody writes to
-        return (type(d).__name__ == "Dataset" and d.ndim == 1 and d.dtype.isnative and not (d.compression or d.shuffle or d.fletcher32 or d.scaleoffset is not None or d.is_virtual or d.external)
-                and (not d.chunks or hasattr(d.id, "chunk_iter")) and (d.file.driver, d.file.mode, d.file.userblock_size) == ("sec2", "r", 0))
+    def suits(d):  # no filter, in an ordinary file that nobody writes to
+        return (
+            type(d).__name__ == "Dataset"
+            and d.ndim == 1
+            and d.dtype.isnative
+            and not (
+                d.compression
+                or d.shuffle
+                or d.fletcher32
+                or d.scaleoffset is not None
+                or d.is_virtual
+                or d.external
+            )
+            and (not d.chunks or hasattr(d.id, "chunk_iter"))
+            and (d.file.driver, d.file.mode, d.file.userblock_size) == ("sec2", "r", 0)
+        )
 
-    def read(self, a, b, pool=None): # values a to b
-        out = np.empty(b - a, self.dtype); raw, width, at = memoryview(out).cast("B"), self.dtype.itemsize, a
+    def read(self, a, b, pool=None):  # values a to b
+        out = np.empty(b - a, self.dtype)
+        raw, width, at = memoryview(out).cast("B"), self.dtype.itemsize, a
         while at < b:
-            k = last = at//self.size
-            while (last + 1)*self.size < b and self.place[last + 1] == self.place[last] + self.size*width: last += 1
-            end = min((last + 1)*self.size, b); part = raw[(at - a)*width:(end - a)*width]
-            self.file.seek(self.place[k] + (at - k*self.size)*width)
+            k = last = at // self.size
+            while (last + 1) * self.size < b and self.place[last + 1] == self.place[
+                last
+            ] + self.size * width:
+                last += 1
+            end = min((last + 1) * self.size, b)
+            part = raw[(at - a) * width : (end - a) * width]
+            self.file.seek(self.place[k] + (at - k * self.size) * width)
             while len(part):
-                if not (n := self.file.readinto(part)): raise OSError(f"{self.file.name} ends within its counts; it is cut short. Copy it again.")
+                if not (n := self.file.readinto(part)):
+                    raise OSError(
+                        f"{self.file.name} ends within its counts; it is cut short. Copy it again."
+                    )
                 part = part[n:]
             at = end
         return out
 
-def _reader(dataset): # -> function(a, b, pool) that gives its values
-    if InflatedArray.suits(dataset): return InflatedArray(dataset).read
-    if PlainArray.suits(dataset) and (plain := PlainArray(dataset)).whole: return plain.read
+
+def _reader(dataset):  # -> function(a, b, pool) that gives its values
+    if InflatedArray.suits(dataset):
+        return InflatedArray(dataset).read
+    if PlainArray.suits(dataset) and (plain := PlainArray(dataset)).whole:
+        return plain.read
     return lambda a, b, pool: dataset[a:b]
 
-def _hdf5_chunks(group, width, chunk_size, start, pool): # the group of a CSR matrix in an HDF5 file
+
+def _hdf5_chunks(group, width, chunk_size, start, pool):
+    # the group of a CSR matrix in an HDF5 file
     read = {k: _reader(group[k]) for k in ("data", "indices")}
     indptr = group["indptr"][:]
     for first in range(start, len(indptr) - 1, chunk_size):
-        p = indptr[first:first + chunk_size + 1]
-        if p[-1] == p[0]: yield first, sp.csr_matrix((len(p) - 1, width), dtype=group["data"].dtype); continue
-        yield first, sp.csr_matrix((read["data"](p[0], p[-1], pool), read["indices"](p[0], p[-1], pool), p - p[0]), shape=(len(p) - 1, width))
+        p = indptr[first : first + chunk_size + 1]
+        if p[-1] == p[0]:
+            yield first, sp.csr_matrix((len(p) - 1, width), dtype=group["data"].dtype)
+            continue
+        yield (
+            first,
+            sp.csr_matrix(
+                (read["data"](p[0], p[-1], pool), read["indices"](p[0], p[-1], pool), p - p[0]),
+                shape=(len(p) - 1, width),
+            ),
+        )
 
 # %% ../nbs/02a_counts.ipynb #dbf769d2
-def in_memory(block): # a block of a matrix of any kind -> numpy or scipy
+def in_memory(block):  # a block of a matrix of any kind -> numpy or scipy
     "Compute what is lazy (dask), leave the rest."
     return block.compute() if hasattr(block, "compute") else block
 
+
 def iter_chunks(
-    matrix,              # Cells x genes: numpy, scipy CSR/CSC, dask, or a matrix on disk (HDF5, zarr, 10x, loom)
-    chunk_size:int=4096, # Cells a chunk
-    start:int=0,         # First cell to read
-    pool=None,           # Threads that inflate gzip-compressed chunks
-):                       # Yields (first cell, CSR chunk)
+    # Cells x genes: numpy, scipy CSR/CSC, dask, or a matrix on disk (HDF5, zarr, 10x, loom)
+    matrix,
+    chunk_size: int = 4096,  # Cells a chunk
+    start: int = 0,  # First cell to read
+    pool=None,  # Threads that inflate gzip-compressed chunks
+):  # Yields (first cell, CSR chunk)
     "Read a matrix of any layout as CSR chunks of cells, without stored zeros."
     if isinstance(matrix, np.matrix):
         matrix = np.asarray(matrix)
@@ -117,7 +186,7 @@ def iter_chunks(
         matrix = matrix.tocsr()
     elif getattr(matrix, "format", None) == "csc":
         matrix = matrix.to_memory().tocsr()
-    columns = getattr(matrix, "columns", None)             # of a 10x file: the features that are genes
+    columns = getattr(matrix, "columns", None)  # of a 10x file: the features that are genes
     on_disk = hasattr(matrix, "group")
     for first, part in _parts(matrix, chunk_size, start, pool):
         part = in_memory(part)
@@ -127,15 +196,23 @@ def iter_chunks(
             chunk = part.tocsr(copy=True) if sp.issparse(matrix) else part.tocsr()
         if columns is not None and chunk.shape[1] != len(columns):
             chunk = chunk[:, columns]
-        if on_disk and chunk.nnz and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]:
-            raise ValueError(f"Cells {first:,} to {first + chunk.shape[0]:,} name a gene beyond the {chunk.shape[1]:,} that there are: the file is damaged. Copy it again.")
+        if (
+            on_disk
+            and chunk.nnz
+            and not 0 <= chunk.indices.min() <= chunk.indices.max() < chunk.shape[1]
+        ):
+            raise ValueError(
+                f"Cells {first:,} to {first + chunk.shape[0]:,} name a gene beyond the "
+                f"{chunk.shape[1]:,} that there are: the file is damaged. Copy it again."
+            )
         if not chunk.has_canonical_format:
             chunk.sum_duplicates()
         if chunk.nnz and not chunk.data.all():
             chunk.eliminate_zeros()
         yield first, chunk
 
-def _parts(matrix, chunk_size, start, pool): # yields (first cell, block as it is stored)
+
+def _parts(matrix, chunk_size, start, pool):  # yields (first cell, block as it is stored)
     group = getattr(matrix, "group", None)
     stored = type(group).__module__.startswith("h5py") and getattr(matrix, "format", None) == "csr"
     if stored:
@@ -143,41 +220,55 @@ def _parts(matrix, chunk_size, start, pool): # yields (first cell, block as it i
         yield from _hdf5_chunks(group, width, chunk_size, start, pool)
         return
     for first in range(start, matrix.shape[0], chunk_size):
-        yield first, matrix[first:first + chunk_size]
+        yield first, matrix[first : first + chunk_size]
 
 # %% ../nbs/02a_counts.ipynb #53cae9ae
-def _sample(matrix, n:int=600): # a block of cells from the beginning, the middle and the end
+def _sample(matrix, n: int = 600):  # a block of cells from the beginning, the middle and the end
     "Rows of a matrix that stand for the whole in a first check."
     total, block = matrix.shape[0], max(1, n // 3)
     starts = sorted({0, max(0, total // 2 - block // 2), max(0, total - block)})
-    if getattr(matrix, "format", None) == "csc": starts, block = [0], total
-    return [(s, c) for s in starts for s, c in [next(iter_chunks(matrix, block, s), (s, None))] if c is not None]
+    if getattr(matrix, "format", None) == "csc":
+        starts, block = [0], total
+    return [
+        (s, c)
+        for s in starts
+        for s, c in [next(iter_chunks(matrix, block, s), (s, None))]
+        if c is not None
+    ]
 
-def shown_number(x)->str: # a number of a matrix
+
+def shown_number(x) -> str:  # a number of a matrix
     "A number with as many digits as tell it from a whole one."
     x = x.item() if hasattr(x, "item") else x
     short = f"{x:g}"
-    looks_whole = x == x and abs(x) < 2**53 and float(short) == round(float(short)) and x != round(x)
+    looks_whole = (
+        x == x and abs(x) < 2**53 and float(short) == round(float(short)) and x != round(x)
+    )
     return f"{x:.9g}" if looks_whole else short
 
+
 def offending_value(
-    matrix,      # Cells x genes, any layout
-    var_names,   # Names of its genes
-)->str|None:     # "-0.3 (cell 7, gene GAPDH)"; None when every value looked at is a count
+    matrix,  # Cells x genes, any layout
+    var_names,  # Names of its genes
+) -> str | None:  # "-0.3 (cell 7, gene GAPDH)"; None when every value looked at is a count
     "Describe the first value that is not a count, looking at up to 600 cells across the matrix."
     for start, chunk in _sample(matrix):
         i = first_non_count(chunk.data)
         if i is not None:
             cell = int(np.searchsorted(chunk.indptr, i, side="right") - 1)
-            return f"{shown_number(chunk.data[i])} (cell {start + cell}, gene {var_names[chunk.indices[i]]})"
+            return (
+                f"{shown_number(chunk.data[i])} (cell {start + cell}, gene "
+                f"{var_names[chunk.indices[i]]})"
+            )
 
 # %% ../nbs/02a_counts.ipynb #cf78776c
-def _only_zeros(matrix)->bool: # looks at all cells, but stops at the first count
+def _only_zeros(matrix) -> bool:  # looks at all cells, but stops at the first count
     return not any(chunk.nnz for _, chunk in iter_chunks(matrix))
 
+
 def odd_whole_numbers(
-    matrix,    # Cells x genes, whole numbers >= 0, any layout
-)->str|None:   # What they look like; None when they look like counts
+    matrix,  # Cells x genes, whole numbers >= 0, any layout
+) -> str | None:  # What they look like; None when they look like counts
     "Tell whole numbers that are no counts, on up to 600 cells."
     chunks = [chunk for _, chunk in _sample(matrix)]
     values = np.concatenate([c.data for c in chunks]) if chunks else np.zeros(0)
@@ -187,18 +278,24 @@ def odd_whole_numbers(
         return "nothing but 0 and 1: it looks binary"
     totals = np.concatenate([np.asarray(c.sum(1)).ravel() for c in chunks]).astype(float)
     detected = np.concatenate([np.diff(c.indptr) for c in chunks])
-    lowest = np.concatenate([np.minimum.reduceat(c.data, c.indptr[:-1][np.diff(c.indptr) > 0]) for c in chunks if c.nnz])
+    lowest = np.concatenate(
+        [np.minimum.reduceat(c.data, c.indptr[:-1][np.diff(c.indptr) > 0]) for c in chunks if c.nnz]
+    )
     rich = detected[detected > 0] >= 50
-    if rich.sum() >= 20 and np.mean(lowest[rich] > 1) > .9:
+    if rich.sum() >= 20 and np.mean(lowest[rich] > 1) > 0.9:
         return "hardly a cell with a count of 1: it looks normalised and then rounded"
     full = totals[detected >= 50]
-    if len(full) >= 20 and 0 < full.std() < .005*full.mean():
-        return f"a sum of about {np.median(full):,.0f} in every cell: it looks normalised and then rounded"
+    if len(full) >= 20 and 0 < full.std() < 0.005 * full.mean():
+        return (
+            f"a sum of about {np.median(full):,.0f} in every cell: it looks normalised and "
+            "then rounded"
+        )
     return None
+
 
 def what_fractions(
     matrix,  # Cells x genes with values that are no counts, any layout
-)->str:      # "log", "normalised", "scaled", "fractions" (of counts) or "no numbers" (NaN, infinite)
+) -> str:  # "log", "normalised", "scaled", "fractions" (of counts) or "no numbers" (NaN, infinite)
     "Tell how a matrix came to hold fractions, on up to 600 cells."
     chunks = [chunk for _, chunk in _sample(matrix)]
     values = np.concatenate([c.data for c in chunks]).astype(float)
@@ -206,100 +303,162 @@ def what_fractions(
         return "no numbers"
     if (values < 0).any():
         return "scaled"
-    def even(f): # whether cells have the same sum after f
-        totals = np.concatenate([np.asarray(c._with_data(f(c.data.astype(float))).sum(1)).ravel() for c in chunks])
+
+    def even(f):  # whether cells have the same sum after f
+        totals = np.concatenate(
+            [np.asarray(c._with_data(f(c.data.astype(float))).sum(1)).ravel() for c in chunks]
+        )
         full = totals[totals > 0]
-        return len(full) >= 5 and full.std() < .01*full.mean()
+        return len(full) >= 5 and full.std() < 0.01 * full.mean()
+
     if values.max() < 25:
         back = np.expm1(values)
-        if even(np.expm1) or even(lambda x: 2**x - 1) or np.abs(back - back.round()).max() < 1e-3*max(1, back.max()):
+        if (
+            even(np.expm1)
+            or even(lambda x: 2**x - 1)
+            or np.abs(back - back.round()).max() < 1e-3 * max(1, back.max())
+        ):
             return "log"
     return "normalised" if even(lambda x: x) else "fractions"
 
+
 FRACTIONS = {
-    "log": "It looks log-transformed.", "normalised": "It looks normalised: every cell has the same sum.",
-    "scaled": "It looks scaled: it has values below 0.", "no numbers": "It has values that are no numbers.",
-    "fractions": "They look like fractions of counts, as SoupX, CellBender, RSEM, alevin or salmon write them: rounding them is asked for with round_counts=True (--round-counts)."}
+    "log": "It looks log-transformed.",
+    "normalised": "It looks normalised: every cell has the same sum.",
+    "scaled": "It looks scaled: it has values below 0.",
+    "no numbers": "It has values that are no numbers.",
+    "fractions": "They look like fractions of counts, as SoupX, CellBender, RSEM, alevin or "
+    "salmon write them: rounding them is asked for with round_counts=True "
+    "(--round-counts).",
+}
 
 # %% ../nbs/02a_counts.ipynb #9e05338c
 class Reading(NamedTuple):
     "How a file is to be read. Wherever a function takes `layer`, it takes one of these as well."
-    layer: str|None = None       # "X", the name of a layer, or "raw"; None takes X when it holds counts
-    gene_column: str|None = None # Column of var with identifiers; None: an Ensembl column, else var_names
-    duplicates: str = "error"    # A gene name that stands twice: "error" or "sum"
-    strip_names: bool = False    # Take genome prefixes (GRCh38_) and the marks of bytes (b'') off names
-    round_counts: bool = False   # Round fractions of counts
 
-def as_reading(layer)->Reading: # the name of a layer, None, or a Reading
+    layer: str | None = (
+        None  # "X", the name of a layer, or "raw"; None takes X when it holds counts
+    )
+    gene_column: str | None = (
+        None  # Column of var with identifiers; None: an Ensembl column, else var_names
+    )
+    duplicates: str = "error"  # A gene name that stands twice: "error" or "sum"
+    strip_names: bool = (
+        False  # Take genome prefixes (GRCh38_) and the marks of bytes (b'') off names
+    )
+    round_counts: bool = False  # Round fractions of counts
+
+
+def as_reading(layer) -> Reading:  # the name of a layer, None, or a Reading
     "What a function was given as `layer`, as a `Reading`."
     if isinstance(layer, Reading):
         return layer
     return Reading(*layer) if isinstance(layer, (list, tuple)) else Reading(layer)
 
-def _x(adata): # X, or None where there is none (a backed file without X raises KeyError)
-    try: return adata.X
-    except KeyError: return None
 
-def _places(adata): # -> (place, matrix, gene table) of everything that may hold counts
+def _x(adata):  # X, or None where there is none (a backed file without X raises KeyError)
+    try:
+        return adata.X
+    except KeyError:
+        return None
+
+
+def _places(adata):  # -> (place, matrix, gene table) of everything that may hold counts
     out = [("X", _x(adata), adata.var)] + [(k, adata.layers[k], adata.var) for k in adata.layers]
     if adata.raw is not None:
         out.append(("raw", adata.raw.X, adata.raw.var))
     return [(k, m, var) for k, m, var in out if m is not None and m.shape[0] and m.shape[1]]
 
+
 def count_layers(
-    adata, # AnnData, or `LazyCells`
-)->list:   # Places that hold counts, as written in `layer=`: "X", names of layers, "raw"
+    adata,  # AnnData, or `LazyCells`
+) -> list:  # Places that hold counts, as written in `layer=`: "X", names of layers, "raw"
     "List every matrix of an AnnData that holds raw counts."
+
     def fits(matrix, var):
-        try: return offending_value(matrix, list(var.index)) is None and odd_whole_numbers(matrix) is None
-        except ValueError: return False                       # no numbers at all
+        try:
+            return (
+                offending_value(matrix, list(var.index)) is None
+                and odd_whole_numbers(matrix) is None
+            )
+        except ValueError:
+            return False  # no numbers at all
+
     return [k for k, m, var in _places(adata) if fits(m, var)]
 
-def _way_out(adata, place, matrix): # what to do where `place` holds no counts
+
+def _way_out(adata, place, matrix):  # what to do where `place` holds no counts
     others = [p for p in count_layers(adata) if p != place]
     if others:
         return f"Raw counts are in {others}: pass layer={others[0]!r}."
     return "No layer of it holds raw counts: load the unnormalised matrix of the study."
 
-CUT = .7 # Share of the genes of .raw below which X is taken to be cut to variable genes
 
-def cut_to_few_genes(adata)->str|None: # what is wrong, or None
+CUT = 0.7  # Share of the genes of .raw below which X is taken to be cut to variable genes
+
+
+def cut_to_few_genes(adata) -> str | None:  # what is wrong, or None
     "Whether X holds counts of a part of the genes of which .raw holds them all."
     if adata.raw is None:
         return None
     all_genes = len(adata.raw.var)
-    if adata.n_vars >= CUT*all_genes or "raw" not in count_layers(adata):
+    if adata.n_vars >= CUT * all_genes or "raw" not in count_layers(adata):
         return None
-    return (f"X holds counts of {adata.n_vars:,} genes, but .raw holds counts of {all_genes:,}: X was cut, "
-            "perhaps to variable genes. Pass layer='raw' for all of them, or layer='X' to take the cut ones.")
+    return (
+        f"X holds counts of {adata.n_vars:,} genes, but .raw holds counts of {all_genes:,}: X "
+        "was cut, "
+        "perhaps to variable genes. Pass layer='raw' for all of them, or layer='X' to take the "
+        "cut ones."
+    )
+
 
 def find_counts(
-    adata,               # AnnData or `LazyCells` with raw counts somewhere
-    layer:str|Reading|None=None, # "X", the name of a layer, "raw", or a `Reading`; None takes X when it holds counts
-)->tuple:                # (place, matrix, var) with var the gene table of that matrix
-    "Find the raw counts of an AnnData; ValueError says what was found instead and where counts are."
+    adata,  # AnnData or `LazyCells` with raw counts somewhere
+    # "X", the name of a layer, "raw", or a `Reading`; None takes X when it holds counts
+    layer: str | Reading | None = None,
+) -> tuple:  # (place, matrix, var) with var the gene table of that matrix
+    """Find the raw counts of an AnnData; ValueError says what was found instead and where counts
+    are."""
     reading = as_reading(layer)
     if adata.n_obs == 0 or adata.n_vars == 0:
-        raise ValueError(f"The AnnData is empty ({adata.n_obs} cells x {adata.n_vars} genes); at least one cell and one gene are needed.")
+        raise ValueError(
+            f"The AnnData is empty ({adata.n_obs} cells x {adata.n_vars} genes); at least one "
+            "cell and one gene are needed."
+        )
     place = reading.layer or "X"
     if place == "raw":
-        if adata.raw is None: raise ValueError("layer='raw' was asked for, but this AnnData has no .raw.")
+        if adata.raw is None:
+            raise ValueError("layer='raw' was asked for, but this AnnData has no .raw.")
         matrix, var = adata.raw.X, adata.raw.var
-    elif place == "X": matrix, var = _x(adata), adata.var
-    elif place in adata.layers: matrix, var = adata.layers[place], adata.var
-    else: raise ValueError(f"There is no layer {place!r}; this AnnData has {['X', *adata.layers] + (['raw'] if adata.raw is not None else [])}.")
+    elif place == "X":
+        matrix, var = _x(adata), adata.var
+    elif place in adata.layers:
+        matrix, var = adata.layers[place], adata.var
+    else:
+        raise ValueError(
+            f"There is no layer {place!r}; this AnnData has "
+            f"{['X', *adata.layers] + (['raw'] if adata.raw is not None else [])}."
+        )
     if matrix is None:
-        raise ValueError(f"{place} does not hold raw counts: it has nothing at all. {_way_out(adata, place, matrix)}")
+        raise ValueError(
+            f"{place} does not hold raw counts: it has nothing at all. "
+            f"{_way_out(adata, place, matrix)}"
+        )
     bad = offending_value(matrix, list(var.index))
     if bad:
         kind = what_fractions(matrix)
         if not (reading.round_counts and kind == "fractions"):
-            raise ValueError(f"{place} does not hold raw counts: it has {bad}, and counts are whole numbers >= 0. {FRACTIONS[kind]} {_way_out(adata, place, matrix)}")
+            raise ValueError(
+                f"{place} does not hold raw counts: it has {bad}, and counts are whole numbers "
+                f">= 0. {FRACTIONS[kind]} {_way_out(adata, place, matrix)}"
+            )
         return place, matrix, var
     _check_whole_numbers(adata, reading, place, matrix)
     return place, matrix, var
 
-def _check_whole_numbers(adata, reading, place, matrix): # what was named by the caller is taken at its word
+
+def _check_whole_numbers(adata, reading, place, matrix):
+    # what was named by the caller is taken at its word
     odd = odd_whole_numbers(matrix)
     if odd is None:
         cut = cut_to_few_genes(adata) if place == "X" and reading.layer is None else None
@@ -308,24 +467,29 @@ def _check_whole_numbers(adata, reading, place, matrix): # what was named by the
         return
     if reading.layer is None or "zeros" in odd:
         way = _way_out(adata, place, matrix)
-        asked = "" if "zeros" in odd else f" If these are counts all the same, pass layer={place!r}."
+        asked = (
+            "" if "zeros" in odd else f" If these are counts all the same, pass layer={place!r}."
+        )
         raise ValueError(f"{place} does not hold raw counts: it has {odd}. {way}{asked}")
     warnings.warn(f"{place} was asked for and is taken, though it has {odd}.")
 
 # %% ../nbs/02a_counts.ipynb #998fa845
 ID_COLUMNS = ("ensembl_id", "feature_id", "gene_ids", "gene_id", "ensembl", "ENSEMBL")
 
+
 @dataclass(frozen=True)
 class Counts:
     "Raw counts with their genes mapped: what the tokenizer and the baselines read."
-    adata: object   # The AnnData that the counts came from
-    place: str      # "X", a layer, or "raw"
+
+    adata: object  # The AnnData that the counts came from
+    place: str  # "X", a layer, or "raw"
     matrix: object  # Cells x input genes, any layout, maybe backed
     genes: GeneMap  # Input genes -> rows of the gene table
-    rounded: bool = False # Fractions of counts are rounded
+    rounded: bool = False  # Fractions of counts are rounded
 
     @property
-    def n_cells(self): return self.matrix.shape[0]
+    def n_cells(self):
+        return self.matrix.shape[0]
 
     def close(self):
         "Close the file that the counts lie in, where there is one."
@@ -334,7 +498,8 @@ class Counts:
             file.close()
 
     def chunks(self, chunk_size=4096, start=0, pool=None):
-        "Yield (first cell, CSR chunk of int32 counts); a value that is no count stops the reading and is named."
+        """Yield (first cell, CSR chunk of int32 counts); a value that is no count stops the reading
+        and is named."""
         for first, chunk in iter_chunks(self.matrix, chunk_size, start, pool):
             if self.rounded and chunk.data.dtype.kind == "f":
                 chunk.data = np.rint(chunk.data)
@@ -342,56 +507,86 @@ class Counts:
             i = first_non_count(chunk.data)
             if i is not None:
                 cell = int(np.searchsorted(chunk.indptr, i, side="right") - 1)
-                raise ValueError(f"{self.place} is not raw counts: {shown_number(chunk.data[i])} (cell {first + cell}, gene {self.genes.names[chunk.indices[i]]}). "
-                                 "Counts are whole numbers >= 0; load the unnormalised matrix.")
-            yield first, sp.csr_matrix((chunk.data.astype(np.int32, copy=False), chunk.indices, chunk.indptr), shape=chunk.shape)
+                raise ValueError(
+                    f"{self.place} is not raw counts: {shown_number(chunk.data[i])} (cell "
+                    f"{first + cell}, gene {self.genes.names[chunk.indices[i]]}). "
+                    "Counts are whole numbers >= 0; load the unnormalised matrix."
+                )
+            yield (
+                first,
+                sp.csr_matrix(
+                    (chunk.data.astype(np.int32, copy=False), chunk.indices, chunk.indptr),
+                    shape=chunk.shape,
+                ),
+            )
 
 # %% ../nbs/02a_counts.ipynb #2129ca75
 def open_h5ad(
-    path,             # A file of cells of any kind, see `open_cells`
-    backed:bool=True, # Leave the matrix on disk
-):                    # LazyCells; in memory: AnnData
+    path,  # A file of cells of any kind, see `open_cells`
+    backed: bool = True,  # Leave the matrix on disk
+):  # LazyCells; in memory: AnnData
     "Open a file of cells."
     return open_cells(path, whole=not backed)
 
+
 def gene_names(
-    var,                      # The gene table of a matrix (adata.var)
-    column:str|Reading|None=None, # Column of identifiers, or a `Reading`; None looks for an Ensembl column, then takes the index
-)->np.ndarray:                # One identifier a gene
+    var,  # The gene table of a matrix (adata.var)
+    # Column of identifiers, or a `Reading`; None looks for an Ensembl column, then takes the index
+    column: str | Reading | None = None,
+) -> np.ndarray:  # One identifier a gene
     "The identifiers of a matrix's genes: an Ensembl column when there is one, else the names."
     reading = column if isinstance(column, Reading) else Reading(gene_column=column)
     names = _plain_gene_names(var, reading.gene_column)
     return stripped_names(names) if reading.strip_names else names
 
+
 def _plain_gene_names(var, column):
     if column is not None:
-        if column not in var: raise ValueError(f"var has no column {column!r}; it has {list(var.columns)}.")
+        if column not in var:
+            raise ValueError(f"var has no column {column!r}; it has {list(var.columns)}.")
         return var[column].astype(str).to_numpy()
     index = var.index.astype(str)
-    if not index.str.startswith("ENSG").mean() > .5:
+    if not index.str.startswith("ENSG").mean() > 0.5:
         for c in ID_COLUMNS:
-            if c in var and var[c].astype(str).str.startswith("ENSG").mean() > .5: return var[c].astype(str).to_numpy()
+            if c in var and var[c].astype(str).str.startswith("ENSG").mean() > 0.5:
+                return var[c].astype(str).to_numpy()
     return index.to_numpy()
 
+
 def better_names(
-    var,    # Gene table whose names are hardly known
-)->str|None: # What to pass, in words; None where nothing helps
+    var,  # Gene table whose names are hardly known
+) -> str | None:  # What to pass, in words; None where nothing helps
     "Look for names of human genes elsewhere: in a column of var, or behind a prefix."
-    known = lambda names: (map_genes(names, duplicates="sum").rows >= 0).mean()
-    columns = {c: known(var[c].astype(str).to_numpy()) for c in var.columns if var[c].dtype.kind not in "fcb"}
+
+    def known(names):
+        return (map_genes(names, duplicates="sum").rows >= 0).mean()
+
+    columns = {
+        c: known(var[c].astype(str).to_numpy())
+        for c in var.columns
+        if var[c].dtype.kind not in "fcb"
+    }
     best = max(columns, key=columns.get, default=None)
-    if best is not None and columns[best] > .5:
-        return f"The column {best!r} of var holds names of which {columns[best]:.0%} are known: pass gene_column={best!r}."
+    if best is not None and columns[best] > 0.5:
+        return (
+            f"The column {best!r} of var holds names of which {columns[best]:.0%} are known: "
+            f"pass gene_column={best!r}."
+        )
     stripped = known(stripped_names(var.index.astype(str).to_numpy()))
-    if stripped > .5:
-        return f"Without what stands around them {stripped:.0%} of the names are known: pass strip_names=True (--strip-names)."
+    if stripped > 0.5:
+        return (
+            f"Without what stands around them {stripped:.0%} of the names are known: pass "
+            "strip_names=True (--strip-names)."
+        )
     return None
 
+
 def map_names(
-    var,                 # Gene table of the counts
-    layer:str|Reading|None=None,
-)->GeneMap:
-    "Map the genes of a matrix; names of which too few are known are refused, with the way out where there is one."
+    var,  # Gene table of the counts
+    layer: str | Reading | None = None,
+) -> GeneMap:
+    """Map the genes of a matrix; names of which too few are known are refused, with the way out
+    where there is one."""
     reading = as_reading(layer)
     names = gene_names(var, reading)
     own = var.index.astype(str).to_numpy()
@@ -402,21 +597,33 @@ def map_names(
         way = None if reading.gene_column else better_names(var)
         raise ValueError(f"{e} {way}" if way else str(e)) from e
     if reading.duplicates != "sum":
-        genes = map_genes(names, symbols=None if (names == own).all() else own, duplicates=reading.duplicates)
+        genes = map_genes(
+            names, symbols=None if (names == own).all() else own, duplicates=reading.duplicates
+        )
     return genes
 
-FOOTING_LEAST, FOOTING_GOOD = .05, .5 # Shares of genes or counts known below which cells are refused, or warned of
+
+FOOTING_LEAST, FOOTING_GOOD = (
+    0.05,
+    0.5,
+)  # Shares of genes or counts known below which cells are refused, or warned of
+
 
 def read_counts(
-    source,                   # AnnData, cells from `open_cells`, or the path of a file of any kind (left on disk)
-    layer:str|Reading|None=None, # "X", a layer, "raw", or a `Reading`; None takes X when it holds counts
-    gene_column:str|None=None, # Column of var with identifiers; None: an Ensembl column, else var_names
-    duplicates:str="error",   # What to do with a gene name that stands twice: "error" or "sum"
-)->Counts:                    # The counts and their genes, checked
+    source,  # AnnData, cells from `open_cells`, or the path of a file of any kind (left on disk)
+    layer: str
+    | Reading
+    | None = None,  # "X", a layer, "raw", or a `Reading`; None takes X when it holds counts
+    gene_column: str
+    | None = None,  # Column of var with identifiers; None: an Ensembl column, else var_names
+    duplicates: str = "error",  # What to do with a gene name that stands twice: "error" or "sum"
+) -> Counts:  # The counts and their genes, checked
     "Open raw counts and map their genes: every check that can be made before long work starts."
     reading = as_reading(layer)
-    if gene_column is not None: reading = reading._replace(gene_column=gene_column)
-    if duplicates != "error": reading = reading._replace(duplicates=duplicates)
+    if gene_column is not None:
+        reading = reading._replace(gene_column=gene_column)
+    if duplicates != "error":
+        reading = reading._replace(duplicates=duplicates)
     adata = open_cells(source)
     try:
         place, matrix, var = find_counts(adata, reading)
@@ -430,19 +637,38 @@ def read_counts(
 
 # %% ../nbs/02a_counts.ipynb #749f7373
 def check_output(
-    path,                 # Where a result will be written, a file or a folder
-    overwrite:bool=False, # Accept that it exists
-    marker:str|None=None, # For a folder: a file that shows that it holds such a result; another folder is never overwritten
-)->Path:                  # The path, its parent folder made
+    path,  # Where a result will be written, a file or a folder
+    overwrite: bool = False,  # Accept that it exists
+    # For a folder: a file that shows that it holds such a result; another folder is never
+    # overwritten
+    marker: str | None = None,
+) -> Path:  # The path, its parent folder made
     "Refuse an output that exists or cannot be written, before the work starts."
     path = Path(path)
-    if path.is_dir() and marker is None: raise IsADirectoryError(f"{path} is a folder; name a file to write.")
-    if path.exists() and marker and (not path.is_dir() or (any(path.iterdir()) and overwrite and not (path/marker).exists())):
-        raise FileExistsError(f"{path} exists and is no earlier result of this command (it has no {marker}); it is left alone. Choose another name.")
+    if path.is_dir() and marker is None:
+        raise IsADirectoryError(f"{path} is a folder; name a file to write.")
+    if (
+        path.exists()
+        and marker
+        and (
+            not path.is_dir()
+            or (any(path.iterdir()) and overwrite and not (path / marker).exists())
+        )
+    ):
+        raise FileExistsError(
+            f"{path} exists and is no earlier result of this command (it has no {marker}); it is "
+            "left alone. Choose another name."
+        )
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already; choose another name or pass overwrite (--overwrite).")
+        raise FileExistsError(
+            f"{path} exists already; choose another name or pass overwrite (--overwrite)."
+        )
     parent = path.parent
-    try: parent.mkdir(parents=True, exist_ok=True); writable = os.access(parent, os.W_OK)
-    except OSError: writable = False
-    if not writable: raise PermissionError(f"The folder {parent} cannot be written to; choose another output.")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise PermissionError(f"The folder {parent} cannot be written to; choose another output.")
     return path

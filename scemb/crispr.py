@@ -18,136 +18,267 @@ from .stats import arrangements, false_discovery, permutation_p
 # %% ../nbs/12_crispr.ipynb #af03ea65
 CONTROL = "non-targeting"
 
+
 def is_control(
-    names, # Targets, as a screen calls them
-)->np.ndarray: # Bool
+    names,  # Targets, as a screen calls them
+) -> np.ndarray:  # Bool
     "Recognise the usual names of controls."
-    usual = re.compile(r"(?i)(non|no|neg|safe)[-_ ]?(target|ctrl|control)\w*|ntc?|scrambled?|(neg(ative)?[-_ ]?)?(ctrl|control)s?")
+    usual = re.compile(
+        r"(?i)(non|no|neg|safe)[-_ ]?(target|ctrl|control)\w*|ntc?|scrambled?|(neg(ative)?[-_ "
+        r"]?)?(ctrl|control)s?"
+    )
     return np.array([usual.fullmatch(str(n)) is not None for n in names], bool)
 
+
 def guide_library(
-    adata,             # AnnData with guide counts
-    key:str="grna_counts", # Where in obsm
-    targets:dict=None, # Guide -> target; None: uns["grna_targets"]
-)->tuple:              # Guide UMIs (cells, guides) CSR; DataFrame, a row a guide: target
+    adata,  # AnnData with guide counts
+    key: str = "grna_counts",  # Where in obsm
+    targets: dict = None,  # Guide -> target; None: uns["grna_targets"]
+) -> tuple:  # Guide UMIs (cells, guides) CSR; DataFrame, a row a guide: target
     "Read the guide counts and what each guide is aimed at."
-    if key not in adata.obsm: raise ValueError(f"obsm has no {key!r}; it has {list(adata.obsm) or 'nothing'}. Put the guide UMIs there (cells x guides), with uns['grna_names'] and uns['grna_targets'].")
+    if key not in adata.obsm:
+        raise ValueError(
+            f"obsm has no {key!r}; it has {list(adata.obsm) or 'nothing'}. Put the guide UMIs "
+            "there (cells x guides), with uns['grna_names'] and uns['grna_targets']."
+        )
     umis = adata.obsm[key]
-    names = umis.columns.to_numpy() if isinstance(umis, pd.DataFrame) else np.asarray(adata.uns.get("grna_names", []), object)
+    names = (
+        umis.columns.to_numpy()
+        if isinstance(umis, pd.DataFrame)
+        else np.asarray(adata.uns.get("grna_names", []), object)
+    )
     umis = sparse.csr_matrix(umis.to_numpy() if isinstance(umis, pd.DataFrame) else umis)
-    if len(names) != umis.shape[1]: raise ValueError(f"uns['grna_names'] has {len(names)} names for {umis.shape[1]} columns of obsm[{key!r}]; one a guide is needed.")
+    if len(names) != umis.shape[1]:
+        raise ValueError(
+            f"uns['grna_names'] has {len(names)} names for {umis.shape[1]} columns of "
+            f"obsm[{key!r}]; one a guide is needed."
+        )
     if targets is None:
-        if "grna_targets" not in adata.uns: raise ValueError("uns has no 'grna_targets'; give targets={guide: target, ...}, with 'non-targeting' for controls.")
+        if "grna_targets" not in adata.uns:
+            raise ValueError(
+                "uns has no 'grna_targets'; give targets={guide: target, ...}, with "
+                "'non-targeting' for controls."
+            )
         aims = np.asarray(adata.uns["grna_targets"], object)
     else:
-        if (unknown := [n for n in names if n not in targets]): raise ValueError(f"{len(unknown)} guides have no target, the first is {unknown[0]!r}; name the target of each.")
+        if unknown := [n for n in names if n not in targets]:
+            raise ValueError(
+                f"{len(unknown)} guides have no target, the first is {unknown[0]!r}; name the "
+                "target of each."
+            )
         aims = np.array([targets[n] for n in names], object)
-    return umis, pd.DataFrame(dict(target=np.where(is_control(aims), CONTROL, aims.astype(str))), index=names.astype(str))
+    return umis, pd.DataFrame(
+        dict(target=np.where(is_control(aims), CONTROL, aims.astype(str))), index=names.astype(str)
+    )
 
 # %% ../nbs/12_crispr.ipynb #8a3614f6
 def call_guides(
-    umis,               # Guide UMIs, CSR, shape (cells, guides)
-    method:str="umi",   # "umi", "zscore", "mixture" or "demuxem"
-    min_umis:int=5,     # Fewest UMIs of a held guide ("mixture" finds its own limit, of at least 2; "demuxem": fewest of a cell's guides beyond background)
-    cutoff:float=3.5,   # Of the modified z-score
-    seed:int=0,         # Of the start of "mixture" and "demuxem"
-)->np.ndarray:          # Held guides, bool, shape (cells, guides)
+    umis,  # Guide UMIs, CSR, shape (cells, guides)
+    method: str = "umi",  # "umi", "zscore", "mixture" or "demuxem"
+    # Fewest UMIs of a held guide ("mixture" finds its own limit, of at least 2; "demuxem": fewest
+    # of a cell's guides beyond background)
+    min_umis: int = 5,
+    cutoff: float = 3.5,  # Of the modified z-score
+    seed: int = 0,  # Of the start of "mixture" and "demuxem"
+) -> np.ndarray:  # Held guides, bool, shape (cells, guides)
     "Say which guides each cell holds."
-    if method == "umi": return (umis >= max(min_umis, 1)).toarray()
+    if method == "umi":
+        return (umis >= max(min_umis, 1)).toarray()
     if method == "zscore":
-        x = np.log1p(umis.toarray()); off = np.abs(x - (middle := np.median(x, 1, keepdims=True)))
+        x = np.log1p(umis.toarray())
+        off = np.abs(x - (middle := np.median(x, 1, keepdims=True)))
         mad, mean_off = np.median(off, 1, keepdims=True), off.mean(1, keepdims=True)
-        spread = np.where(mad > 0, mad/.6745, mean_off*1.2533)          # most guides are at 0 in most cells, where the median deviation is 0
-        return ((x - middle) > cutoff*np.maximum(spread, 1e-12)) & (umis >= min_umis).toarray()
-    if method == "mixture": return np.stack([_upper(np.asarray(umis[:, g].todense()).ravel(), seed) for g in range(umis.shape[1])], 1)
-    if method == "demuxem": return _demuxem(umis, min_umis, seed)
+        spread = np.where(
+            mad > 0, mad / 0.6745, mean_off * 1.2533
+        )  # most guides are at 0 in most cells, where the median deviation is 0
+        return ((x - middle) > cutoff * np.maximum(spread, 1e-12)) & (umis >= min_umis).toarray()
+    if method == "mixture":
+        return np.stack(
+            [_upper(np.asarray(umis[:, g].todense()).ravel(), seed) for g in range(umis.shape[1])],
+            1,
+        )
+    if method == "demuxem":
+        return _demuxem(umis, min_umis, seed)
     raise ValueError(f"method is {method!r}, wanted umi, zscore, mixture or demuxem.")
 
-def _demuxem(umis, min_signal, seed): # the package's own steps: ambient profile, then each cell's shares
-    try: from demuxEM.tools import demultiplex, estimate_background_probs; from pegasusio import UnimodalData
-    except ImportError as e: raise ImportError("method='demuxem' needs the package demuxEM: pip install demuxEM. The methods umi, zscore and mixture need nothing more.") from e
-    name = lambda n: pd.DataFrame(index=pd.Index([str(i) for i in range(n)]))
-    data = [UnimodalData(name(umis.shape[0]).rename_axis("barcodekey"), name(umis.shape[1]).rename_axis("featurekey"), {"X": sparse.csr_matrix(umis, dtype=np.int32)}, modality=m, genome="unknown", cur_matrix="X") for m in ("rna", "hashing")]
-    estimate_background_probs(data[1], seed); demultiplex(*data, min_signal=min_signal)
+
+def _demuxem(umis, min_signal, seed):
+    # the package's own steps: ambient profile, then each cell's shares
+    try:
+        from demuxEM.tools import demultiplex, estimate_background_probs
+        from pegasusio import UnimodalData
+    except ImportError as e:
+        raise ImportError(
+            "method='demuxem' needs the package demuxEM: pip install demuxEM. The methods umi, "
+            "zscore and mixture need nothing more."
+        ) from e
+
+    def name(n):
+        return pd.DataFrame(index=pd.Index([str(i) for i in range(n)]))
+
+    data = [
+        UnimodalData(
+            name(umis.shape[0]).rename_axis("barcodekey"),
+            name(umis.shape[1]).rename_axis("featurekey"),
+            {"X": sparse.csr_matrix(umis, dtype=np.int32)},
+            modality=m,
+            genome="unknown",
+            cur_matrix="X",
+        )
+        for m in ("rna", "hashing")
+    ]
+    estimate_background_probs(data[1], seed)
+    demultiplex(*data, min_signal=min_signal)
     held = np.zeros(umis.shape, bool)
-    for cell, guides in enumerate(data[0].obs.assignment.astype(str)): held[cell, [int(g) for g in guides.split(",") if g]] = True
+    for cell, guides in enumerate(data[0].obs.assignment.astype(str)):
+        held[cell, [int(g) for g in guides.split(",") if g]] = True
     return held
 
-def _upper(counts, seed): # of one guide: cells of the higher of two components among those with a count
+
+def _upper(counts, seed):
+    # of one guide: cells of the higher of two components among those with a count
     from sklearn.mixture import GaussianMixture
-    seen = counts > 0; x = np.log(counts[seen])[:, None]
-    if len(np.unique(x)) < 3: return counts >= 5
-    fit = GaussianMixture(2, random_state=seed, means_init=[[0.], [float(np.quantile(x, .95))]], reg_covar=1e-2).fit(x)
-    high = int(fit.means_.argmax()); held = np.zeros(len(counts), bool)
-    held[seen] = (fit.predict_proba(x)[:, high] > .5) & (x[:, 0] > fit.means_.min()) & (counts[seen] >= 2)
+
+    seen = counts > 0
+    x = np.log(counts[seen])[:, None]
+    if len(np.unique(x)) < 3:
+        return counts >= 5
+    fit = GaussianMixture(
+        2, random_state=seed, means_init=[[0.0], [float(np.quantile(x, 0.95))]], reg_covar=1e-2
+    ).fit(x)
+    high = int(fit.means_.argmax())
+    held = np.zeros(len(counts), bool)
+    held[seen] = (
+        (fit.predict_proba(x)[:, high] > 0.5) & (x[:, 0] > fit.means_.min()) & (counts[seen] >= 2)
+    )
     return held
 
 # %% ../nbs/12_crispr.ipynb #6fde883b
 def assign_guides(
-    adata,                 # AnnData with guide counts in obsm
-    method:str="umi",      # See `call_guides`
-    min_umis:int=5, cutoff:float=3.5, seed:int=0, # See `call_guides`
-    key:str="grna_counts", targets:dict=None,     # See `guide_library`
-):                         # The same AnnData, with obs guide, target and n_guides, obsm["guides"] and uns["guides"]
+    adata,  # AnnData with guide counts in obsm
+    method: str = "umi",  # See `call_guides`
+    min_umis: int = 5,
+    cutoff: float = 3.5,
+    seed: int = 0,  # See `call_guides`
+    key: str = "grna_counts",
+    targets: dict = None,  # See `guide_library`
+):  # The same AnnData, with obs guide, target and n_guides, obsm["guides"] and uns["guides"]
     "Assign guides and targets to cells."
     umis, library = guide_library(adata, key, targets)
     held = call_guides(umis, method, min_umis, cutoff, seed)
-    if not held.any(): raise ValueError(f"No cell holds a guide by method={method!r}, min_umis={min_umis}; the largest guide count is {umis.max():g}. Lower min_umis.")
-    rows, columns = np.nonzero(held); ends = np.cumsum(held.sum(1))[:-1]
-    join = lambda names: ["+".join(dict.fromkeys(part)) or "none" for part in np.split(names[columns], ends)]
-    adata.obs["guide"], adata.obs["target"] = (pd.Categorical(join(x)) for x in (library.index.to_numpy(object), library.target.to_numpy(object)))
+    if not held.any():
+        raise ValueError(
+            f"No cell holds a guide by method={method!r}, min_umis={min_umis}; the largest guide "
+            f"count is {umis.max():g}. Lower min_umis."
+        )
+    rows, columns = np.nonzero(held)
+    ends = np.cumsum(held.sum(1))[:-1]
+
+    def join(names):
+        return ["+".join(dict.fromkeys(part)) or "none" for part in np.split(names[columns], ends)]
+
+    adata.obs["guide"], adata.obs["target"] = (
+        pd.Categorical(join(x))
+        for x in (library.index.to_numpy(object), library.target.to_numpy(object))
+    )
     adata.obs["n_guides"] = held.sum(1)
     adata.obsm["guides"] = sparse.csr_matrix(held)
-    adata.uns["guides"] = dict(method=method, min_umis=min_umis, guide=library.index.to_numpy(object), target=library.target.to_numpy(object))
+    adata.uns["guides"] = dict(
+        method=method,
+        min_umis=min_umis,
+        guide=library.index.to_numpy(object),
+        target=library.target.to_numpy(object),
+    )
     return adata
 
+
 def multiplicity(
-    adata, # After `assign_guides`
-)->pd.Series: # cells by number of guides, and what kind of screen this is
+    adata,  # After `assign_guides`
+) -> pd.Series:  # cells by number of guides, and what kind of screen this is
     "Count cells with no, one, two and more guides."
     n = np.asarray(adata.obs.n_guides)
-    counts = {"no guide": (n == 0).sum(), "one guide": (n == 1).sum(), "two guides": (n == 2).sum(), "more": (n > 2).sum()}
-    return pd.Series(counts | dict(screen="high multiplicity" if (n > 2).sum() > (n == 1).sum() else "low multiplicity"))
+    counts = {
+        "no guide": (n == 0).sum(),
+        "one guide": (n == 1).sum(),
+        "two guides": (n == 2).sum(),
+        "more": (n > 2).sum(),
+    }
+    return pd.Series(
+        counts
+        | dict(screen="high multiplicity" if (n > 2).sum() > (n == 1).sum() else "low multiplicity")
+    )
 
 # %% ../nbs/12_crispr.ipynb #2ff26758
 def screen_cells(
-    adata,                      # After `assign_guides`
-    batch:str=None,             # Column of obs; None: "batch" or "sample" where there is one
-    min_counts:int=20,          # More gene UMIs than these
-    confounded:str="refuse",    # "refuse" targets without controls in their batches, or "allow": then all controls are used
-    layer:str=None,             # Where the counts are
-    held:int=1,                 # Guides of a cell. With several, non-targeting ones are left out of guide and target where there is another
-)->tuple:                       # Counts (CSR, cells with that many guides); their obs: target, guide, batch; Counts
+    adata,  # After `assign_guides`
+    batch: str = None,  # Column of obs; None: "batch" or "sample" where there is one
+    min_counts: int = 20,  # More gene UMIs than these
+    # "refuse" targets without controls in their batches, or "allow": then all controls are used
+    confounded: str = "refuse",
+    layer: str = None,  # Where the counts are
+    # Guides of a cell. With several, non-targeting ones are left out of guide and target where
+    # there is another
+    held: int = 1,
+) -> tuple:  # Counts (CSR, cells with that many guides); their obs: target, guide, batch; Counts
     "Take the cells with one guide, and check that a comparison is possible."
-    if missing := [c for c in ("guide", "target", "n_guides") if c not in adata.obs]: raise ValueError(f"obs has no column {missing[0]!r}; call assign_guides(adata) first.")
-    if batch is None: batch = next((c for c in ("batch", "sample") if c in adata.obs), None)
-    elif batch not in adata.obs: raise ValueError(f"obs has no column {batch!r}; it has {list(adata.obs.columns)}.")
+    if missing := [c for c in ("guide", "target", "n_guides") if c not in adata.obs]:
+        raise ValueError(f"obs has no column {missing[0]!r}; call assign_guides(adata) first.")
+    if batch is None:
+        batch = next((c for c in ("batch", "sample") if c in adata.obs), None)
+    elif batch not in adata.obs:
+        raise ValueError(f"obs has no column {batch!r}; it has {list(adata.obs.columns)}.")
     counts = read_counts(adata, layer)
     x = sparse.csr_matrix(counts.matrix[:])
     use = (np.asarray(adata.obs.n_guides) == held) & (np.asarray(x.sum(1)).ravel() > min_counts)
-    obs = pd.DataFrame(dict(target=adata.obs.target.astype(str), guide=adata.obs.guide.astype(str), batch=adata.obs[batch].astype(str) if batch else "all"))[use]
-    if held > 1: obs["guide"], obs["target"] = _aimed(adata, use)
+    obs = pd.DataFrame(
+        dict(
+            target=adata.obs.target.astype(str),
+            guide=adata.obs.guide.astype(str),
+            batch=adata.obs[batch].astype(str) if batch else "all",
+        )
+    )[use]
+    if held > 1:
+        obs["guide"], obs["target"] = _aimed(adata, use)
     obs["target"] = np.where(is_control(obs.target), CONTROL, obs.target)
     if not (obs.target == CONTROL).any():
-        raise ValueError(f"There are no non-targeting cells among {len(obs):,} cells with {'one guide' if held == 1 else f'{held} guides'}; targets are {', '.join(sorted(obs.target.unique())[:6])} ... Without controls nothing can be said; name them 'non-targeting' in uns['grna_targets'].")
+        raise ValueError(
+            f"There are no non-targeting cells among {len(obs):,} cells with "
+            f"{'one guide' if held == 1 else f'{held} guides'}; targets are "
+            f"{', '.join(sorted(obs.target.unique())[:6])} ... Without controls nothing can be "
+            "said; name them 'non-targeting' in uns['grna_targets']."
+        )
     table = pd.crosstab(obs.target, obs.batch)
     alone = table.index[(table.loc[:, table.loc[CONTROL] > 0].sum(1) == 0)]
     if len(alone) and confounded == "refuse":
-        raise ValueError(f"{', '.join(alone)}: no batch holds both these cells and controls, so target and batch cannot be told apart. Leave them out, or pass confounded='allow' to compare across batches.\n{table.loc[[*alone, CONTROL]].to_string()}")
-    if len(alone): obs["batch"] = "all"
+        raise ValueError(
+            f"{', '.join(alone)}: no batch holds both these cells and controls, so target and "
+            "batch cannot be told apart. Leave them out, or pass confounded='allow' to compare "
+            f"across batches.\n{table.loc[[*alone, CONTROL]].to_string()}"
+        )
+    if len(alone):
+        obs["batch"] = "all"
     return x[use], obs, counts
 
-def _aimed(adata, use): # of cells with several guides: guide and target, without non-targeting ones where there is another
-    names, aims = (np.asarray(adata.uns["guides"][k], object) for k in ("guide", "target")); control, found = is_control(aims), []
+
+def _aimed(
+    adata,
+    use,
+    # of cells with several guides: guide and target, without non-targeting ones where there is
+    # another
+):
+    names, aims = (np.asarray(adata.uns["guides"][k], object) for k in ("guide", "target"))
+    control, found = is_control(aims), []
     for g in sparse.csr_matrix(adata.obsm["guides"])[use].tolil().rows:
-        g = np.array(g); g = g if control[g].all() else g[~control[g]]; found.append(("+".join(names[g]), "+".join(dict.fromkeys(aims[g]))))
+        g = np.array(g)
+        g = g if control[g].all() else g[~control[g]]
+        found.append(("+".join(names[g]), "+".join(dict.fromkeys(aims[g]))))
     return [list(x) for x in zip(*found)]
 
 # %% ../nbs/12_crispr.ipynb #03d5d7f7
 def target_columns(
-    targets, # Names of targets
+    targets,  # Names of targets
     counts,  # From `read_counts`
-)->dict:     # Target -> column of its gene, -1 where it is no measured gene
+) -> dict:  # Target -> column of its gene, -1 where it is no measured gene
     "Find the measured gene of each target."
     names = [re.sub(r"(?i)[_-](tss\d*|p1p2|p1|p2)$", "", str(t)) for t in targets]
     rows = map_genes(names, duplicates="sum").rows if names else []
@@ -155,173 +286,344 @@ def target_columns(
     return {t: int(column.get(r, -1)) if r >= 0 else -1 for t, r in zip(targets, rows)}
 
 # %% ../nbs/12_crispr.ipynb #34f5f9e2
-def _depth(x): # counts -> scaled to the median depth, CSR
+def _depth(x):  # counts -> scaled to the median depth, CSR
     total = np.asarray(x.sum(1)).ravel()
-    return sparse.diags(np.median(total)/np.maximum(total, 1)) @ x
+    return sparse.diags(np.median(total) / np.maximum(total, 1)) @ x
+
 
 def knock_down(
-    adata,                 # After `assign_guides`
-    batch:str=None, min_counts:int=20, confounded:str="refuse", layer:str=None, # See `screen_cells`
-    min_cells:int=20,      # Fewer cells of a target are not judged
-    n_permutations:int=4999, seed:int=0,
-)->pd.DataFrame:           # target, n, n_guides, knock_down (share gone), ci_low, ci_high, p, q, reason
+    adata,  # After `assign_guides`
+    batch: str = None,
+    min_counts: int = 20,
+    confounded: str = "refuse",
+    layer: str = None,  # See `screen_cells`
+    min_cells: int = 20,  # Fewer cells of a target are not judged
+    n_permutations: int = 4999,
+    seed: int = 0,
+) -> pd.DataFrame:  # target, n, n_guides, knock_down (share gone), ci_low, ci_high, p, q, reason
     "Estimate how much of each target's expression is gone, over guides."
     x, obs, counts = screen_cells(adata, batch, min_counts, confounded, layer)
     x, targets = _depth(x).tocsc(), sorted(set(obs.target) - {CONTROL})
     columns = target_columns(targets, counts)
-    if max(columns.values(), default=-1) < 0: raise ValueError(f"None of the {len(targets)} targets is a measured gene ({', '.join(targets[:4])} ...), so no knock-down can be measured. Check the names in uns['grna_targets'].")
+    if max(columns.values(), default=-1) < 0:
+        raise ValueError(
+            f"None of the {len(targets)} targets is a measured gene ({', '.join(targets[:4])} "
+            "...), so no knock-down can be measured. Check the names in uns['grna_targets']."
+        )
     rows = []
     for t in targets:
-        part = obs[obs.target == t]; row = dict(target=t, n=len(part), n_guides=part.guide.nunique(), knock_down=np.nan, ci_low=np.nan, ci_high=np.nan, p=np.nan, reason="")
-        if columns[t] < 0: row["reason"] = "not a measured gene"
-        elif len(part) < min_cells: row["reason"] = f"{len(part)} cells, fewer than {min_cells}"
-        else: row |= _gone(np.asarray(x[:, columns[t]].todense()).ravel(), obs, t, n_permutations, seed)
+        part = obs[obs.target == t]
+        row = dict(
+            target=t,
+            n=len(part),
+            n_guides=part.guide.nunique(),
+            knock_down=np.nan,
+            ci_low=np.nan,
+            ci_high=np.nan,
+            p=np.nan,
+            reason="",
+        )
+        if columns[t] < 0:
+            row["reason"] = "not a measured gene"
+        elif len(part) < min_cells:
+            row["reason"] = f"{len(part)} cells, fewer than {min_cells}"
+        else:
+            row |= _gone(
+                np.asarray(x[:, columns[t]].todense()).ravel(), obs, t, n_permutations, seed
+            )
         rows.append(row)
     table = pd.DataFrame(rows)
-    return table.assign(q=false_discovery(table.p))[["target", "n", "n_guides", "knock_down", "ci_low", "ci_high", "p", "q", "reason"]]
+    return table.assign(q=false_discovery(table.p))[
+        ["target", "n", "n_guides", "knock_down", "ci_low", "ci_high", "p", "q", "reason"]
+    ]
 
-def _gone(level, obs, target, n_permutations, seed): # of one gene -> knock_down, interval, p
+
+def _gone(level, obs, target, n_permutations, seed):  # of one gene -> knock_down, interval, p
     control = obs.target == CONTROL
     base = obs.batch.map(pd.Series(level[control]).groupby(obs.batch[control].to_numpy()).mean())
-    if not (base > 0).all(): return dict(reason="not expressed in controls")
+    if not (base > 0).all():
+        return dict(reason="not expressed in controls")
     use = (control | (obs.target == target)).to_numpy()
-    ratio = pd.Series((level/base)[use].to_numpy()).groupby(obs.guide[use].to_numpy()).mean()
-    case = ratio.index.isin(obs.guide[obs.target == target]); x = ratio.to_numpy()
-    null = np.concatenate([(m @ x)/m.sum(1) - (~m @ x)/(~m).sum(1) for m in arrangements(case, None, n_permutations, seed)])
-    out = dict(knock_down=1 - x[case].mean()/x[~case].mean(), p=permutation_p(x[case].mean() - x[~case].mean(), null, "less"))
-    if case.sum() < 2: return out | dict(reason="1 guide: no interval")
+    ratio = pd.Series((level / base)[use].to_numpy()).groupby(obs.guide[use].to_numpy()).mean()
+    case = ratio.index.isin(obs.guide[obs.target == target])
+    x = ratio.to_numpy()
+    null = np.concatenate(
+        [
+            (m @ x) / m.sum(1) - (~m @ x) / (~m).sum(1)
+            for m in arrangements(case, None, n_permutations, seed)
+        ]
+    )
+    out = dict(
+        knock_down=1 - x[case].mean() / x[~case].mean(),
+        p=permutation_p(x[case].mean() - x[~case].mean(), null, "less"),
+    )
+    if case.sum() < 2:
+        return out | dict(reason="1 guide: no interval")
     ends = stats.ttest_ind(x[~case], x[case], equal_var=False).confidence_interval()
-    return out | dict(ci_low=ends.low/x[~case].mean(), ci_high=min(1., ends.high/x[~case].mean()))
+    return out | dict(
+        ci_low=ends.low / x[~case].mean(), ci_high=min(1.0, ends.high / x[~case].mean())
+    )
 
 # %% ../nbs/12_crispr.ipynb #f51e02fc
 def scaled(
-    x,                # Counts, CSR, shape (cells, genes)
-    control,          # True for controls, shape (cells,)
-    batch,            # Batch of each cell
-    offset:float=.05, # Added to the standard deviation
-)->np.ndarray:        # Shape (cells, genes), float32
+    x,  # Counts, CSR, shape (cells, genes)
+    control,  # True for controls, shape (cells,)
+    batch,  # Batch of each cell
+    offset: float = 0.05,  # Added to the standard deviation
+) -> np.ndarray:  # Shape (cells, genes), float32
     "Log expression, centred on the controls of each batch, in units of the controls' spread."
-    y, control, batch = np.log1p(_depth(x).toarray()).astype(np.float32), np.asarray(control), np.asarray(batch)
-    for b in np.unique(batch): y[batch == b] -= y[(batch == b) & control].mean(0) if ((batch == b) & control).any() else y[control].mean(0)
-    return y/(y[control].std(0) + np.float32(offset))
+    y, control, batch = (
+        np.log1p(_depth(x).toarray()).astype(np.float32),
+        np.asarray(control),
+        np.asarray(batch),
+    )
+    for b in np.unique(batch):
+        y[batch == b] -= (
+            y[(batch == b) & control].mean(0)
+            if ((batch == b) & control).any()
+            else y[control].mean(0)
+        )
+    return y / (y[control].std(0) + np.float32(offset))
+
 
 def distances(
-    a, # Shape (cells, features)
-    b, # Shape (others, features)
-)->np.ndarray: # Euclidean distances, shape (cells, others)
+    a,  # Shape (cells, features)
+    b,  # Shape (others, features)
+) -> np.ndarray:  # Euclidean distances, shape (cells, others)
     "All distances between two groups of cells."
-    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2*(a @ b.T)
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * (a @ b.T)
     return np.sqrt(np.maximum(squared, 0, out=squared), out=squared)
 
+
 def energy(
-    between:float, within_a:float, within_b:float, # Sums of distances over ordered pairs
-    n_a, n_b,                                       # Cells of each
-):                                                  # Unbiased E-distance
+    between: float,
+    within_a: float,
+    within_b: float,  # Sums of distances over ordered pairs
+    n_a,
+    n_b,  # Cells of each
+):  # Unbiased E-distance
     "E-distance from sums of distances."
-    return 2*between/(n_a*n_b) - within_a/(n_a*(n_a - 1)) - within_b/(n_b*(n_b - 1))
+    return 2 * between / (n_a * n_b) - within_a / (n_a * (n_a - 1)) - within_b / (n_b * (n_b - 1))
 
 # %% ../nbs/12_crispr.ipynb #fe8c8b28
 def edistance(
-    adata,                 # After `assign_guides`
-    batch:str=None, min_counts:int=20, confounded:str="refuse", layer:str=None, # See `screen_cells`
-    units:str="guide",     # What changes places in the test: "guide", or "cell" (which finds too much)
-    max_cells:int=300,     # A side at most
-    min_cells:int=20,      # Fewer cells of a target are not judged
-    n_draws:int=20,        # Draws of cells that the distance is averaged over
-    n_permutations:int=4999, seed:int=0,
-)->pd.DataFrame:           # target, n, n_guides, edistance, sd_draw, p, q, depth_shift, reason
+    adata,  # After `assign_guides`
+    batch: str = None,
+    min_counts: int = 20,
+    confounded: str = "refuse",
+    layer: str = None,  # See `screen_cells`
+    # What changes places in the test: "guide", or "cell" (which finds too much)
+    units: str = "guide",
+    max_cells: int = 300,  # A side at most
+    min_cells: int = 20,  # Fewer cells of a target are not judged
+    n_draws: int = 20,  # Draws of cells that the distance is averaged over
+    n_permutations: int = 4999,
+    seed: int = 0,
+) -> pd.DataFrame:  # target, n, n_guides, edistance, sd_draw, p, q, depth_shift, reason
     "E-distance of each target to the controls, with p and q."
-    if units not in ("guide", "cell"): raise ValueError(f"units is {units!r}, wanted guide or cell.")
+    if units not in ("guide", "cell"):
+        raise ValueError(f"units is {units!r}, wanted guide or cell.")
     x, obs, counts = screen_cells(adata, batch, min_counts, confounded, layer)
-    y = scaled(x, obs.target == CONTROL, obs.batch); depth = np.log(np.asarray(x.sum(1)).ravel())
-    targets = sorted(set(obs.target) - {CONTROL}); columns, rows = target_columns(targets, counts), []
-    if units == "guide" and obs.guide[obs.target == CONTROL].nunique() < 3: raise ValueError(f"{obs.guide[obs.target == CONTROL].nunique()} control guides cannot stand for all; give at least 3, or pass units='cell' and trust p less.")
+    y = scaled(x, obs.target == CONTROL, obs.batch)
+    depth = np.log(np.asarray(x.sum(1)).ravel())
+    targets = sorted(set(obs.target) - {CONTROL})
+    columns, rows = target_columns(targets, counts), []
+    if units == "guide" and obs.guide[obs.target == CONTROL].nunique() < 3:
+        raise ValueError(
+            f"{obs.guide[obs.target == CONTROL].nunique()} control guides cannot stand for all; "
+            "give at least 3, or pass units='cell' and trust p less."
+        )
     for i, t in enumerate(targets):
-        cells = np.flatnonzero(obs.target == t); guides = obs.guide.iloc[cells].nunique()
-        row = dict(target=t, n=len(cells), n_guides=guides, edistance=np.nan, sd_draw=np.nan, p=np.nan, depth_shift=np.nan, reason="")
-        if len(cells) < min_cells: rows.append(row | dict(reason=f"{len(cells)} cells, fewer than {min_cells}")); continue
-        z, rng = np.delete(y, columns[t], 1) if columns[t] >= 0 else y, np.random.default_rng([seed, i])
+        cells = np.flatnonzero(obs.target == t)
+        guides = obs.guide.iloc[cells].nunique()
+        row = dict(
+            target=t,
+            n=len(cells),
+            n_guides=guides,
+            edistance=np.nan,
+            sd_draw=np.nan,
+            p=np.nan,
+            depth_shift=np.nan,
+            reason="",
+        )
+        if len(cells) < min_cells:
+            rows.append(row | dict(reason=f"{len(cells)} cells, fewer than {min_cells}"))
+            continue
+        z, rng = (
+            np.delete(y, columns[t], 1) if columns[t] >= 0 else y,
+            np.random.default_rng([seed, i]),
+        )
         draws = [matched(obs, t, max_cells, rng) for _ in range(n_draws)]
-        values = [_edistance(z[a], z[b]) for a, b in draws]; row["edistance"], row["sd_draw"] = float(np.mean(values)), float(np.std(values))
+        values = [_edistance(z[a], z[b]) for a, b in draws]
+        row["edistance"], row["sd_draw"] = float(np.mean(values)), float(np.std(values))
         row["depth_shift"] = float(np.mean([depth[a].mean() - depth[b].mean() for a, b in draws]))
-        row["p"] = _guide_p(z, obs, t, max_cells, n_permutations, rng) if units == "guide" else _cell_p(z, obs, draws[0], min(n_permutations, 999), rng)
-        if units == "guide" and guides < 2: row["reason"] = "1 guide: its own quality and the target's effect cannot be told apart"
+        row["p"] = (
+            _guide_p(z, obs, t, max_cells, n_permutations, rng)
+            if units == "guide"
+            else _cell_p(z, obs, draws[0], min(n_permutations, 999), rng)
+        )
+        if units == "guide" and guides < 2:
+            row["reason"] = "1 guide: its own quality and the target's effect cannot be told apart"
         rows.append(row)
     table = pd.DataFrame(rows)
-    return table.assign(q=false_discovery(table.p))[["target", "n", "n_guides", "edistance", "sd_draw", "p", "q", "depth_shift", "reason"]]
+    return table.assign(q=false_discovery(table.p))[
+        ["target", "n", "n_guides", "edistance", "sd_draw", "p", "q", "depth_shift", "reason"]
+    ]
 
 # %% ../nbs/12_crispr.ipynb #05f2dc9d
 def matched(
-    obs,                     # From `screen_cells`
-    target:str,              # A target
-    max_cells:int,           # A side at most
-    rng:np.random.Generator, # Source of the draw
-)->tuple:                    # Row numbers of cells and of as many controls, with the same batches
+    obs,  # From `screen_cells`
+    target: str,  # A target
+    max_cells: int,  # A side at most
+    rng: np.random.Generator,  # Source of the draw
+) -> tuple:  # Row numbers of cells and of as many controls, with the same batches
     "Draw cells of a target and controls that match their batches."
     a, b = [], []
     cells, controls = np.flatnonzero(obs.target == target), np.flatnonzero(obs.target == CONTROL)
-    cells = rng.permutation(cells)[:max_cells]; of = obs.batch.to_numpy()
+    cells = rng.permutation(cells)[:max_cells]
+    of = obs.batch.to_numpy()
     for name in np.unique(of[cells]):
         here, there = cells[of[cells] == name], controls[of[controls] == name]
-        n = min(len(here), len(there)); a.append(here[:n]); b.append(rng.permutation(there)[:n])
+        n = min(len(here), len(there))
+        a.append(here[:n])
+        b.append(rng.permutation(there)[:n])
     return np.concatenate(a), np.concatenate(b)
 
-def _edistance(a, b): return energy(distances(a, b).sum(), distances(a, a).sum(), distances(b, b).sum(), len(a), len(b)) if min(len(a), len(b)) > 1 else np.nan
 
-def _guide_p(z, obs, target, max_cells, n_permutations, rng): # guides change places
-    use = np.flatnonzero(obs.target.isin([target, CONTROL])); guide = obs.guide.to_numpy()
-    each = max(10, max_cells//max(1, len(set(guide[obs.target == target]))))
-    parts = [rng.permutation(use[guide[use] == g])[:each] for g in np.unique(guide[use])]; parts = [p for p in parts if len(p) > 1]
-    case, n = np.array([obs.target.iloc[p[0]] == target for p in parts]), np.array([len(p) for p in parts])
-    cells = np.concatenate(parts); owner = sparse.csr_matrix((np.ones(len(cells), np.float32), (np.repeat(np.arange(len(parts)), n), np.arange(len(cells)))))
-    between = np.asarray(owner @ (owner @ distances(z[cells], z[cells])).T, float)            # guides x guides
-    if not case.any(): return np.nan
-    def statistic(m):
-        m = np.atleast_2d(m).astype(float); ma = m @ between; n_a = m @ n
-        return energy((ma*(1 - m)).sum(1), (ma*m).sum(1), (((1 - m) @ between)*(1 - m)).sum(1), n_a, n.sum() - n_a)
-    return permutation_p(float(statistic(case)[0]), np.concatenate([statistic(m) for m in arrangements(case, None, n_permutations, int(rng.integers(2**31)))]), "greater")
+def _edistance(a, b):
+    return (
+        energy(distances(a, b).sum(), distances(a, a).sum(), distances(b, b).sum(), len(a), len(b))
+        if min(len(a), len(b)) > 1
+        else np.nan
+    )
 
-def _cell_p(z, obs, draw, n_permutations, rng): # cells change places within batches
-    cells = np.concatenate(draw); case = np.repeat([True, False], [len(draw[0]), len(draw[1])]); d = distances(z[cells], z[cells])
+
+def _guide_p(z, obs, target, max_cells, n_permutations, rng):  # guides change places
+    use = np.flatnonzero(obs.target.isin([target, CONTROL]))
+    guide = obs.guide.to_numpy()
+    each = max(10, max_cells // max(1, len(set(guide[obs.target == target]))))
+    parts = [rng.permutation(use[guide[use] == g])[:each] for g in np.unique(guide[use])]
+    parts = [p for p in parts if len(p) > 1]
+    case, n = (
+        np.array([obs.target.iloc[p[0]] == target for p in parts]),
+        np.array([len(p) for p in parts]),
+    )
+    cells = np.concatenate(parts)
+    owner = sparse.csr_matrix(
+        (
+            np.ones(len(cells), np.float32),
+            (np.repeat(np.arange(len(parts)), n), np.arange(len(cells))),
+        )
+    )
+    between = np.asarray(
+        owner @ (owner @ distances(z[cells], z[cells])).T, float
+    )  # guides x guides
+    if not case.any():
+        return np.nan
+
     def statistic(m):
-        m = np.atleast_2d(m).astype(np.float32); ma = m @ d; n_a = m.sum(1)
-        return energy((ma*(1 - m)).sum(1), (ma*m).sum(1), (((1 - m) @ d)*(1 - m)).sum(1), n_a, len(case) - n_a)
-    null = np.concatenate([statistic(m) for m in arrangements(case, obs.batch.to_numpy()[cells], n_permutations, int(rng.integers(2**31)))])
+        m = np.atleast_2d(m).astype(float)
+        ma = m @ between
+        n_a = m @ n
+        return energy(
+            (ma * (1 - m)).sum(1),
+            (ma * m).sum(1),
+            (((1 - m) @ between) * (1 - m)).sum(1),
+            n_a,
+            n.sum() - n_a,
+        )
+
+    return permutation_p(
+        float(statistic(case)[0]),
+        np.concatenate(
+            [
+                statistic(m)
+                for m in arrangements(case, None, n_permutations, int(rng.integers(2**31)))
+            ]
+        ),
+        "greater",
+    )
+
+
+def _cell_p(z, obs, draw, n_permutations, rng):  # cells change places within batches
+    cells = np.concatenate(draw)
+    case = np.repeat([True, False], [len(draw[0]), len(draw[1])])
+    d = distances(z[cells], z[cells])
+
+    def statistic(m):
+        m = np.atleast_2d(m).astype(np.float32)
+        ma = m @ d
+        n_a = m.sum(1)
+        return energy(
+            (ma * (1 - m)).sum(1),
+            (ma * m).sum(1),
+            (((1 - m) @ d) * (1 - m)).sum(1),
+            n_a,
+            len(case) - n_a,
+        )
+
+    null = np.concatenate(
+        [
+            statistic(m)
+            for m in arrangements(
+                case, obs.batch.to_numpy()[cells], n_permutations, int(rng.integers(2**31))
+            )
+        ]
+    )
     return permutation_p(float(statistic(case)[0]), null, "greater")
 
 # %% ../nbs/12_crispr.ipynb #14217d7a
 def guide_shifts(
-    values,                 # A row a cell, shape (cells, features)
-    obs:pd.DataFrame,       # From `screen_cells`: target, guide, batch
-    min_cells:int=5,        # Guides with fewer cells are left out
-)->pd.DataFrame:            # Index (target, guide), a column a feature; controls included
+    values,  # A row a cell, shape (cells, features)
+    obs: pd.DataFrame,  # From `screen_cells`: target, guide, batch
+    min_cells: int = 5,  # Guides with fewer cells are left out
+) -> pd.DataFrame:  # Index (target, guide), a column a feature; controls included
     "Mean shift of each guide from the controls of its batches."
-    y, control, batch = np.array(values, float), (obs.target == CONTROL).to_numpy(), obs.batch.to_numpy()
-    if not np.isfinite(y).all(): raise ValueError(f"{(~np.isfinite(y).all(1)).sum()} cells have no vector; leave them out of values and obs.")
-    for b in np.unique(batch): y[batch == b] -= y[(batch == b) & control].mean(0)
-    keys = [obs.target.to_numpy(), obs.guide.to_numpy()]; frame = pd.DataFrame(y)
+    y, control, batch = (
+        np.array(values, float),
+        (obs.target == CONTROL).to_numpy(),
+        obs.batch.to_numpy(),
+    )
+    if not np.isfinite(y).all():
+        raise ValueError(
+            f"{(~np.isfinite(y).all(1)).sum()} cells have no vector; leave them out of values "
+            "and obs."
+        )
+    for b in np.unique(batch):
+        y[batch == b] -= y[(batch == b) & control].mean(0)
+    keys = [obs.target.to_numpy(), obs.guide.to_numpy()]
+    frame = pd.DataFrame(y)
     mean, n = frame.groupby(keys).mean(), frame.groupby(keys).size()
     return mean[n >= min_cells].rename_axis(["target", "guide"])
 
+
 def observed_shifts(
-    values, obs:pd.DataFrame, min_cells:int=5, # See `guide_shifts`
-)->pd.DataFrame: # Targets x features, controls left out
+    values,
+    obs: pd.DataFrame,
+    min_cells: int = 5,  # See `guide_shifts`
+) -> pd.DataFrame:  # Targets x features, controls left out
     "Shift of each target: the mean of its guides' shifts."
     shifts = guide_shifts(values, obs, min_cells).groupby(level=0).mean()
     return shifts.drop(index=CONTROL, errors="ignore")
 
 # %% ../nbs/12_crispr.ipynb #144584d3
 def calibration(
-    adata,                # After `assign_guides`
-    units:str="guide",    # As for `edistance`
-    group:int=4,          # Control guides that make a pseudo-target (cells as units: 1 shows it best)
-    n_targets:int=20,     # Pseudo-targets
-    seed:int=0, **settings, # Of `edistance`
-)->pd.DataFrame:          # As from `edistance`, a row a pseudo-target
+    adata,  # After `assign_guides`
+    units: str = "guide",  # As for `edistance`
+    group: int = 4,  # Control guides that make a pseudo-target (cells as units: 1 shows it best)
+    n_targets: int = 20,  # Pseudo-targets
+    seed: int = 0,
+    **settings,  # Of `edistance`
+) -> pd.DataFrame:  # As from `edistance`, a row a pseudo-target
     "Test groups of control guides against the other controls."
-    base = adata[np.asarray(is_control(adata.obs.target.astype(str))) & (np.asarray(adata.obs.n_guides) == 1)].copy()
-    guide = base.obs.guide.astype(str); names = np.array(sorted(guide.unique())); rng = np.random.default_rng(seed)
-    if len(names) < group + 3: raise ValueError(f"{len(names)} control guides, wanted at least {group + 3}: lower group.")
+    base = adata[
+        np.asarray(is_control(adata.obs.target.astype(str))) & (np.asarray(adata.obs.n_guides) == 1)
+    ].copy()
+    guide = base.obs.guide.astype(str)
+    names = np.array(sorted(guide.unique()))
+    rng = np.random.default_rng(seed)
+    if len(names) < group + 3:
+        raise ValueError(f"{len(names)} control guides, wanted at least {group + 3}: lower group.")
     rows = []
     for i in range(n_targets):
         chosen = rng.permutation(names)[:group] if group > 1 else names[[i % len(names)]]

@@ -17,161 +17,300 @@ from .genes import GeneMap, gene_table, is_mitochondrial, protein_coding
 
 # %% ../nbs/04_curate.ipynb #5ec27790
 READS = "full length: it counts reads, which favour long genes, and not molecules"
-DENIED_ASSAYS = {"Smart-seq": READS, "Smart-seq2": READS, "Smart-seq v4": READS, "Smart-like": READS, "SMARTer": READS, "Quartz-seq": READS,
-                 "BD Rhapsody Targeted mRNA": "targeted panel: genes outside it look silent"}
+DENIED_ASSAYS = {
+    "Smart-seq": READS,
+    "Smart-seq2": READS,
+    "Smart-seq v4": READS,
+    "Smart-like": READS,
+    "SMARTer": READS,
+    "Quartz-seq": READS,
+    "BD Rhapsody Targeted mRNA": "targeted panel: genes outside it look silent",
+}
+
 
 @dataclass(frozen=True)
 class Filters:
     "Which cells enter a corpus. The defaults are the paper's, and ours where it is silent."
+
     organism: str = "Homo sapiens"
-    disease: tuple = ("normal",)                # Healthy cells only (Hsieh et al., Methods)
-    suspension_type: tuple = ("cell", "nucleus") # scRNA and snRNA
-    primary_only: bool = True                   # Of a cell that stands in several data sets, the primary copy
-    allow_assays: tuple = ()                    # Only these; empty: all that are not denied
-    deny_assays: dict = field(default_factory=lambda: dict(DENIED_ASSAYS)) # Assay -> reason
-    min_genes: int = 200                        # Measured genes with a count (Hsieh et al., Methods)
-    max_mito_fraction: float = .1               # Share of mitochondrial counts (Hsieh et al., Methods); nuclei and cells alike
-    drop_duplicates: bool = True                # One copy of cells with equal counts in all protein-coding genes
+    disease: tuple = ("normal",)  # Healthy cells only (Hsieh et al., Methods)
+    suspension_type: tuple = ("cell", "nucleus")  # scRNA and snRNA
+    primary_only: bool = True  # Of a cell that stands in several data sets, the primary copy
+    allow_assays: tuple = ()  # Only these; empty: all that are not denied
+    deny_assays: dict = field(default_factory=lambda: dict(DENIED_ASSAYS))  # Assay -> reason
+    min_genes: int = 200  # Measured genes with a count (Hsieh et al., Methods)
+    max_mito_fraction: float = (
+        0.1  # Share of mitochondrial counts (Hsieh et al., Methods); nuclei and cells alike
+    )
+    drop_duplicates: bool = True  # One copy of cells with equal counts in all protein-coding genes
 
     def __post_init__(self):
-        if not 0 <= self.max_mito_fraction <= 1: raise ValueError(f"max_mito_fraction is {self.max_mito_fraction}; it is a fraction, 0 to 1 (10 % is 0.1).")
-        if self.min_genes < 0: raise ValueError(f"min_genes is {self.min_genes}; it must be 0 or more.")
+        if not 0 <= self.max_mito_fraction <= 1:
+            raise ValueError(
+                f"max_mito_fraction is {self.max_mito_fraction}; it is a fraction, 0 to 1 (10 % "
+                "is 0.1)."
+            )
+        if self.min_genes < 0:
+            raise ValueError(f"min_genes is {self.min_genes}; it must be 0 or more.")
 
 # %% ../nbs/04_curate.ipynb #d55db3c3
 STATED = ("disease", "suspension_type", "assay")
-COLUMNS = ("dataset_id", "collection_id", "donor_id", "tissue", "assay", "suspension_type", "disease", "cell_type", "batch",
-           "sex", "development_stage", "organism", "is_primary_data")
+COLUMNS = (
+    "dataset_id",
+    "collection_id",
+    "donor_id",
+    "tissue",
+    "assay",
+    "suspension_type",
+    "disease",
+    "cell_type",
+    "batch",
+    "sex",
+    "development_stage",
+    "organism",
+    "is_primary_data",
+)
+
 
 def standard_obs(
-    obs:pd.DataFrame, # Table of cells of any source
-    stated=(),        # Column -> value, for what holds for all cells of the source
-    columns=(),       # Standard column -> column of `obs`, where the names differ
-    where:str="The table of cells", # For the message
-)->pd.DataFrame:      # `COLUMNS` as strings (is_primary_data: bool), "unknown" where nothing is known
-    "Bring a table of cells to the standard columns; what decides about healthy cells must be there or be stated."
+    obs: pd.DataFrame,  # Table of cells of any source
+    stated=(),  # Column -> value, for what holds for all cells of the source
+    columns=(),  # Standard column -> column of `obs`, where the names differ
+    where: str = "The table of cells",  # For the message
+) -> pd.DataFrame:  # `COLUMNS` as strings (is_primary_data: bool), "unknown" where nothing is known
+    """Bring a table of cells to the standard columns; what decides about healthy cells must be
+    there or be stated."""
     stated, columns, n = dict(stated), dict(columns), len(obs)
     for what, given in (("stated", stated), ("renamed", columns)):
         if strange := [k for k in given if k not in COLUMNS]:
-            raise ValueError(f"{strange[0]!r} is {what}, but no filter and no card uses such a column; there are {', '.join(COLUMNS)}.")
+            raise ValueError(
+                f"{strange[0]!r} is {what}, but no filter and no card uses such a column; there "
+                f"are {', '.join(COLUMNS)}."
+            )
     missing = [k for k in STATED if k not in stated and columns.get(k, k) not in obs]
     if missing:
-        hints = dict(disease="disease=normal", suspension_type="suspension_type=cell", assay="assay=\"10x 3' v3\"")
-        raise ValueError(f"{where} has no column {', '.join(missing)}, so it cannot be told whether these are healthy single cells (it has: {', '.join(map(str, obs)) or 'none'}). "
-                         f"State what holds for all its cells: {' '.join('--assume ' + hints[k] for k in missing)}, or in a recipe: obs = {{ {missing[0]} = \"...\" }}.")
+        hints = dict(
+            disease="disease=normal",
+            suspension_type="suspension_type=cell",
+            assay='assay="10x 3\' v3"',
+        )
+        raise ValueError(
+            f"{where} has no column {', '.join(missing)}, so it cannot be told whether these are "
+            f"healthy single cells (it has: {', '.join(map(str, obs)) or 'none'}). "
+            "State what holds for all its cells: "
+            f"{' '.join('--assume ' + hints[k] for k in missing)}, or in a recipe: obs = {{ "
+            f'{missing[0]} = "..." }}.'
+        )
     unstated = {"is_primary_data": "True", "organism": "Homo sapiens"}
-    out = {k: _one(n, stated[k]) if k in stated else _strings(obs[columns.get(k, k)]) if columns.get(k, k) in obs else _one(n, unstated.get(k, "unknown")) for k in COLUMNS}
-    return pd.DataFrame(out | {"is_primary_data": out["is_primary_data"].isin(["True", "true", "TRUE", "1", "1.0"])})
+    out = {
+        k: _one(n, stated[k])
+        if k in stated
+        else _strings(obs[columns.get(k, k)])
+        if columns.get(k, k) in obs
+        else _one(n, unstated.get(k, "unknown"))
+        for k in COLUMNS
+    }
+    return pd.DataFrame(
+        out | {"is_primary_data": out["is_primary_data"].isin(["True", "true", "TRUE", "1", "1.0"])}
+    )
 
-def _one(n, value): return pd.Categorical.from_codes(np.zeros(n, np.int8), [str(value)])
 
-def _strings(column): # any column -> categories of strings, without a pass over the cells when it has categories already
-    c = pd.Categorical(column); codes, names = c.codes, c.categories.astype(str)
+def _one(n, value):
+    return pd.Categorical.from_codes(np.zeros(n, np.int8), [str(value)])
+
+
+def _strings(column):
+    # any column -> categories of strings, without a pass over the cells when it has categories
+    # already
+    c = pd.Categorical(column)
+    codes, names = c.codes, c.categories.astype(str)
     if (codes < 0).any():
-        known = names.get_indexer(["unknown"])[0]; names = names if known >= 0 else names.append(pd.Index(["unknown"]))
+        known = names.get_indexer(["unknown"])[0]
+        names = names if known >= 0 else names.append(pd.Index(["unknown"]))
         codes = np.where(codes < 0, known if known >= 0 else len(names) - 1, codes)
     return pd.Categorical.from_codes(codes, names)
 
 # %% ../nbs/04_curate.ipynb #125da6f9
-BY = dict(data_set="dataset_id", collection="collection_id", donor="donor_id") # what an exclusion compares
+BY = dict(
+    data_set="dataset_id", collection="collection_id", donor="donor_id"
+)  # what an exclusion compares
+
 
 def described_steps(
-    obs:pd.DataFrame, # Standard columns
-    filters:Filters,
-    exclude=(),       # dicts with `by` (data_set, collection, donor; others are for the counts) and `value`
-)->list:              # (filter, bool array: passes) in the order in which they are applied
+    obs: pd.DataFrame,  # Standard columns
+    filters: Filters,
+    # dicts with `by` (data_set, collection, donor; others are for the counts) and `value`
+    exclude=(),
+) -> list:  # (filter, bool array: passes) in the order in which they are applied
     "The filters that need no counts."
     f = filters
-    steps = [("organism", (obs.organism == f.organism).to_numpy()), ("disease", obs.disease.isin(f.disease).to_numpy())]
-    if f.primary_only: steps.append(("is_primary_data", obs.is_primary_data.to_numpy()))
+    steps = [
+        ("organism", (obs.organism == f.organism).to_numpy()),
+        ("disease", obs.disease.isin(f.disease).to_numpy()),
+    ]
+    if f.primary_only:
+        steps.append(("is_primary_data", obs.is_primary_data.to_numpy()))
     steps.append(("suspension_type", obs.suspension_type.isin(f.suspension_type).to_numpy()))
     allowed = obs.assay.isin(f.allow_assays) if f.allow_assays else True
     steps.append(("assay", (allowed & ~obs.assay.isin(list(f.deny_assays))).to_numpy()))
     for by, column in BY.items():
-        values = {str(v) for e in exclude if e["by"] == by for v in ([e["value"]] if isinstance(e["value"], str) else e["value"])}
+        values = {
+            str(v)
+            for e in exclude
+            if e["by"] == by
+            for v in ([e["value"]] if isinstance(e["value"], str) else e["value"])
+        }
         steps.append((f"excluded_{by}", ~obs[column].isin(values).to_numpy()))
     return steps
 
+
 def funnel(
-    n:int,  # Cells in
+    n: int,  # Cells in
     steps,  # (filter, bool array: passes)
-)->tuple:   # (filter -> cells that it took out, bool array: cells left)
+) -> tuple:  # (filter -> cells that it took out, bool array: cells left)
     "Apply filters one after the other and count what each takes out of what the earlier ones left."
     left, removed = np.ones(n, bool), {}
     for name, passes in steps:
-        removed[name] = int((left & ~passes).sum()); left &= passes
+        removed[name] = int((left & ~passes).sum())
+        left &= passes
     return removed, left
 
 # %% ../nbs/04_curate.ipynb #7ba1c854
 @dataclass(frozen=True, eq=False)
 class Axis:
     "The genes of a source: which are mitochondrial, and where each protein-coding one goes."
-    ids: np.ndarray      # Ensembl ids of the protein-coding genes measured, in the order of the source
-    position: np.ndarray # int32, shape (input genes,): place among `ids`, -1 = not protein-coding or unknown
-    mito: np.ndarray     # bool, shape (input genes,)
-    exact: np.ndarray    # bool, shape (len(ids),): found by its present name or id, not through an alias
-    shared: bool         # Some genes stand twice, so that their counts are added
+
+    ids: np.ndarray  # Ensembl ids of the protein-coding genes measured, in the order of the source
+    position: (
+        np.ndarray
+    )  # int32, shape (input genes,): place among `ids`, -1 = not protein-coding or unknown
+    mito: np.ndarray  # bool, shape (input genes,)
+    exact: (
+        np.ndarray
+    )  # bool, shape (len(ids),): found by its present name or id, not through an alias
+    shared: bool  # Some genes stand twice, so that their counts are added
+
 
 def gene_axis(
-    genes:GeneMap, # The genes of a source, mapped
-)->Axis:
+    genes: GeneMap,  # The genes of a source, mapped
+) -> Axis:
     "Sort out the genes of a source."
-    coding = np.zeros(len(gene_table()), bool); coding[protein_coding()] = True
+    coding = np.zeros(len(gene_table()), bool)
+    coding[protein_coding()] = True
     used = (genes.rows >= 0) & coding[genes.rows]
     rows, first, inverse = np.unique(genes.rows[used], return_index=True, return_inverse=True)
-    place = np.empty(len(first), np.int32); place[np.argsort(first)] = np.arange(len(first))
-    position = np.full(len(genes.rows), -1, np.int32); position[used] = place[inverse]
-    ids = np.empty(len(first), dtype=object); ids[place] = gene_table().ensembl_id.to_numpy()[rows]
-    exact = np.zeros(len(ids), bool); exact[position[used & (genes.outcome == "mapped")]] = True
+    place = np.empty(len(first), np.int32)
+    place[np.argsort(first)] = np.arange(len(first))
+    position = np.full(len(genes.rows), -1, np.int32)
+    position[used] = place[inverse]
+    ids = np.empty(len(first), dtype=object)
+    ids[place] = gene_table().ensembl_id.to_numpy()[rows]
+    exact = np.zeros(len(ids), bool)
+    exact[position[used & (genes.outcome == "mapped")]] = True
     return Axis(ids, position, is_mitochondrial(genes.names), exact, len(rows) < used.sum())
 
 # %% ../nbs/04_curate.ipynb #a6dfa58f
 @njit(nogil=True)
-def _mix(x): # uint64 -> uint64, every input bit moves every output bit (splitmix64)
+def _mix(x):  # uint64 -> uint64, every input bit moves every output bit (splitmix64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-@njit(nogil=True, cache=__name__ != "__main__") # kept on disk, but not from this page, where the functions inside may just have been edited
+
+@njit(
+    nogil=True, cache=__name__ != "__main__"
+)  # kept on disk, but not from this page, where the functions inside may just have been edited
 def _mix_all(x):
     out = np.empty(x.size, np.uint64)
-    for i in range(x.size): out[i] = _mix(x[i] + np.uint64(0x9E3779B97F4A7C15))
+    for i in range(x.size):
+        out[i] = _mix(x[i] + np.uint64(0x9E3779B97F4A7C15))
     return out
 
+
 def gene_keys(
-    ids,       # Ensembl ids
+    ids,  # Ensembl ids
     use=True,  # bool, shape (len(ids),): the others get 0 and do not enter the hash
-)->np.ndarray: # uint64
+) -> np.ndarray:  # uint64
     "The number of each gene in the hash of a cell."
-    return np.where(use, _mix_all(np.array([int(i[4:]) for i in ids], np.uint64)) | np.uint64(1), np.uint64(0))
+    return np.where(
+        use, _mix_all(np.array([int(i[4:]) for i in ids], np.uint64)) | np.uint64(1), np.uint64(0)
+    )
 
 # %% ../nbs/04_curate.ipynb #156d53b8
 @njit(nogil=True, cache=__name__ != "__main__")
-def _measure(indptr, indices, data, position, key, mito, n_genes, n_counts, n_mito, n_coding, n_hashed, hashes):
+def _measure(
+    indptr,
+    indices,
+    data,
+    position,
+    key,
+    mito,
+    n_genes,
+    n_counts,
+    n_mito,
+    n_coding,
+    n_hashed,
+    hashes,
+):
     for c in range(indptr.size - 1):
         genes, total, m, coding, hashed, h = 0, np.int64(0), np.int64(0), 0, 0, np.uint64(0)
         for j in range(indptr[c], indptr[c + 1]):
             g, v = indices[j], data[j]
-            if v <= 0: continue
-            genes += 1; total += v
-            if mito[g]: m += v
+            if v <= 0:
+                continue
+            genes += 1
+            total += v
+            if mito[g]:
+                m += v
             p = position[g]
             if p >= 0:
                 coding += 1
-                if key[p] != 0: hashed += 1; h += _mix(key[p] + np.uint64(v)*np.uint64(0x9E3779B97F4A7C15))
-        n_genes[c], n_counts[c], n_mito[c], n_coding[c], n_hashed[c], hashes[c] = genes, total, m, coding, hashed, _mix(h)
+                if key[p] != 0:
+                    hashed += 1
+                    h += _mix(key[p] + np.uint64(v) * np.uint64(0x9E3779B97F4A7C15))
+        n_genes[c], n_counts[c], n_mito[c], n_coding[c], n_hashed[c], hashes[c] = (
+            genes,
+            total,
+            m,
+            coding,
+            hashed,
+            _mix(h),
+        )
+
 
 def measure(
-    chunk,     # CSR of integer counts, cells x input genes
-    axis:Axis,
-    key=None,  # uint64, shape (len(axis.ids),): which genes enter the hash and how; default: all found by name
-)->dict:       # n_genes, n_counts, n_mito (over all measured genes), n_coding (protein-coding), n_hashed and hash, each of shape (cells,)
+    chunk,  # CSR of integer counts, cells x input genes
+    axis: Axis,
+    # uint64, shape (len(axis.ids),): which genes enter the hash and how; default: all found by name
+    key=None,
+    # n_genes, n_counts, n_mito (over all measured genes), n_coding (protein-coding), n_hashed and
+    # hash, each of shape (cells,)
+) -> dict:
     "Measure each cell in one pass over its counts."
-    n = chunk.shape[0]; key = gene_keys(axis.ids, axis.exact) if key is None else key
-    out = dict(n_genes=np.empty(n, np.int32), n_counts=np.empty(n, np.int64), n_mito=np.empty(n, np.int64), n_coding=np.empty(n, np.int32), n_hashed=np.empty(n, np.int32), hash=np.empty(n, np.uint64))
+    n = chunk.shape[0]
+    key = gene_keys(axis.ids, axis.exact) if key is None else key
+    out = dict(
+        n_genes=np.empty(n, np.int32),
+        n_counts=np.empty(n, np.int64),
+        n_mito=np.empty(n, np.int64),
+        n_coding=np.empty(n, np.int32),
+        n_hashed=np.empty(n, np.int32),
+        hash=np.empty(n, np.uint64),
+    )
     _measure(chunk.indptr, chunk.indices, chunk.data, axis.position, key, axis.mito, *out.values())
     if axis.shared:
-        coding = coding_counts(chunk, axis, np.ones(n, bool)); places = np.arange(len(key), dtype=np.int32)
-        _measure(coding.indptr, coding.indices, coding.data, places, key, np.zeros(len(key), bool), *(np.empty_like(out[k]) for k in ("n_genes", "n_counts", "n_mito")), *(out[k] for k in ("n_coding", "n_hashed", "hash")))
+        coding = coding_counts(chunk, axis, np.ones(n, bool))
+        places = np.arange(len(key), dtype=np.int32)
+        _measure(
+            coding.indptr,
+            coding.indices,
+            coding.data,
+            places,
+            key,
+            np.zeros(len(key), bool),
+            *(np.empty_like(out[k]) for k in ("n_genes", "n_counts", "n_mito")),
+            *(out[k] for k in ("n_coding", "n_hashed", "hash")),
+        )
     return out
 
 # %% ../nbs/04_curate.ipynb #4110bc8f
@@ -179,38 +318,62 @@ def measure(
 def _coding(indptr, indices, data, position, keep, new_indptr, new_indices, new_data):
     at, row = 0, 0
     for c in range(indptr.size - 1):
-        if not keep[c]: continue
+        if not keep[c]:
+            continue
         for j in range(indptr[c], indptr[c + 1]):
             p = position[indices[j]]
-            if p >= 0 and data[j] > 0: new_indices[at] = p; new_data[at] = data[j]; at += 1
-        row += 1; new_indptr[row] = at
+            if p >= 0 and data[j] > 0:
+                new_indices[at] = p
+                new_data[at] = data[j]
+                at += 1
+        row += 1
+        new_indptr[row] = at
     return at
 
+
 def coding_counts(
-    chunk,           # CSR of integer counts, cells x input genes
-    axis:Axis,
-    keep:np.ndarray, # bool, shape (cells,)
-): # CSR int32, kept cells x `axis.ids`
+    chunk,  # CSR of integer counts, cells x input genes
+    axis: Axis,
+    keep: np.ndarray,  # bool, shape (cells,)
+):  # CSR int32, kept cells x `axis.ids`
     "The kept cells, restricted to protein-coding genes."
     import scipy.sparse as sp
+
     size = int(np.diff(chunk.indptr)[keep].sum())
-    indptr, indices, data = np.zeros(int(keep.sum()) + 1, np.int64), np.empty(size, np.int32), np.empty(size, np.int32)
+    indptr, indices, data = (
+        np.zeros(int(keep.sum()) + 1, np.int64),
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+    )
     n = _coding(chunk.indptr, chunk.indices, chunk.data, axis.position, keep, indptr, indices, data)
     out = sp.csr_matrix((data[:n], indices[:n], indptr), shape=(len(indptr) - 1, len(axis.ids)))
-    if axis.shared: out.sum_duplicates()
+    if axis.shared:
+        out.sum_duplicates()
     return out
 
+
 def counted_steps(
-    measured:dict,    # What `measure` returns
-    axis:Axis,
-    filters:Filters,
-    banned=None,      # Sorted uint64 hashes of cells that must stay out
-)->list:              # (filter, bool array: passes)
-    "The filters that need counts; the mitochondrial one is blind where no mitochondrial gene was measured."
+    measured: dict,  # What `measure` returns
+    axis: Axis,
+    filters: Filters,
+    banned=None,  # Sorted uint64 hashes of cells that must stay out
+) -> list:  # (filter, bool array: passes)
+    """The filters that need counts; the mitochondrial one is blind where no mitochondrial gene was
+    measured."""
     m = measured
     n = len(m["hash"])
     at = np.searchsorted(banned, m["hash"]) if banned is not None and len(banned) else None
-    known = np.zeros(n, bool) if at is None else banned[np.minimum(at, len(banned) - 1)] == m["hash"]
-    return [("excluded_cell", ~known), ("min_genes", m["n_genes"] >= filters.min_genes),
-            ("mito_fraction", m["n_mito"]/np.maximum(m["n_counts"], 1) <= filters.max_mito_fraction if axis.mito.any() else np.ones(n, bool)),
-            ("no_coding_gene", m["n_coding"] > 0)]
+    known = (
+        np.zeros(n, bool) if at is None else banned[np.minimum(at, len(banned) - 1)] == m["hash"]
+    )
+    return [
+        ("excluded_cell", ~known),
+        ("min_genes", m["n_genes"] >= filters.min_genes),
+        (
+            "mito_fraction",
+            m["n_mito"] / np.maximum(m["n_counts"], 1) <= filters.max_mito_fraction
+            if axis.mito.any()
+            else np.ones(n, bool),
+        ),
+        ("no_coding_gene", m["n_coding"] > 0),
+    ]

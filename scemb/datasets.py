@@ -18,256 +18,400 @@ from .genes import ASSETS
 # %% ../nbs/02_datasets.ipynb #a8e8b983
 ACCESS = ("open", "registration", "controlled")
 
+
 @dataclass(frozen=True)
 class DataFile:
     "One file of a data set."
-    name: str              # File name
-    path: str              # Where it lies below the folder that SCEMB_DATA names
-    sha256: str            # 64 hexadecimal digits, or "unknown"
-    bytes: int|str         # Size, or "unknown"
-    source: str="unknown"  # Where it came from, with version or commit
-    asset: str|None=None   # Name below `scemb/assets`, for a file that comes with the package
-    url: str|None=None     # Public address, where certain
+
+    name: str  # File name
+    path: str  # Where it lies below the folder that SCEMB_DATA names
+    sha256: str  # 64 hexadecimal digits, or "unknown"
+    bytes: int | str  # Size, or "unknown"
+    source: str = "unknown"  # Where it came from, with version or commit
+    asset: str | None = None  # Name below `scemb/assets`, for a file that comes with the package
+    url: str | None = None  # Public address, where certain
+
 
 @dataclass(frozen=True, repr=False)
 class Manifest:
     "What is known about a data set."
+
     name: str
     title: str
-    kind: str             # "cells" (an h5ad of counts), "table" or "census"
-    roles: list           # "pretraining", "evaluation", "perturbation", "knowledge", "vocabulary", "demo"
+    kind: str  # "cells" (an h5ad of counts), "table" or "census"
+    roles: list  # "pretraining", "evaluation", "perturbation", "knowledge", "vocabulary", "demo"
     citation: str
     doi: str
     accession: str
-    access: str           # One of `ACCESS`
+    access: str  # One of `ACCESS`
     licence: str
-    how: str              # How to get it
-    gene_ids: str         # "symbol", "ensembl", ...
-    files: tuple=()       # `DataFile`s, the one to read first
-    notes: list=field(default_factory=list)
-    expected: dict=field(default_factory=dict) # Counts to expect: cells, genes, ...
-    obs: dict=field(default_factory=dict)      # Meaning -> obs column: batch, donor, cell_type, condition, ...
-    filters: dict=field(default_factory=dict)
-    exclude: list=field(default_factory=list)  # What a corpus made from it must leave out, and why
-    missing_label: str|None=None               # The label that stands for "no label"
-    def __rich__(self): return manifest_report(self)
-    def __repr__(self)->str: return manifest_text(self)
-    def _repr_html_(self)->str: return pd.Series(manifest_lines(self)).to_frame(self.name).to_html(border=0)
+    how: str  # How to get it
+    gene_ids: str  # "symbol", "ensembl", ...
+    files: tuple = ()  # `DataFile`s, the one to read first
+    notes: list = field(default_factory=list)
+    expected: dict = field(default_factory=dict)  # Counts to expect: cells, genes, ...
+    obs: dict = field(
+        default_factory=dict
+    )  # Meaning -> obs column: batch, donor, cell_type, condition, ...
+    filters: dict = field(default_factory=dict)
+    exclude: list = field(
+        default_factory=list
+    )  # What a corpus made from it must leave out, and why
+    missing_label: str | None = None  # The label that stands for "no label"
+
+    def __rich__(self):
+        return manifest_report(self)
+
+    def __repr__(self) -> str:
+        return manifest_text(self)
+
+    def _repr_html_(self) -> str:
+        return pd.Series(manifest_lines(self)).to_frame(self.name).to_html(border=0)
 
 # %% ../nbs/02_datasets.ipynb #93f62f8a
 def parse_manifest(
-    text:str, # TOML
-)->Manifest:
+    text: str,  # TOML
+) -> Manifest:
     "Read a manifest and refuse one that is not well formed."
     import tomllib
+
     entries = tomllib.loads(text)
     name = entries.get("name", "without a name")
     allowed = {f.name for f in fields(Manifest)}
-    required = allowed - {"files", "notes", "expected", "obs", "filters", "exclude", "missing_label"}
+    required = allowed - {
+        "files",
+        "notes",
+        "expected",
+        "obs",
+        "filters",
+        "exclude",
+        "missing_label",
+    }
     if wrong := (required - entries.keys()) | (entries.keys() - allowed):
-        raise ValueError(f"Manifest {name}: missing or unknown keys {sorted(wrong)}; it needs {sorted(required)}.")
+        raise ValueError(
+            f"Manifest {name}: missing or unknown keys {sorted(wrong)}; it needs "
+            f"{sorted(required)}."
+        )
     if entries["access"] not in ACCESS:
-        raise ValueError(f"Manifest {name}: access is {entries['access']!r}; it must be one of {', '.join(ACCESS)}.")
-    try: files = tuple(DataFile(**f) for f in entries.pop("files", []))
-    except TypeError as error: raise ValueError(f"Manifest {name}: a file has missing or unknown keys ({error}).") from error
+        raise ValueError(
+            f"Manifest {name}: access is {entries['access']!r}; it must be one of "
+            f"{', '.join(ACCESS)}."
+        )
+    try:
+        files = tuple(DataFile(**f) for f in entries.pop("files", []))
+    except TypeError as error:
+        raise ValueError(
+            f"Manifest {name}: a file has missing or unknown keys ({error})."
+        ) from error
     for f in files:
         if not re.fullmatch("[0-9a-f]{64}|unknown", f.sha256):
-            raise ValueError(f"Manifest {name}: sha256 of {f.name} is {f.sha256!r}; write 64 hexadecimal digits or 'unknown'.")
+            raise ValueError(
+                f"Manifest {name}: sha256 of {f.name} is {f.sha256!r}; write 64 hexadecimal "
+                "digits or 'unknown'."
+            )
         if f.url and not f.url.startswith("https://"):
-            raise ValueError(f"Manifest {name}: the address of {f.name} is {f.url}; only https is used.")
+            raise ValueError(
+                f"Manifest {name}: the address of {f.name} is {f.url}; only https is used."
+            )
     return Manifest(**entries, files=files)
 
 # %% ../nbs/02_datasets.ipynb #c6334246
 @lru_cache
-def manifest_texts(
-)->dict: # Name -> TOML
+def manifest_texts() -> dict:  # Name -> TOML
     "All manifests, in alphabetical order."
-    return {path.stem: path.read_text(encoding="utf-8") for path in sorted((ASSETS/"manifests").glob("*.toml"))}
+    return {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted((ASSETS / "manifests").glob("*.toml"))
+    }
+
 
 def manifests(
-    role:str|None=None, # Only data sets with this role, e.g. "evaluation"
-)->list[str]: # Names
+    role: str | None = None,  # Only data sets with this role, e.g. "evaluation"
+) -> list[str]:  # Names
     "The data sets that we know."
     return [name for name in manifest_texts() if role is None or role in manifest(name).roles]
 
+
 @lru_cache
 def manifest(
-    name:str, # One of `manifests()`
-)->Manifest:
+    name: str,  # One of `manifests()`
+) -> Manifest:
     "What is known about one data set."
     from difflib import get_close_matches
-    if (text := manifest_texts().get(name)): return parse_manifest(text)
+
+    if text := manifest_texts().get(name):
+        return parse_manifest(text)
     known = list(manifest_texts())
-    close = get_close_matches(str(name), known, n=3, cutoff=.4)
+    close = get_close_matches(str(name), known, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise ValueError(f"There is no data set {name!r}. {hint}Known are: {', '.join(known)}.")
 
 # %% ../nbs/02_datasets.ipynb #54a405bb
 def manifest_lines(
-    m:Manifest,
-)->dict: # Heading -> text
+    m: Manifest,
+) -> dict:  # Heading -> text
     "The parts of a manifest that a reader wants to see."
-    pairs = lambda d: ", ".join(f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in d.items())
-    size = lambda f: f"{f.bytes/1e6:.1f} MB" if isinstance(f.bytes, int) else "size unknown"
+
+    def pairs(d):
+        return ", ".join(f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in d.items())
+
+    def size(f):
+        return f"{f.bytes / 1e6:.1f} MB" if isinstance(f.bytes, int) else "size unknown"
+
     lines = {
-        "title": m.title, "citation": m.citation, "doi": m.doi, "accession": m.accession,
-        "access": f"{m.access}. {m.how}", "licence": m.licence, "roles": ", ".join(m.roles), "gene ids": m.gene_ids,
-        "expected": pairs(m.expected), "obs": pairs(m.obs), "filters": pairs(m.filters),
+        "title": m.title,
+        "citation": m.citation,
+        "doi": m.doi,
+        "accession": m.accession,
+        "access": f"{m.access}. {m.how}",
+        "licence": m.licence,
+        "roles": ", ".join(m.roles),
+        "gene ids": m.gene_ids,
+        "expected": pairs(m.expected),
+        "obs": pairs(m.obs),
+        "filters": pairs(m.filters),
         "exclude": "; ".join(f"{e['data_set']} by {e['by']}: {e['reason']}" for e in m.exclude),
-        "files": "; ".join(f"{f.name} ({size(f)}, {'checksum known' if f.sha256 != 'unknown' else 'no checksum'})" for f in m.files),
-        "notes": " ".join(m.notes)}
+        "files": "; ".join(
+            f"{f.name} ({size(f)}, {'checksum known' if f.sha256 != 'unknown' else 'no checksum'})"
+            for f in m.files
+        ),
+        "notes": " ".join(m.notes),
+    }
     return {k: v for k, v in lines.items() if v}
 
+
 def manifest_report(
-    m:Manifest,
-): # A `rich` table
+    m: Manifest,
+):  # A `rich` table
     "A manifest for a terminal."
     from rich.table import Table
+
     table = Table(title=m.name, show_header=False, title_justify="left")
-    for heading, text in manifest_lines(m).items(): table.add_row(heading, text)
+    for heading, text in manifest_lines(m).items():
+        table.add_row(heading, text)
     return table
 
+
 def manifest_text(
-    m:Manifest,
-)->str:
+    m: Manifest,
+) -> str:
     "A manifest as plain text."
     from rich.console import Console
+
     console = Console(width=110, color_system=None, force_jupyter=False)
-    with console.capture() as text: console.print(manifest_report(m))
+    with console.capture() as text:
+        console.print(manifest_report(m))
     return text.get().rstrip()
 
 # %% ../nbs/02_datasets.ipynb #e84b94d9
 def cite(
-    name:str, # One of `manifests()`
-)->str:
+    name: str,  # One of `manifests()`
+) -> str:
     "One line to put beside a result: citation, identifiers, licence."
     m = manifest(name)
-    ids = [f"doi {m.doi}" if m.doi != "unknown" else "", m.accession if m.accession != "unknown" else ""]
+    ids = [
+        f"doi {m.doi}" if m.doi != "unknown" else "",
+        m.accession if m.accession != "unknown" else "",
+    ]
     return ". ".join([m.citation.rstrip("."), *filter(None, ids), f"Licence: {m.licence}"]) + "."
 
 # %% ../nbs/02_datasets.ipynb #efd4fe21
-def overview(
-)->pd.DataFrame: # A row a data set; `here` says whether it can be read without a network
+def overview() -> (
+    pd.DataFrame
+):  # A row a data set; `here` says whether it can be read without a network
     "All data sets in one table."
     rows = []
     for name in manifests():
         m = manifest(name)
-        rows.append({"name": name, "access": m.access, "cells": m.expected.get("cells", ""), "genes": m.expected.get("genes", ""),
-                     "labels": ", ".join(m.obs), "roles": ", ".join(m.roles), "here": available(name)})
+        rows.append(
+            {
+                "name": name,
+                "access": m.access,
+                "cells": m.expected.get("cells", ""),
+                "genes": m.expected.get("genes", ""),
+                "labels": ", ".join(m.obs),
+                "roles": ", ".join(m.roles),
+                "here": available(name),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_datasets.ipynb #ca21fff7
-def data_dir(
-)->Path|None: # None when SCEMB_DATA is not set
+def data_dir() -> Path | None:  # None when SCEMB_DATA is not set
     "The folder of data that cannot travel with the package."
-    if not (folder := os.environ.get("SCEMB_DATA")): return None
+    if not (folder := os.environ.get("SCEMB_DATA")):
+        return None
     if not (path := Path(folder).expanduser()).is_dir():
-        raise FileNotFoundError(f"SCEMB_DATA is {folder!r}, which is not a folder. Set it to the folder that holds scrna/, perturb/ and so on, or unset it.")
+        raise FileNotFoundError(
+            f"SCEMB_DATA is {folder!r}, which is not a folder. Set it to the folder that holds "
+            "scrna/, perturb/ and so on, or unset it."
+        )
     return path
+
 
 @lru_cache(maxsize=256)
 def sha256_of(
-    path:Path,
-    size:int,    # Bytes, part of the memory's key
-    changed:int, # Time of the last change in ns, part of the memory's key
-)->str:
+    path: Path,
+    size: int,  # Bytes, part of the memory's key
+    changed: int,  # Time of the last change in ns, part of the memory's key
+) -> str:
     "The SHA-256 sum of a file, computed once per state of the file."
     import hashlib
-    with open(path, "rb") as stream: return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
 
 def checked(
-    path:Path,
-    file:DataFile,
-)->Path: # The same path
+    path: Path,
+    file: DataFile,
+) -> Path:  # The same path
     "Refuse a file that is not the one that the manifest describes."
     state = path.stat()
     if isinstance(file.bytes, int) and state.st_size != file.bytes:
-        raise ValueError(f"{path} has {state.st_size:,} bytes, but its manifest says {file.bytes:,}: it is truncated or another version. Delete it and get it again.")
+        raise ValueError(
+            f"{path} has {state.st_size:,} bytes, but its manifest says {file.bytes:,}: it is "
+            "truncated or another version. Delete it and get it again."
+        )
     if file.sha256 == "unknown":
         import warnings
-        warnings.warn(f"{file.name} has no checksum in its manifest, so it was not verified.", stacklevel=3)
+
+        warnings.warn(
+            f"{file.name} has no checksum in its manifest, so it was not verified.", stacklevel=3
+        )
     elif (found := sha256_of(path, state.st_size, state.st_mtime_ns)) != file.sha256:
-        raise ValueError(f"{path} has sha256 {found}, but its manifest says {file.sha256}: it is damaged or another version. Delete it and get it again.")
+        raise ValueError(
+            f"{path} has sha256 {found}, but its manifest says {file.sha256}: it is damaged or "
+            "another version. Delete it and get it again."
+        )
     return path
 
 # %% ../nbs/02_datasets.ipynb #5945a872
-def cache_dir(
-)->Path:
+def cache_dir() -> Path:
     "Where downloads are kept."
     import pooch
+
     return Path(pooch.os_cache("scemb"))
 
+
 def fetch(
-    file:DataFile,
-    folder:Path|None=None, # Default: the cache
-)->Path:
+    file: DataFile,
+    folder: Path | None = None,  # Default: the cache
+) -> Path:
     "Download a file whose checksum is known."
     import pooch
-    try: return Path(pooch.retrieve(file.url, known_hash=f"sha256:{file.sha256}", fname=file.name, path=folder or cache_dir()))
+
+    try:
+        return Path(
+            pooch.retrieve(
+                file.url,
+                known_hash=f"sha256:{file.sha256}",
+                fname=file.name,
+                path=folder or cache_dir(),
+            )
+        )
     except OSError as error:
-        raise FileNotFoundError(f"{file.name} could not be downloaded from {file.url} ({type(error).__name__}). "
-                                f"Try again, or put the file at {file.path} in the folder that SCEMB_DATA names.") from error
+        raise FileNotFoundError(
+            f"{file.name} could not be downloaded from {file.url} ({type(error).__name__}). "
+            f"Try again, or put the file at {file.path} in the folder that SCEMB_DATA names."
+        ) from error
     except ValueError as error:
-        raise ValueError(f"What came from {file.url} is not the file of the manifest, and was deleted. {error}") from error
+        raise ValueError(
+            f"What came from {file.url} is not the file of the manifest, and was deleted. {error}"
+        ) from error
 
 # %% ../nbs/02_datasets.ipynb #936f6261
 def chosen_file(
-    m:Manifest,
-    file:str|None=None, # Name of one of its files; needed for a table set of several files
-)->DataFile:
+    m: Manifest,
+    file: str | None = None,  # Name of one of its files; needed for a table set of several files
+) -> DataFile:
     "The file that is meant."
-    if not m.files: raise FileNotFoundError(f"{m.name} is no file. {m.how}")
-    if file is None and (m.kind == "cells" or len(m.files) == 1): return m.files[0]
+    if not m.files:
+        raise FileNotFoundError(f"{m.name} is no file. {m.how}")
+    if file is None and (m.kind == "cells" or len(m.files) == 1):
+        return m.files[0]
     for f in m.files:
-        if f.name == file: return f
-    raise ValueError(f"{m.name} has the files {', '.join(f.name for f in m.files)}; name one of them, not {file!r}.")
+        if f.name == file:
+            return f
+    raise ValueError(
+        f"{m.name} has the files {', '.join(f.name for f in m.files)}; name one of them, not "
+        f"{file!r}."
+    )
+
 
 def found(
-    file:DataFile,
-)->Path|None: # Unchecked
+    file: DataFile,
+) -> Path | None:  # Unchecked
     "Where the file lies: in the package, in the SCEMB_DATA folder, in the cache."
     folder = data_dir()
-    places = [ASSETS/file.asset if file.asset else None, folder/file.path if folder else None, cache_dir()/file.name]
+    places = [
+        ASSETS / file.asset if file.asset else None,
+        folder / file.path if folder else None,
+        cache_dir() / file.name,
+    ]
     return next((place for place in places if place and place.is_file()), None)
 
+
 def available(
-    name:str,           # One of `manifests()`
-    file:str|None=None, # One of its files; default: the cells, or all files of a table set that have a checksum
-)->bool:
+    name: str,  # One of `manifests()`
+    # One of its files; default: the cells, or all files of a table set that have a checksum
+    file: str | None = None,
+) -> bool:
     "Whether the data can be read here without a network."
     m = manifest(name)
-    if not m.files: return False
-    if file or m.kind == "cells": return found(chosen_file(m, file)) is not None
+    if not m.files:
+        return False
+    if file or m.kind == "cells":
+        return found(chosen_file(m, file)) is not None
     return all(found(f) for f in [f for f in m.files if f.sha256 != "unknown"] or m.files)
 
 # %% ../nbs/02_datasets.ipynb #af477279
 def locate(
-    name:str,           # One of `manifests()`
-    file:str|None=None, # One of its files, for a set of several
-)->Path: # A file that matches its manifest
+    name: str,  # One of `manifests()`
+    file: str | None = None,  # One of its files, for a set of several
+) -> Path:  # A file that matches its manifest
     "Find, check and, where allowed, download a file of a data set."
     m = manifest(name)
     f = chosen_file(m, file)
-    if (path := found(f)): return checked(path, f)
-    if f.url and f.sha256 != "unknown" and m.access == "open": return fetch(f)
-    place = f"Put it at {f.path} in the folder that SCEMB_DATA names" + (" (it is not there)." if data_dir() else " (SCEMB_DATA is not set).")
-    if m.access == "controlled": raise FileNotFoundError(f"{name} cannot be fetched by a program. {m.how} {place}")
-    by_hand = f" Its address is {f.url}, but the manifest has no checksum, so it is not downloaded unasked." if f.url else ""
-    raise FileNotFoundError(f"{f.name} of {name} is not on this machine. {m.how} Source: {f.source}.{by_hand} {place}")
+    if path := found(f):
+        return checked(path, f)
+    if f.url and f.sha256 != "unknown" and m.access == "open":
+        return fetch(f)
+    place = f"Put it at {f.path} in the folder that SCEMB_DATA names" + (
+        " (it is not there)." if data_dir() else " (SCEMB_DATA is not set)."
+    )
+    if m.access == "controlled":
+        raise FileNotFoundError(f"{name} cannot be fetched by a program. {m.how} {place}")
+    by_hand = (
+        f" Its address is {f.url}, but the manifest has no checksum, so it is not downloaded "
+        "unasked."
+        if f.url
+        else ""
+    )
+    raise FileNotFoundError(
+        f"{f.name} of {name} is not on this machine. {m.how} Source: {f.source}.{by_hand} {place}"
+    )
 
 # %% ../nbs/02_datasets.ipynb #58b7ce0c
 def load(
-    name:str, # A data set of cells
-): # AnnData with raw counts in `X`
+    name: str,  # A data set of cells
+):  # AnnData with raw counts in `X`
     "Read the cells of a data set, verified against its manifest."
     m = manifest(name)
-    if m.kind != "cells": raise ValueError(f"{name} holds no cells ({m.kind}); locate({name!r}) gives its file.")
+    if m.kind != "cells":
+        raise ValueError(f"{name} holds no cells ({m.kind}); locate({name!r}) gives its file.")
     from scemb.files import open_cells
+
     path = locate(name)
     adata = open_cells(path, whole=True)
     wanted = (m.expected["cells"], m.expected["genes"])
     if any(isinstance(w, int) and w != n for w, n in zip(wanted, adata.shape)):
-        raise ValueError(f"{path} has {adata.n_obs:,} cells x {adata.n_vars:,} genes, but its manifest says {wanted[0]} x {wanted[1]}.")
+        raise ValueError(
+            f"{path} has {adata.n_obs:,} cells x {adata.n_vars:,} genes, but its manifest says "
+            f"{wanted[0]} x {wanted[1]}."
+        )
     if missing := [c for c in m.obs.values() if c != "unknown" and c not in adata.obs]:
-        raise ValueError(f"{path} lacks the obs columns {missing} of its manifest; it has {list(adata.obs)}.")
+        raise ValueError(
+            f"{path} lacks the obs columns {missing} of its manifest; it has {list(adata.obs)}."
+        )
     return adata

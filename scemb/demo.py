@@ -17,148 +17,317 @@ import numpy as np
 @dataclass(frozen=True)
 class DemoSettings:
     "Size of the demo: about three minutes of training on two cores."
+
     steps: int = 400
     layers: int = 3
     width: int = 128
     heads: int = 4
-    max_len: int = 512            # Genes a cell
-    token_budget: int = 4096      # Tokens a step
+    max_len: int = 512  # Genes a cell
+    token_budget: int = 4096  # Tokens a step
     learning_rate: float = 1e-3
-    n_cells: int|None = None      # First shuffle, then keep this many cells; None: all
+    n_cells: int | None = None  # First shuffle, then keep this many cells; None: all
     seed: int = 0
+
 
 DEMO_HELD_OUT = "human1_lib3"
 
+
 def _say(quiet):
     began = time.monotonic()
-    return (lambda text: None) if quiet else (lambda text: print(f"[{time.monotonic() - began:4.0f} s] {text}", file=sys.stderr, flush=True))
+    return (
+        (lambda text: None)
+        if quiet
+        else (
+            lambda text: print(
+                f"[{time.monotonic() - began:4.0f} s] {text}", file=sys.stderr, flush=True
+            )
+        )
+    )
 
 # %% ../nbs/98_demo.ipynb #b9bb53f7
-def demo_cells(settings:DemoSettings)->tuple: # -> AnnData, tokens, boolean mask of the held-out cells
+def demo_cells(
+    settings: DemoSettings,
+) -> tuple:  # -> AnnData, tokens, boolean mask of the held-out cells
     "Load the pancreas cells, tokenise them, mark library 3."
     from scemb import datasets
     from scemb.tokenize import TokenizerSettings
     from scemb.tokens import tokenize
+
     adata = datasets.load("baron_pancreas")
-    if settings.n_cells: adata = adata[np.sort(np.random.default_rng(settings.seed).permutation(adata.n_obs)[:settings.n_cells])].copy()
-    tokens = tokenize(adata, settings=TokenizerSettings(max_len=settings.max_len, seed=settings.seed), obs_columns=["cell_type", "batch"])
+    if settings.n_cells:
+        adata = adata[
+            np.sort(
+                np.random.default_rng(settings.seed).permutation(adata.n_obs)[: settings.n_cells]
+            )
+        ].copy()
+    tokens = tokenize(
+        adata,
+        settings=TokenizerSettings(max_len=settings.max_len, seed=settings.seed),
+        obs_columns=["cell_type", "batch"],
+    )
     return adata, tokens, (adata.obs.batch == DEMO_HELD_OUT).to_numpy()
 
-def demo_losses(model, untrained, train, test, max_len): # -> DataFrame, a row a held-out cell
-    "Masked-gene losses of the model and of what needs no training."
-    from scemb.baselines import adversary_scorer, bin_table, masked_losses, table_scorer, unigram_prior
-    from scemb.pretrain import model_scorer
-    prior = unigram_prior(train, max_len)
-    return masked_losses(test, {"scEMB (demo)": model_scorer(model), "untrained": model_scorer(untrained), "unigram prior": table_scorer(prior),
-        "frequency given bin": table_scorer(bin_table(train, max_len)), "order-only adversary": adversary_scorer(train, prior, max_len)}, max_len, seed=1)
 
-def demo_embeddings(adata, tokens, held, model, untrained, settings)->dict: # method -> (cells, D)
+def demo_losses(model, untrained, train, test, max_len):  # -> DataFrame, a row a held-out cell
+    "Masked-gene losses of the model and of what needs no training."
+    from scemb.baselines import (
+        adversary_scorer,
+        bin_table,
+        masked_losses,
+        table_scorer,
+        unigram_prior,
+    )
+    from scemb.pretrain import model_scorer
+
+    prior = unigram_prior(train, max_len)
+    return masked_losses(
+        test,
+        {
+            "scEMB (demo)": model_scorer(model),
+            "untrained": model_scorer(untrained),
+            "unigram prior": table_scorer(prior),
+            "frequency given bin": table_scorer(bin_table(train, max_len)),
+            "order-only adversary": adversary_scorer(train, prior, max_len),
+        },
+        max_len,
+        seed=1,
+    )
+
+
+def demo_embeddings(
+    adata, tokens, held, model, untrained, settings
+) -> dict:  # method -> (cells, D)
     "The model, its untrained twin, and what needs no network."
     from scemb.baselines import bag, gene_vectors, pca_embedding, random_projection
     from scemb.embed import encode_cells
+
     flat = tokens.gather(np.arange(len(tokens)))
     vectors = gene_vectors(tokens.subset(~held), 50, settings.seed, settings.max_len)
-    return {"scEMB (demo)": encode_cells(model, *flat), "untrained": encode_cells(untrained, *flat), "bag of SVD vectors": bag(tokens, vectors, settings.max_len),
-            "PCA on HVGs": pca_embedding(adata, fit=~held, seed=settings.seed), "PCA on all genes": pca_embedding(adata, fit=~held, n_top_genes=None, seed=settings.seed),
-            "random projection": random_projection(adata, seed=settings.seed)}
+    return {
+        "scEMB (demo)": encode_cells(model, *flat),
+        "untrained": encode_cells(untrained, *flat),
+        "bag of SVD vectors": bag(tokens, vectors, settings.max_len),
+        "PCA on HVGs": pca_embedding(adata, fit=~held, seed=settings.seed),
+        "PCA on all genes": pca_embedding(adata, fit=~held, n_top_genes=None, seed=settings.seed),
+        "random projection": random_projection(adata, seed=settings.seed),
+    }
 
 # %% ../nbs/98_demo.ipynb #e583d72f
 def run_demo(
-    out,                                  # Folder for everything the demo makes
-    settings:DemoSettings=DemoSettings(),
-    overwrite:bool=False, quiet:bool=False,
-):                                        # The score table
-    "Train, embed, score, draw; writes checkpoint/, embedded.h5ad, scores.csv, losses.csv, umap.csv and figures."
+    out,  # Folder for everything the demo makes
+    settings: DemoSettings = DemoSettings(),
+    overwrite: bool = False,
+    quiet: bool = False,
+):  # The score table
+    """Train, embed, score, draw; writes checkpoint/, embedded.h5ad, scores.csv, losses.csv,
+    umap.csv and figures."""
     import pandas as pd
     from scemb.benchmark import cluster_scores, loss_scores, transfer_scores
     from scemb.counts import check_output
     from scemb.figures import umap_coordinates
     from scemb.pretrain import TrainSettings, new_model, pretrain, versions
+
     out, say = check_output(out, overwrite, "run.json"), _say(quiet)
-    if out.exists(): shutil.rmtree(out)
+    if out.exists():
+        shutil.rmtree(out)
     out.mkdir(parents=True)
     adata, tokens, held = demo_cells(settings)
     train, test = tokens.subset(~held), tokens.subset(held)
-    say(f"{len(train):,} cells to train on, {len(test):,} held out, {tokens.lengths.mean():.0f} genes a cell")
-    s = TrainSettings(steps=settings.steps, learning_rate=settings.learning_rate, warmup_steps=max(1, settings.steps//10), token_budget=settings.token_budget,
-                      max_len=settings.max_len, save_every=10**9, seed=settings.seed)
-    fresh = lambda: new_model(train, s, settings.layers, settings.width, settings.heads, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    say(
+        f"{len(train):,} cells to train on, {len(test):,} held out, {tokens.lengths.mean():.0f} "
+        "genes a cell"
+    )
+    s = TrainSettings(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=max(1, settings.steps // 10),
+        token_budget=settings.token_budget,
+        max_len=settings.max_len,
+        save_every=10**9,
+        seed=settings.seed,
+    )
+
+    def fresh():
+        return new_model(
+            train,
+            s,
+            settings.layers,
+            settings.width,
+            settings.heads,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+
     untrained = fresh()
-    model = pretrain(train, out/"checkpoint", fresh(), s, quiet=quiet, card=dict(data="baron_pancreas, libraries 1 and 2", purpose="demonstration"))
+    model = pretrain(
+        train,
+        out / "checkpoint",
+        fresh(),
+        s,
+        quiet=quiet,
+        card=dict(data="baron_pancreas, libraries 1 and 2", purpose="demonstration"),
+    )
     say("scoring masked genes on held-out cells")
-    losses = demo_losses(model, untrained, train, test, settings.max_len); losses.to_csv(out/"losses.csv", index=False)
+    losses = demo_losses(model, untrained, train, test, settings.max_len)
+    losses.to_csv(out / "losses.csv", index=False)
     rows = loss_scores(losses)
-    embeddings, y = demo_embeddings(adata, tokens, held, model, untrained, settings), adata.obs.cell_type.astype(str).to_numpy()
+    embeddings, y = (
+        demo_embeddings(adata, tokens, held, model, untrained, settings),
+        adata.obs.cell_type.astype(str).to_numpy(),
+    )
     for name, x in embeddings.items():
         say(f"scoring {name}")
-        rows += cluster_scores(x[held], y[held], name) + transfer_scores(x[~held], y[~held], x[held], y[held], name, seed=settings.seed)
-    table = pd.DataFrame(rows).assign(dataset="baron_pancreas, library 3", seed=settings.seed); table.to_csv(out/"scores.csv", index=False)
-    say("UMAP"); _write_umap(embeddings, adata, out, umap_coordinates, settings.seed)
-    adata.obsm["X_scemb"] = embeddings["scEMB (demo)"]; adata.obsm["X_pca"] = embeddings["PCA on HVGs"]
-    adata.uns["scemb"] = dict(model="checkpoint", seed=settings.seed); adata.write_h5ad(out/"embedded.h5ad")
-    (out/"run.json").write_text(json.dumps(dict(settings=asdict(settings), versions=versions()), indent=1))
+        rows += cluster_scores(x[held], y[held], name) + transfer_scores(
+            x[~held], y[~held], x[held], y[held], name, seed=settings.seed
+        )
+    table = pd.DataFrame(rows).assign(dataset="baron_pancreas, library 3", seed=settings.seed)
+    table.to_csv(out / "scores.csv", index=False)
+    say("UMAP")
+    _write_umap(embeddings, adata, out, umap_coordinates, settings.seed)
+    adata.obsm["X_scemb"] = embeddings["scEMB (demo)"]
+    adata.obsm["X_pca"] = embeddings["PCA on HVGs"]
+    adata.uns["scemb"] = dict(model="checkpoint", seed=settings.seed)
+    adata.write_h5ad(out / "embedded.h5ad")
+    (out / "run.json").write_text(
+        json.dumps(dict(settings=asdict(settings), versions=versions()), indent=1)
+    )
     draw_demo(out)
     return table
 
+
 def _write_umap(embeddings, adata, out, umap_coordinates, seed):
     import pandas as pd
+
     parts = []
     for name, x in embeddings.items():
         u = umap_coordinates(x, seed=seed).round(3)
-        parts.append(pd.DataFrame(dict(method=name, cell=adata.obs_names, umap1=u[:, 0], umap2=u[:, 1], cell_type=adata.obs.cell_type.values, batch=adata.obs.batch.values)))
-    pd.concat(parts).to_csv(out/"umap.csv", index=False)
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    method=name,
+                    cell=adata.obs_names,
+                    umap1=u[:, 0],
+                    umap2=u[:, 1],
+                    cell_type=adata.obs.cell_type.values,
+                    batch=adata.obs.batch.values,
+                )
+            )
+        )
+    pd.concat(parts).to_csv(out / "umap.csv", index=False)
 
-def draw_demo(out, dpi=160): # figures from the tables in `out`
+
+def draw_demo(out, dpi=160):  # figures from the tables in `out`
     "Draw the demo's figures from its CSV files."
-    import matplotlib; matplotlib.use("agg", force=False)
+    import matplotlib
+
+    matplotlib.use("agg", force=False)
     import matplotlib.pyplot as plt, pandas as pd
     from scemb.figures import loss_curve, save_figure, score_bars, umap_grid
-    out = Path(out); table = pd.read_csv(out/"scores.csv")
+
+    out = Path(out)
+    table = pd.read_csv(out / "scores.csv")
     held = table[table.metric == "masked-gene loss"].set_index("method").value
-    for name, fig in (("loss", loss_curve(pd.read_csv(out/"checkpoint"/"loss.csv"), {f"{k}, held out": held[k] for k in ("unigram prior", "scEMB (demo)")})),
-                      ("scores", score_bars(table[table.metric != "masked-gene loss"])), ("umap", umap_grid(pd.read_csv(out/"umap.csv")))):
-        save_figure(fig, out/name, dpi); plt.close(fig)
+    for name, fig in (
+        (
+            "loss",
+            loss_curve(
+                pd.read_csv(out / "checkpoint" / "loss.csv"),
+                {f"{k}, held out": held[k] for k in ("unigram prior", "scEMB (demo)")},
+            ),
+        ),
+        ("scores", score_bars(table[table.metric != "masked-gene loss"])),
+        ("umap", umap_grid(pd.read_csv(out / "umap.csv"))),
+    ):
+        save_figure(fig, out / name, dpi)
+        plt.close(fig)
 
 # %% ../nbs/98_demo.ipynb #9f631e57
 def verdicts(
-    table, # Score table of the demo
-)->list:   # Sentences
+    table,  # Score table of the demo
+) -> list:  # Sentences
     "Say in words what the intervals allow to be said."
-    loss = table[table.metric == "masked-gene loss"].set_index("method"); m = loss.loc["scEMB (demo)"]
+    loss = table[table.metric == "masked-gene loss"].set_index("method")
+    m = loss.loc["scEMB (demo)"]
     out = []
     for other in ("unigram prior", "untrained", "frequency given bin", "order-only adversary"):
-        o = loss.loc[other]; apart = m.ci_high < o.ci_low or o.ci_high < m.ci_low
-        how = ("not to be told from" if not apart else "below" if m.value < o.value else "above")
-        out.append(f"Masked-gene loss {m.value:.2f} [{m.ci_low:.2f}, {m.ci_high:.2f}]: {how} {other} at {o.value:.2f} [{o.ci_low:.2f}, {o.ci_high:.2f}].")
+        o = loss.loc[other]
+        apart = m.ci_high < o.ci_low or o.ci_high < m.ci_low
+        how = "not to be told from" if not apart else "below" if m.value < o.value else "above"
+        out.append(
+            f"Masked-gene loss {m.value:.2f} [{m.ci_low:.2f}, {m.ci_high:.2f}]: {how} {other} at "
+            f"{o.value:.2f} [{o.ci_low:.2f}, {o.ci_high:.2f}]."
+        )
     for metric in ("k-NN accuracy", "k-NN macro-F1", "NMI", "ARI", "silhouette"):
         t = table[table.metric == metric].sort_values("value", ascending=False, kind="stable")
-        if len(t): out.append(f"{metric}: best is {t.method.iloc[0]} ({t.value.iloc[0]:.3f}); the model has {t[t.method == 'scEMB (demo)'].value.item():.3f}, rank {1 + int((t.value > t[t.method == 'scEMB (demo)'].value.item()).sum())} of {len(t)}.")
+        if len(t):
+            out.append(
+                f"{metric}: best is {t.method.iloc[0]} ({t.value.iloc[0]:.3f}); the model has "
+                f"{t[t.method == 'scEMB (demo)'].value.item():.3f}, rank "
+                f"{1 + int((t.value > t[t.method == 'scEMB (demo)'].value.item()).sum())} of "
+                f"{len(t)}."
+            )
     return out
 
+
 def show_table(
-    table, # Score table
-):         # DataFrame for people: a row a method, a column a metric, intervals in brackets
+    table,  # Score table
+):  # DataFrame for people: a row a method, a column a metric, intervals in brackets
     "Values with intervals in one cell each."
-    text = lambda r: f"{r.value:.3f}" + (f" [{r.ci_low:.3f}, {r.ci_high:.3f}]" if r.ci_low == r.ci_low else "")
-    t = table.assign(text=table.apply(text, axis=1)).pivot(index="method", columns="metric", values="text").fillna("")
+
+    def text(r):
+        return f"{r.value:.3f}" + (
+            f" [{r.ci_low:.3f}, {r.ci_high:.3f}]" if r.ci_low == r.ci_low else ""
+        )
+
+    t = (
+        table.assign(text=table.apply(text, axis=1))
+        .pivot(index="method", columns="metric", values="text")
+        .fillna("")
+    )
     return t.loc[list(dict.fromkeys(table.method)), list(dict.fromkeys(table.metric))]
 
 # %% ../nbs/98_demo.ipynb #ff5f4304
 def write_report(
-    out,              # Folder of a finished demo
-    template=None,    # The report page; None: the one in the package
-)->Path:              # out/report.html
+    out,  # Folder of a finished demo
+    template=None,  # The report page; None: the one in the package
+) -> Path:  # out/report.html
     "Execute the report page on a run and save it as one HTML file."
-    try: import nbformat; from nbclient import NotebookClient; from nbconvert import HTMLExporter
-    except ImportError as e: raise ImportError("The report needs nbconvert and ipykernel: pip install 'scemb[demo]'") from e
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbconvert import HTMLExporter
+    except ImportError as e:
+        raise ImportError(
+            "The report needs nbconvert and ipykernel: pip install 'scemb[demo]'"
+        ) from e
     out = Path(out).resolve()
-    template = Path(template) if template else (Path(__file__).parent if "__file__" in globals() else Path("../scemb"))/"assets"/"demo.ipynb"
+    template = (
+        Path(template)
+        if template
+        else (Path(__file__).parent if "__file__" in globals() else Path("../scemb"))
+        / "assets"
+        / "demo.ipynb"
+    )
     page = nbformat.read(template, as_version=4)
     at = next(i for i, c in enumerate(page.cells) if "parameters" in c.metadata.get("tags", []))
     page.cells.insert(at + 1, nbformat.v4.new_code_cell(f"run = {str(out)!r}"))
     NotebookClient(page, timeout=600, resources=dict(metadata=dict(path=str(out)))).execute()
-    exporter = HTMLExporter(exclude_input=True, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
+    exporter = HTMLExporter(
+        exclude_input=True,
+        embed_images=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        mathjax_url="",
+        require_js_url="",
+        jquery_url="",
+        mermaid_js_url="",
+    )
     html = exporter.from_notebook_node(page, resources=dict(metadata=dict(name="scemb demo")))[0]
-    html = re.sub(r'<script[^>]*\bsrc=""[^>]*>\s*</script>|<script type="module">.*?</script>', "", html, flags=re.S)   # nothing is loaded from elsewhere
-    (out/"report.html").write_text(html)
-    return out/"report.html"
+    html = re.sub(
+        r'<script[^>]*\bsrc=""[^>]*>\s*</script>|<script type="module">.*?</script>',
+        "",
+        html,
+        flags=re.S,
+    )  # nothing is loaded from elsewhere
+    (out / "report.html").write_text(html)
+    return out / "report.html"

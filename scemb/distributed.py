@@ -11,44 +11,91 @@ from pathlib import Path
 
 # %% ../nbs/09a_distributed.ipynb #27d0afd9
 def launch_command(
-    arguments:list,           # The command that each process runs, its program first
-    nproc:int=1,              # Processes a node, one a GPU
-    hostfile:str|None=None,   # DeepSpeed hostfile: "node1 slots=8", a line a node
-    environ=None,             # Environment; None: this process's. SLURM's variables are read from it
-)->list:                      # The command to start on this node
+    arguments: list,  # The command that each process runs, its program first
+    nproc: int = 1,  # Processes a node, one a GPU
+    hostfile: str | None = None,  # DeepSpeed hostfile: "node1 slots=8", a line a node
+    environ=None,  # Environment; None: this process's. SLURM's variables are read from it
+) -> list:  # The command to start on this node
     "Wrap a command in the launcher that fits the machines at hand."
     environ, bin = os.environ if environ is None else environ, Path(sys.executable).parent
-    if nproc < 1: raise ValueError(f"nproc={nproc}; at least 1 process a node is needed.")
+    if nproc < 1:
+        raise ValueError(f"nproc={nproc}; at least 1 process a node is needed.")
     if hostfile:
-        if not Path(hostfile).is_file(): raise FileNotFoundError(f"There is no hostfile {hostfile}; it names the nodes, a line each: node1 slots={nproc}")
-        return [str(bin/"deepspeed"), "--hostfile", str(hostfile), "--num_gpus", str(nproc), "--no_python", *arguments]
+        if not Path(hostfile).is_file():
+            raise FileNotFoundError(
+                f"There is no hostfile {hostfile}; it names the nodes, a line each: node1 "
+                f"slots={nproc}"
+            )
+        return [
+            str(bin / "deepspeed"),
+            "--hostfile",
+            str(hostfile),
+            "--num_gpus",
+            str(nproc),
+            "--no_python",
+            *arguments,
+        ]
     nodes = int(environ.get("SLURM_NNODES", 1))
     where = ["--standalone"]
-    if nodes > 1: where = ["--nnodes", str(nodes), "--rdzv_backend", "c10d", "--rdzv_id", environ.get("SLURM_JOB_ID", "0"), "--rdzv_endpoint", f"{first_node(environ['SLURM_JOB_NODELIST'])}:29500"]
-    return [str(bin/"torchrun"), *where, "--nproc_per_node", str(nproc), "--no-python", *arguments]
+    if nodes > 1:
+        where = [
+            "--nnodes",
+            str(nodes),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_id",
+            environ.get("SLURM_JOB_ID", "0"),
+            "--rdzv_endpoint",
+            f"{first_node(environ['SLURM_JOB_NODELIST'])}:29500",
+        ]
+    return [
+        str(bin / "torchrun"),
+        *where,
+        "--nproc_per_node",
+        str(nproc),
+        "--no-python",
+        *arguments,
+    ]
+
 
 def first_node(
-    nodelist:str, # SLURM's short form: "gpu[003-006,9]", "a1,a2"
-)->str:
+    nodelist: str,  # SLURM's short form: "gpu[003-006,9]", "a1,a2"
+) -> str:
     "The first host of a SLURM node list."
     m = re.match(r"([^,\[]+)(?:\[(\d+))?([^,]*)", nodelist)
-    if not m: raise ValueError(f"SLURM_JOB_NODELIST is {nodelist!r}; wanted names such as gpu[003-006].")
+    if not m:
+        raise ValueError(f"SLURM_JOB_NODELIST is {nodelist!r}; wanted names such as gpu[003-006].")
     return m[1] + (m[2] or "")
 
+
 def launch(
-    arguments:list, nproc:int=1, hostfile:str|None=None, # As in `launch_command`
-    quiet:bool=False,         # Show what the processes print only if they fail
-)->int:                       # Exit code of the launcher
+    arguments: list,
+    nproc: int = 1,
+    hostfile: str | None = None,  # As in `launch_command`
+    quiet: bool = False,  # Show what the processes print only if they fail
+) -> int:  # Exit code of the launcher
     "Start a command on several processes and wait for it."
     command = launch_command(arguments, nproc, hostfile)
-    bin = str(Path(sys.executable).parent)                                   # DeepSpeed compiles what it needs with ninja, which must be found
-    env = os.environ | dict(PATH=bin + os.pathsep + os.environ.get("PATH", ""), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
-    if not has_gpu(): env |= dict(DS_ACCELERATOR="cpu")
-    if not quiet: print("starting", shlex.join([Path(command[0]).name] + command[1:]), file=sys.stderr)
-    done = subprocess.run(command, env=env, **(dict(capture_output=True, text=True) if quiet else {}))
-    if quiet and done.returncode: print(done.stdout[-2000:] + done.stderr[-4000:], file=sys.stderr)
+    bin = str(
+        Path(sys.executable).parent
+    )  # DeepSpeed compiles what it needs with ninja, which must be found
+    env = os.environ | dict(
+        PATH=bin + os.pathsep + os.environ.get("PATH", ""),
+        OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
+    )
+    if not has_gpu():
+        env |= dict(DS_ACCELERATOR="cpu")
+    if not quiet:
+        print("starting", shlex.join([Path(command[0]).name] + command[1:]), file=sys.stderr)
+    done = subprocess.run(
+        command, env=env, **(dict(capture_output=True, text=True) if quiet else {})
+    )
+    if quiet and done.returncode:
+        print(done.stdout[-2000:] + done.stderr[-4000:], file=sys.stderr)
     return done.returncode
+
 
 def has_gpu():
     import torch
+
     return torch.cuda.is_available()

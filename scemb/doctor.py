@@ -15,9 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from .folders import for_rich
-from .counts import (
-    FOOTING_GOOD, FOOTING_LEAST, Counts, Reading, as_reading, count_layers, cut_to_few_genes, find_counts,
-    gene_names, what_fractions)
+from scemb.counts import (
+    FOOTING_GOOD,
+    FOOTING_LEAST,
+    Counts,
+    Reading,
+    as_reading,
+    count_layers,
+    cut_to_few_genes,
+    find_counts,
+    gene_names,
+    what_fractions,
+)
 from .files import kind_of_file, open_cells
 from .genes import ASSETS, guess_identifiers, map_genes, odd_names, protein_coding
 
@@ -25,41 +34,77 @@ from .genes import ASSETS, guess_identifiers, map_genes, odd_names, protein_codi
 @dataclass(frozen=True)
 class Finding:
     "One thing that was looked at."
-    check: str        # What
-    verdict: str      # "ok", "note", "fix" (refused by scemb until mended)
-    found: str        # The value found
-    way_out: str = "" # What to do
+
+    check: str  # What
+    verdict: str  # "ok", "note", "fix" (refused by scemb until mended)
+    found: str  # The value found
+    way_out: str = ""  # What to do
     option: str = ""  # What to give to the next command, as typed at a shell
 
-EXTRAS = dict(train=("accelerate", "deepspeed"), census=("tiledbsoma", "cellxgene_census"), finetune=("peft", "scanpy"), graph=("torch_geometric",),
-              bench=("scib_metrics", "harmonypy", "scanpy"), demo=("nbconvert", "ipykernel", "matplotlib", "scanpy"))
+
+EXTRAS = dict(
+    train=("accelerate", "deepspeed"),
+    census=("tiledbsoma", "cellxgene_census"),
+    finetune=("peft", "scanpy"),
+    graph=("torch_geometric",),
+    bench=("scib_metrics", "harmonypy", "scanpy"),
+    demo=("nbconvert", "ipykernel", "matplotlib", "scanpy"),
+)
 
 # %% ../nbs/02b_doctor.ipynb #b127292f
 def examine_installation(
-    folder=".", # Where results would go: its free disk is reported
-)->list:        # Findings
+    folder=".",  # Where results would go: its free disk is reported
+) -> list:  # Findings
     "Versions, devices, threads, disk, extras."
     out = []
     for p in ("scemb", "torch", "transformers", "anndata", "scikit-learn", "numba", "datasets"):
-        try: out.append(Finding(p, "ok", version(p)))
-        except PackageNotFoundError: out.append(Finding(p, "note" if p == "scemb" else "fix", "not installed", "pip install scemb"))
+        try:
+            out.append(Finding(p, "ok", version(p)))
+        except PackageNotFoundError:
+            out.append(
+                Finding(p, "note" if p == "scemb" else "fix", "not installed", "pip install scemb")
+            )
     import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    out.append(Finding("device", "ok", ", ".join(gpus) if gpus else "CPU only (training at the paper's size needs GPUs; small models and embedding do not)"))
+    out.append(
+        Finding(
+            "device",
+            "ok",
+            ", ".join(gpus)
+            if gpus
+            else "CPU only (training at the paper's size needs GPUs; small models and embedding "
+            "do not)",
+        )
+    )
     out.append(Finding("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
-    free = shutil.disk_usage(folder).free/1e9
-    out.append(Finding("free disk", "ok" if free > 5 else "note", f"{free:.0f} GB", "" if free > 5 else "tokens of a million cells take about 3 GB"))
+    free = shutil.disk_usage(folder).free / 1e9
+    out.append(
+        Finding(
+            "free disk",
+            "ok" if free > 5 else "note",
+            f"{free:.0f} GB",
+            "" if free > 5 else "tokens of a million cells take about 3 GB",
+        )
+    )
     out.append(Finding("python", "ok", platform.python_version()))
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if find_spec(m) is None]
-        out.append(Finding(f"extra [{extra}]", "note" if missing else "ok", f"missing {', '.join(missing)}" if missing else "present", f"pip install 'scemb[{extra}]'" if missing else ""))
+        out.append(
+            Finding(
+                f"extra [{extra}]",
+                "note" if missing else "ok",
+                f"missing {', '.join(missing)}" if missing else "present",
+                f"pip install 'scemb[{extra}]'" if missing else "",
+            )
+        )
     return out
 
 # %% ../nbs/02b_doctor.ipynb #70ba715b
 def examine_file(
-    source,                   # A file of cells of any kind, or an AnnData
-    layer:str|Reading|None=None, # How it is said to be read
-)->list:                      # Findings
+    source,  # A file of cells of any kind, or an AnnData
+    layer: str | Reading | None = None,  # How it is said to be read
+) -> list:  # Findings
     "Which kind? Raw counts? Which layer? Identifiers? Overlap? Empty cells? Duplicated genes?"
     is_path = isinstance(source, (str, os.PathLike))
     with warnings.catch_warnings(record=True) as said:
@@ -72,13 +117,20 @@ def examine_file(
     own = [w for w in said if Path(w.filename).parent.name == "scemb" or not is_path]
     out += [Finding("left out", "note", str(w.message)) for w in own]
     full = bool(cells.n_obs and cells.n_vars)
-    out.append(Finding("size", "ok" if full else "fix", f"{cells.n_obs:,} cells x {cells.n_vars:,} genes", "" if full else "the file holds nothing"))
+    out.append(
+        Finding(
+            "size",
+            "ok" if full else "fix",
+            f"{cells.n_obs:,} cells x {cells.n_vars:,} genes",
+            "" if full else "the file holds nothing",
+        )
+    )
     if not full:
         return out
     reading, found = _examine_counts(cells, as_reading(layer))
     out += found
     place = reading.layer or "X"
-    if out[-1].verdict == "fix" and not out[-1].option:       # nowhere are there counts
+    if out[-1].verdict == "fix" and not out[-1].option:  # nowhere are there counts
         var = cells.raw.var if place == "raw" and cells.raw is not None else cells.var
         return out + _examine_genes(var, reading)[1]
     with warnings.catch_warnings():
@@ -86,12 +138,17 @@ def examine_file(
         _, matrix, var = find_counts(cells, reading)
     reading, found = _examine_genes(var, reading)
     genes = map_genes(gene_names(var, reading), duplicates="sum")
-    out += found + _examine_cells(Counts(cells, place, matrix, genes, reading.round_counts)) + _examine_obs(cells.obs)
+    out += (
+        found
+        + _examine_cells(Counts(cells, place, matrix, genes, reading.round_counts))
+        + _examine_obs(cells.obs)
+    )
     if is_path:
         Counts(cells, place, None, None).close()
     return out
 
-def _examine_counts(cells, reading): # -> the reading that finds counts, findings
+
+def _examine_counts(cells, reading):  # -> the reading that finds counts, findings
     place = reading.layer or "X"
     try:
         with warnings.catch_warnings(record=True) as said:
@@ -100,65 +157,159 @@ def _examine_counts(cells, reading): # -> the reading that finds counts, finding
         others = [p for p in count_layers(cells) if p != place]
         also = f"; also in {', '.join(others)}" if others else ""
         doubts = [Finding("raw counts", "note", str(w.message)) for w in said]
-        return reading, [Finding("raw counts", "ok", f"in {place}, {len(var):,} genes{also}"), *doubts]
+        return reading, [
+            Finding("raw counts", "ok", f"in {place}, {len(var):,} genes{also}"),
+            *doubts,
+        ]
     except ValueError as e:
         problem = str(e).split(". ")[0].split(": X was cut")[0]
     holders = [p for p in count_layers(cells) if p != place]
     if reading.layer is None and (cut := cut_to_few_genes(cells)) and cut.startswith(problem):
-        return reading._replace(layer="raw"), [Finding("raw counts", "fix", problem, "take all genes: --layer raw; or those of X: --layer X", "--layer raw")]
+        return reading._replace(layer="raw"), [
+            Finding(
+                "raw counts",
+                "fix",
+                problem,
+                "take all genes: --layer raw; or those of X: --layer X",
+                "--layer raw",
+            )
+        ]
     if holders:
-        return reading._replace(layer=holders[0]), [Finding("raw counts", "fix", problem, f"they are in {', '.join(holders)}", f"--layer {holders[0]}")]
+        return reading._replace(layer=holders[0]), [
+            Finding(
+                "raw counts",
+                "fix",
+                problem,
+                f"they are in {', '.join(holders)}",
+                f"--layer {holders[0]}",
+            )
+        ]
     if "and counts are whole numbers" in problem and _are_fractions(cells, place):
         way = "fractions of counts, as SoupX, CellBender or RSEM write them: round them"
-        return reading._replace(round_counts=True), [Finding("raw counts", "fix", problem, way, "--round-counts")]
-    return reading, [Finding("raw counts", "fix", problem, "load the unnormalised matrix of the study")]
+        return reading._replace(round_counts=True), [
+            Finding("raw counts", "fix", problem, way, "--round-counts")
+        ]
+    return reading, [
+        Finding("raw counts", "fix", problem, "load the unnormalised matrix of the study")
+    ]
+
 
 def _are_fractions(cells, place):
     matrix = cells.raw.X if place == "raw" else cells.X if place == "X" else cells.layers[place]
     return what_fractions(matrix) == "fractions"
 
-def _share(names): return (map_genes(names, duplicates="sum").rows >= 0).mean()
 
-def _examine_genes(var, reading): # -> the reading that finds genes, findings
+def _share(names):
+    return (map_genes(names, duplicates="sum").rows >= 0).mean()
+
+
+def _examine_genes(var, reading):  # -> the reading that finds genes, findings
     names = gene_names(var, reading)
     share, option = _share(names), ""
-    if share < .5 and not reading.gene_column:
-        columns = {c: _share(var[c].astype(str).to_numpy()) for c in var.columns if var[c].dtype.kind not in "fcb"}
+    if share < 0.5 and not reading.gene_column:
+        columns = {
+            c: _share(var[c].astype(str).to_numpy())
+            for c in var.columns
+            if var[c].dtype.kind not in "fcb"
+        }
         best = max(columns, key=columns.get, default=None)
         stripped = gene_names(var, reading._replace(strip_names=True))
-        if best is not None and columns[best] > .5:
-            reading, option = reading._replace(gene_column=best), f"--gene-column {best!r}" if " " in best else f"--gene-column {best}"
-        elif _share(stripped) > .5:
+        if best is not None and columns[best] > 0.5:
+            reading, option = (
+                reading._replace(gene_column=best),
+                f"--gene-column {best!r}" if " " in best else f"--gene-column {best}",
+            )
+        elif _share(stripped) > 0.5:
             reading, option = reading._replace(strip_names=True), "--strip-names"
     kind = guess_identifiers(names)
-    out = [Finding("gene identifiers", "ok" if "human" in kind and not option else "fix" if share < .3 else "note", kind, "other names are known" if option else "" if "human" in kind else "map them to human Ensembl ids or symbols first", option)]
+    out = [
+        Finding(
+            "gene identifiers",
+            "ok" if "human" in kind and not option else "fix" if share < 0.3 else "note",
+            kind,
+            "other names are known"
+            if option
+            else ""
+            if "human" in kind
+            else "map them to human Ensembl ids or symbols first",
+            option,
+        )
+    ]
     names = gene_names(var, reading)
     genes = map_genes(names, duplicates="sum")
-    share = genes.n_mapped/len(names)
+    share = genes.n_mapped / len(names)
     lost = ", ".join(map(str, genes.lost.name.head(3))) if len(genes.lost) else ""
-    out.append(Finding("genes known", "ok" if share > .5 else "note" if share >= .3 else "fix", f"{genes.n_mapped:,} of {len(names):,} ({share:.0%})" + (f"; unknown: {lost} ..." if lost else ""),
-                       "" if share >= .3 else "at least 30 % must be human genes"))
+    out.append(
+        Finding(
+            "genes known",
+            "ok" if share > 0.5 else "note" if share >= 0.3 else "fix",
+            f"{genes.n_mapped:,} of {len(names):,} ({share:.0%})"
+            + (f"; unknown: {lost} ..." if lost else ""),
+            "" if share >= 0.3 else "at least 30 % must be human genes",
+        )
+    )
     coding = np.isin(np.unique(genes.rows[genes.rows >= 0]), protein_coding()).sum()
-    if share >= .3 and coding < WHOLE:
-        out.append(Finding("whole transcriptome", "note", f"{coding:,} protein-coding genes: a panel, or a matrix that was cut", "the models were trained on whole transcriptomes; vectors of few genes say less"))
-    try: map_genes(names); out.append(Finding("duplicated genes", "ok", "none"))
+    if share >= 0.3 and coding < WHOLE:
+        out.append(
+            Finding(
+                "whole transcriptome",
+                "note",
+                f"{coding:,} protein-coding genes: a panel, or a matrix that was cut",
+                "the models were trained on whole transcriptomes; vectors of few genes say less",
+            )
+        )
+    try:
+        map_genes(names)
+        out.append(Finding("duplicated genes", "ok", "none"))
     except ValueError as e:
         given = reading.duplicates == "sum"
-        out.append(Finding("duplicated genes", "note" if given else "fix", str(e).split(". ")[0], "their counts are added up" if given else "use Ensembl ids, or add the counts of such names up", "" if given else "--duplicates sum"))
-    if len(genes.ambiguous): out.append(Finding("ambiguous names", "note", f"{len(genes.ambiguous)} aliases of several genes, e.g. {genes.ambiguous.name.iloc[0]} ({genes.ambiguous.candidates.iloc[0]})", "they are left out; Ensembl ids are never ambiguous"))
+        out.append(
+            Finding(
+                "duplicated genes",
+                "note" if given else "fix",
+                str(e).split(". ")[0],
+                "their counts are added up"
+                if given
+                else "use Ensembl ids, or add the counts of such names up",
+                "" if given else "--duplicates sum",
+            )
+        )
+    if len(genes.ambiguous):
+        out.append(
+            Finding(
+                "ambiguous names",
+                "note",
+                f"{len(genes.ambiguous)} aliases of several genes, e.g. "
+                f"{genes.ambiguous.name.iloc[0]} ({genes.ambiguous.candidates.iloc[0]})",
+                "they are left out; Ensembl ids are never ambiguous",
+            )
+        )
     odd = odd_names(genes.lost.name) if len(genes.lost) else []
     if len(odd) and (dates := odd[odd.kind == "date"]).size:
-        shown = "; ".join(f"{r.name_} may be {r.candidates.replace(', ', ' or ')}" if r.candidates else r.name_ for r in dates.rename(columns={"name": "name_"}).head(3).itertuples())
-        out.append(Finding("names like dates", "note", f"{len(dates)}, made by a spreadsheet: {shown}", "they are left out; take the names from the original file"))
+        shown = "; ".join(
+            f"{r.name_} may be {r.candidates.replace(', ', ' or ')}" if r.candidates else r.name_
+            for r in dates.rename(columns={"name": "name_"}).head(3).itertuples()
+        )
+        out.append(
+            Finding(
+                "names like dates",
+                "note",
+                f"{len(dates)}, made by a spreadsheet: {shown}",
+                "they are left out; take the names from the original file",
+            )
+        )
     return reading, out
 
-WHOLE = 5000 # Protein-coding genes below which a file is called a panel
 
-def _window(): # genes of a cell that the shipped model reads
-    config = json.loads((ASSETS/"scemb-small"/"config.json").read_text())
+WHOLE = 5000  # Protein-coding genes below which a file is called a panel
+
+
+def _window():  # genes of a cell that the shipped model reads
+    config = json.loads((ASSETS / "scemb-small" / "config.json").read_text())
     return int(config["max_position_embeddings"])
 
-def _examine_cells(counts): # one streaming pass
+
+def _examine_cells(counts):  # one streaming pass
     detected, depth, known = [], [], 0
     in_model = np.isin(counts.genes.rows, protein_coding()).astype(np.int64)
     try:
@@ -167,39 +318,119 @@ def _examine_cells(counts): # one streaming pass
             depth.append(np.asarray(chunk.sum(1)).ravel())
             known += int((chunk @ in_model).sum())
     except ValueError as e:
-        return [Finding("raw counts", "fix", str(e).split(". ")[0], "counts are whole numbers >= 0; load the unnormalised matrix")]
+        return [
+            Finding(
+                "raw counts",
+                "fix",
+                str(e).split(". ")[0],
+                "counts are whole numbers >= 0; load the unnormalised matrix",
+            )
+        ]
     detected, depth, window = np.concatenate(detected), np.concatenate(depth), _window()
     empty, thin = int((detected == 0).sum()), int(((detected > 0) & (detected < 200)).sum())
     over = np.mean(detected > window)
-    out = [Finding("depth", "ok", f"median {np.median(depth):,.0f} counts and {np.median(detected):,.0f} genes a cell")]
+    out = [
+        Finding(
+            "depth",
+            "ok",
+            f"median {np.median(depth):,.0f} counts and {np.median(detected):,.0f} genes a cell",
+        )
+    ]
     if depth.sum():
-        out.append(_counts_known(known/depth.sum()))
-    out.append(Finding("what is read", "note" if over > .5 else "ok", f"scemb-small reads the {window} highest genes of a cell; {over:.0%} of cells have more", "the lowest are cut" if over > .5 else ""))
-    out.append(Finding("empty cells", "fix" if empty == len(detected) else "note" if empty else "ok", f"{empty:,}", "the file holds no counts at all" if empty == len(detected) else "they are kept, as NaN rows" if empty else ""))
-    if thin: out.append(Finding("thin cells", "note", f"{thin:,} with fewer than 200 genes", "the paper's corpus leaves them out; their vectors say little"))
+        out.append(_counts_known(known / depth.sum()))
+    out.append(
+        Finding(
+            "what is read",
+            "note" if over > 0.5 else "ok",
+            f"scemb-small reads the {window} highest genes of a cell; {over:.0%} of cells have "
+            "more",
+            "the lowest are cut" if over > 0.5 else "",
+        )
+    )
+    out.append(
+        Finding(
+            "empty cells",
+            "fix" if empty == len(detected) else "note" if empty else "ok",
+            f"{empty:,}",
+            "the file holds no counts at all"
+            if empty == len(detected)
+            else "they are kept, as NaN rows"
+            if empty
+            else "",
+        )
+    )
+    if thin:
+        out.append(
+            Finding(
+                "thin cells",
+                "note",
+                f"{thin:,} with fewer than 200 genes",
+                "the paper's corpus leaves them out; their vectors say little",
+            )
+        )
     return out
 
-def _counts_known(share): # of the counts, in genes that the shipped model knows
-    found = f"{share:.0%} of all counts are in protein-coding genes, the ones that scemb-small knows"
+
+def _counts_known(share):  # of the counts, in genes that the shipped model knows
+    found = (
+        f"{share:.0%} of all counts are in protein-coding genes, the ones that scemb-small knows"
+    )
     if share < FOOTING_LEAST:
-        return Finding("counts known", "fix", found, f"at least {FOOTING_LEAST:.0%} are needed: most counts belong to names that are not known")
+        return Finding(
+            "counts known",
+            "fix",
+            found,
+            f"at least {FOOTING_LEAST:.0%} are needed: most counts belong to names that are not "
+            "known",
+        )
     few = share < FOOTING_GOOD
-    return Finding("counts known", "note" if few else "ok", found, "vectors speak of these alone" if few else "")
+    return Finding(
+        "counts known",
+        "note" if few else "ok",
+        found,
+        "vectors speak of these alone" if few else "",
+    )
 
-def _examine_obs(obs): # columns that could serve as label or batch
-    few = [c for c in obs.columns if 2 <= obs[c].nunique() <= max(50, len(obs)//20) and obs[c].dtype.kind not in "fc"]
-    out = [Finding("obs columns", "ok", f"possible labels or batches: {', '.join(few[:8])}" if few else "none that could be a label or a batch")]
-    if "organism" in obs and not obs["organism"].astype(str).str.lower().str.contains("sapiens|human|9606|nan").all():
-        out.append(Finding("organism", "note", ", ".join(map(str, obs["organism"].unique()[:4])), "the models know human genes only; map other genes to human orthologues first"))
+
+def _examine_obs(obs):  # columns that could serve as label or batch
+    few = [
+        c
+        for c in obs.columns
+        if 2 <= obs[c].nunique() <= max(50, len(obs) // 20) and obs[c].dtype.kind not in "fc"
+    ]
+    out = [
+        Finding(
+            "obs columns",
+            "ok",
+            f"possible labels or batches: {', '.join(few[:8])}"
+            if few
+            else "none that could be a label or a batch",
+        )
+    ]
+    if (
+        "organism" in obs
+        and not obs["organism"].astype(str).str.lower().str.contains("sapiens|human|9606|nan").all()
+    ):
+        out.append(
+            Finding(
+                "organism",
+                "note",
+                ", ".join(map(str, obs["organism"].unique()[:4])),
+                "the models know human genes only; map other genes to human orthologues first",
+            )
+        )
     return out
 
-def fit_to_use(findings)->bool:
+
+def fit_to_use(findings) -> bool:
     "True when nothing found must be mended."
     return all(f.verdict != "fix" for f in findings)
 
+
 def options_for(
-    findings, # From `examine_file`
-)->str|None:  # Options that mend all that must be mended, "" where nothing must; None: options do not suffice
+    findings,  # From `examine_file`
+    # Options that mend all that must be mended, "" where nothing must; None: options do not suffice
+) -> str | None:
     "What to give to the next command."
     wrong = [f for f in findings if f.verdict == "fix"]
     if any(not f.option for f in wrong):
@@ -210,11 +441,19 @@ def options_for(
 def report(
     findings,  # From the two functions above
     title="",  # Above the table
-):             # A rich table
+):  # A rich table
     "Findings as a table for the terminal."
     from rich.table import Table
-    table = Table(title=for_rich(title) or None, title_justify="left", show_edge=False, box=None, pad_edge=False)
-    for c in ("", "check", "found", "way out"): table.add_column(c, overflow="fold")
+
+    table = Table(
+        title=for_rich(title) or None,
+        title_justify="left",
+        show_edge=False,
+        box=None,
+        pad_edge=False,
+    )
+    for c in ("", "check", "found", "way out"):
+        table.add_column(c, overflow="fold")
     sign = dict(ok="[green]ok[/]", note="[yellow]note[/]", fix="[red]fix[/]")
     for f in findings:
         way = f"{f.way_out}: {f.option}" if f.way_out and f.option else f.way_out or f.option

@@ -21,29 +21,48 @@ from .tokenize import MASK, Encoder
 @dataclass
 class Sets:
     "Gene sets to perturb, as tokens."
-    names: list          # As the caller wrote them
-    tokens: np.ndarray   # (sets, most genes of a set), -1 = no further gene
-    reasons: list        # Why a set cannot be perturbed, "" where it can
+
+    names: list  # As the caller wrote them
+    tokens: np.ndarray  # (sets, most genes of a set), -1 = no further gene
+    reasons: list  # Why a set cannot be perturbed, "" where it can
+
 
 def gene_sets(
-    genes,               # Names: symbols or Ensembl ids; "A+B" is a set
-    vocabulary,          # Of the model
-    missing:str="error", # A gene outside the vocabulary: "error", or "nan" to keep it as a row of NaN
-)->Sets:
+    genes,  # Names: symbols or Ensembl ids; "A+B" is a set
+    vocabulary,  # Of the model
+    # A gene outside the vocabulary: "error", or "nan" to keep it as a row of NaN
+    missing: str = "error",
+) -> Sets:
     "Look up the genes of each set."
-    if missing not in ("error", "nan"): raise ValueError(f"missing is {missing!r}, wanted error or nan.")
+    if missing not in ("error", "nan"):
+        raise ValueError(f"missing is {missing!r}, wanted error or nan.")
     names = [genes] if isinstance(genes, str) else list(genes)
-    if not names: raise ValueError("No gene was named; give at least one, or genes=None for all that are expressed.")
+    if not names:
+        raise ValueError(
+            "No gene was named; give at least one, or genes=None for all that are expressed."
+        )
     parts = [[p.strip() for p in str(n).split("+")] for n in names]
     flat = [p for part in parts for p in part]
     token = dict(zip(flat, vocabulary.token_of_rows(map_genes(flat, duplicates="sum").rows)))
     unknown = [p for p in flat if token[p] < 0]
-    if unknown and missing == "error": raise ValueError(f"Not in the model's vocabulary: {', '.join(dict.fromkeys(map(name_hint, unknown[:8])))}. It has {len(vocabulary):,} protein-coding genes; use HGNC symbols or Ensembl ids, or pass missing='nan' to keep them as empty rows.")
+    if unknown and missing == "error":
+        raise ValueError(
+            "Not in the model's vocabulary: "
+            f"{', '.join(dict.fromkeys(map(name_hint, unknown[:8])))}. It has "
+            f"{len(vocabulary):,} protein-coding genes; use HGNC symbols or Ensembl ids, or pass "
+            "missing='nan' to keep them as empty rows."
+        )
     tokens = np.full((len(names), max(map(len, parts))), -1, np.int64)
     for row, part in zip(tokens, parts):
-        row[:len(part)] = [token[p] for p in part]
-        if len({token[p] for p in part}) < len(part) and min(token[p] for p in part) >= 0: raise ValueError(f"The set {'+'.join(part)} names a gene twice; name each once.")
-    reasons = [f"not in the vocabulary: {', '.join(p for p in part if token[p] < 0)}" if any(token[p] < 0 for p in part) else "" for part in parts]
+        row[: len(part)] = [token[p] for p in part]
+        if len({token[p] for p in part}) < len(part) and min(token[p] for p in part) >= 0:
+            raise ValueError(f"The set {'+'.join(part)} names a gene twice; name each once.")
+    reasons = [
+        f"not in the vocabulary: {', '.join(p for p in part if token[p] < 0)}"
+        if any(token[p] < 0 for p in part)
+        else ""
+        for part in parts
+    ]
     tokens[[bool(r) for r in reasons]] = -1
     return Sets(names, tokens, reasons)
 
@@ -51,53 +70,85 @@ def gene_sets(
 @dataclass
 class Cells:
     "Tokens of some cells, end to end, on the device."
-    ids: torch.Tensor      # (T,)
-    bins: torch.Tensor     # (T,)
-    values: torch.Tensor   # (T,) float64: counts (or counts over medians), descending within a cell
+
+    ids: torch.Tensor  # (T,)
+    bins: torch.Tensor  # (T,)
+    values: torch.Tensor  # (T,) float64: counts (or counts over medians), descending within a cell
     lengths: torch.Tensor  # (cells,)
-    beyond: torch.Tensor   # (cells,) detected genes that bins count though they lie beyond the window
+    beyond: (
+        torch.Tensor
+    )  # (cells,) detected genes that bins count though they lie beyond the window
+
     @property
-    def first(self): return self.lengths.cumsum(0) - self.lengths
+    def first(self):
+        return self.lengths.cumsum(0) - self.lengths
+
 
 def token_values(
-    chunk,           # Counts of the cells, CSR
-    encoded:dict,    # From `Encoder` on that chunk
-    encoder:Encoder,
-)->np.ndarray:       # Value of each token, float64
+    chunk,  # Counts of the cells, CSR
+    encoded: dict,  # From `Encoder` on that chunk
+    encoder: Encoder,
+) -> np.ndarray:  # Value of each token, float64
     "The value by which each gene of each cell was put in its place."
-    token = encoder.token[chunk.indices]; known = token >= 0
+    token = encoder.token[chunk.indices]
+    known = token >= 0
     indptr = np.concatenate([[0], np.cumsum(known)])[chunk.indptr]
-    by_token = sparse.csr_matrix((chunk.data[known].astype(np.int64), token[known], indptr), shape=(chunk.shape[0], len(encoder.protected))); by_token.sum_duplicates()
-    genes = encoded["genes"].astype(np.int64); owner = np.repeat(np.arange(chunk.shape[0]), np.diff(encoded["offsets"]))
+    by_token = sparse.csr_matrix(
+        (chunk.data[known].astype(np.int64), token[known], indptr),
+        shape=(chunk.shape[0], len(encoder.protected)),
+    )
+    by_token.sum_duplicates()
+    genes = encoded["genes"].astype(np.int64)
+    owner = np.repeat(np.arange(chunk.shape[0]), np.diff(encoded["offsets"]))
     value = np.asarray(by_token[owner, genes]).ravel() if len(genes) else np.zeros(0)
-    return (value.astype(np.float32)*encoder.scale[genes].astype(np.float32) if encoder.scale.size else value).astype(np.float64)
+    return (
+        value.astype(np.float32) * encoder.scale[genes].astype(np.float32)
+        if encoder.scale.size
+        else value
+    ).astype(np.float64)
+
 
 def cells_on(
-    device, encoded:dict, values, # Where; from `Encoder`; from `token_values`
-    cells,                        # Numbers of some cells of the chunk
-    bins_over:str="window",       # As the tokenizer was set
-)->Cells:
+    device,
+    encoded: dict,
+    values,  # Where; from `Encoder`; from `token_values`
+    cells,  # Numbers of some cells of the chunk
+    bins_over: str = "window",  # As the tokenizer was set
+) -> Cells:
     "Put cells on the device."
     ids, bins, lengths = flat_cells(encoded["genes"], encoded["bins"], encoded["offsets"], cells)
-    v = np.concatenate([values[encoded["offsets"][c]:encoded["offsets"][c + 1]] for c in cells])
-    beyond = encoded["detected"][cells] - lengths if bins_over == "detected" else np.zeros(len(cells))
-    return Cells(*(torch.as_tensor(x, device=device) for x in (ids, bins, v, lengths.astype(np.int64), beyond.astype(np.int64))))
+    v = np.concatenate([values[encoded["offsets"][c] : encoded["offsets"][c + 1]] for c in cells])
+    beyond = (
+        encoded["detected"][cells] - lengths if bins_over == "detected" else np.zeros(len(cells))
+    )
+    return Cells(
+        *(
+            torch.as_tensor(x, device=device)
+            for x in (ids, bins, v, lengths.astype(np.int64), beyond.astype(np.int64))
+        )
+    )
 
 # %% ../nbs/12a_edits.ipynb #4e1e808d
 @dataclass
 class Variants:
     "Perturbed cells, end to end."
-    ids: torch.Tensor     # (T,)
-    bins: torch.Tensor    # (T,)
-    source: torch.Tensor  # (T,) token of `Cells` that this one comes from; beyond its end: a gene that was not expressed
+
+    ids: torch.Tensor  # (T,)
+    bins: torch.Tensor  # (T,)
+    # (T,) token of `Cells` that this one comes from; beyond its end: a gene that was not expressed
+    source: torch.Tensor
     target: torch.Tensor  # (T,) bool: the perturbed genes themselves
-    owner: torch.Tensor   # (T,) number of the variant
-    lengths: torch.Tensor # (variants,)
+    owner: torch.Tensor  # (T,) number of the variant
+    lengths: torch.Tensor  # (variants,)
+
 
 def mid_rank_bins(
-    values, owner, lengths, beyond, # (T,) ordered values and variants; (variants,) tokens, and genes beyond the window
-    n_bins:int=100,
-): # (T,) bins
+    values,
+    owner,
+    lengths,
+    beyond,  # (T,) ordered values and variants; (variants,) tokens, and genes beyond the window
+    n_bins: int = 100,
+):  # (T,) bins
     "Bins of ordered values: the tokenizer's rule on flat cells."
     if not len(owner):
         return owner
@@ -109,34 +160,42 @@ def mid_rank_bins(
     end = change.flip(0).cummin(0).values.flip(0)
     first = (lengths.cumsum(0) - lengths)[owner]
     n = (lengths + beyond)[owner]
-    return 1 + (n_bins*(2*n - (start - first) - (end - first)))//(2*n)
+    return 1 + (n_bins * (2 * n - (start - first) - (end - first))) // (2 * n)
 
 # %% ../nbs/12a_edits.ipynb #2f47501f
 def tokens_of_variants(
-    lengths,         # (cells,) tokens of each cell
-    which, places, tokens, # As for `variants`; all NumPy arrays
-    kind:str="mask",
-)->tuple:            # (variants,) tokens of each while it is built, and at the end: deletion shortens it
+    lengths,  # (cells,) tokens of each cell
+    which,
+    places,
+    tokens,  # As for `variants`; all NumPy arrays
+    kind: str = "mask",
+) -> tuple:  # (variants,) tokens of each while it is built, and at the end: deletion shortens it
     "How long variants will be, known to the host before the device has begun."
     absent = ((tokens >= 0) & (places < 0)).sum(1)
     built = lengths[which] + absent
-    return built, built - (places >= 0).sum(1)*(kind == "delete")
+    return built, built - (places >= 0).sum(1) * (kind == "delete")
+
 
 def variants(
-    cells:Cells,
-    which,           # (variants,) cell of each
-    places,          # (variants, K) place of each target in its cell, -1 where it is not expressed or there is none
-    tokens,          # (variants, K) the targets, -1 where there is none
-    kind:str="mask", factor:float=.2, n_bins:int=100,
-    total:tuple=None, # Tokens of all variants together, built and at the end, see `tokens_of_variants`; None: asked of the device
-)->Variants:
+    cells: Cells,
+    which,  # (variants,) cell of each
+    # (variants, K) place of each target in its cell, -1 where it is not expressed or there is none
+    places,
+    tokens,  # (variants, K) the targets, -1 where there is none
+    kind: str = "mask",
+    factor: float = 0.2,
+    n_bins: int = 100,
+    # Tokens of all variants together, built and at the end, see `tokens_of_variants`; None: asked
+    # of the device
+    total: tuple = None,
+) -> Variants:
     "Build perturbed cells by index."
     device = cells.ids.device
     T = len(cells.ids)
     present = places >= 0
     absent = ~present & (tokens >= 0)
     L = cells.lengths[which]
-    n = L + absent.sum(1)                                    # tokens of each variant
+    n = L + absent.sum(1)  # tokens of each variant
     kept = n - present.sum(1) if kind == "delete" else n
     N, N_kept = total or (int(n.sum()), int(kept.sum()))
     start = n.cumsum(0) - n
@@ -150,53 +209,62 @@ def variants(
     source = _with_one_more(cells.first[which][owner] + i)
     source.scatter_(0, came_in.flatten(), (T + tokens).flatten())
     source = source[:N]
-    target = torch.zeros(N + 1, dtype=torch.bool, device=device).index_fill_(0, at.flatten(), True)[:N]
+    target = torch.zeros(N + 1, dtype=torch.bool, device=device).index_fill_(0, at.flatten(), True)[
+        :N
+    ]
     inside = source < T
     near = source.clamp(max=T - 1)
     ids = torch.where(inside, cells.ids[near], source - T)
     if kind == "mask":
         bins = cells.bins[near].masked_fill(target, 0)
         return Variants(ids.masked_fill(target, MASK), bins, source, target, owner, n)
-    value = torch.where(inside, cells.values[near].double(), 0.)
+    value = torch.where(inside, cells.values[near].double(), 0.0)
     if kind == "delete":
         order = _places_of(~target, N_kept)
     else:
         change = _lowered if kind == "shift" else _raised
         value, key = change(value, i.double(), owner, start, at, present, factor)
-        order = torch.argsort(owner*float(2**24) + key, stable=True)
+        order = torch.argsort(owner * float(2**24) + key, stable=True)
     ids, source, target, owner = ids[order], source[order], target[order], owner[order]
     bins = mid_rank_bins(value[order], owner, kept, cells.beyond[which], n_bins)
     return Variants(ids, bins, source, target, owner, kept)
 
-def _with_one_more(x): # (N,) -> (N + 1,), the last is for what is to be thrown away
+
+def _with_one_more(x):  # (N,) -> (N + 1,), the last is for what is to be thrown away
     return torch.cat([x, x.new_zeros(1)])
 
-def _places_of(keep, n): # (N,) bool of which n are true -> their places (n,), without asking the device how many
+
+def _places_of(keep, n):
+    # (N,) bool of which n are true -> their places (n,), without asking the device how many
     place = torch.arange(len(keep), device=keep.device)
     to = torch.where(keep, keep.cumsum(0) - 1, n)
     return place.new_zeros(n + 1).scatter_(0, to, place)[:n]
 
-def _lowered(value, key, owner, start, at, present, factor): # targets at flat places `at` (variants, K) -> values and places
+
+def _lowered(value, key, owner, start, at, present, factor):
+    # targets at flat places `at` (variants, K) -> values and places
     "Each target goes to the middle of the genes that have its new value."
     new_value, new_key = _with_one_more(value), _with_one_more(key)
     value = _with_one_more(value)
-    for p, there in zip(at.T, present.T):                                # the j-th target of each variant
-        wanted = torch.where(there, value[p]*factor, torch.inf)
+    for p, there in zip(at.T, present.T):  # the j-th target of each variant
+        wanted = torch.where(there, value[p] * factor, torch.inf)
         of_token = wanted[owner]
         none = value.new_zeros(len(wanted))
         above = none.index_add(0, owner, (value[:-1] > of_token).to(value))
         equal = none.index_add(0, owner, (value[:-1] == of_token).to(value))
         p = torch.where(there, p, len(owner))
         new_value.scatter_(0, p, wanted)
-        new_key.scatter_(0, p, above + equal/2 - .5)
+        new_key.scatter_(0, p, above + equal / 2 - 0.5)
     return new_value[:-1], new_key[:-1]
 
-def _raised(value, key, owner, start, at, present, factor): # see `_lowered`
+
+def _raised(value, key, owner, start, at, present, factor):  # see `_lowered`
     "Targets come first, in the order in which they were named."
     K = at.shape[1]
     nth = torch.arange(K, device=at.device).expand_as(at)
     top = _with_one_more(value)[start]
-    new_value = _with_one_more(value).scatter_(0, at.flatten(), (top[:, None] + 1 + K - nth).flatten())
-    new_key = _with_one_more(key).scatter_(0, at.flatten(), (nth.double()/K - 1).flatten())
+    new_value = _with_one_more(value).scatter_(
+        0, at.flatten(), (top[:, None] + 1 + K - nth).flatten()
+    )
+    new_key = _with_one_more(key).scatter_(0, at.flatten(), (nth.double() / K - 1).flatten())
     return new_value[:-1], new_key[:-1]
-

@@ -16,8 +16,14 @@ import torch
 
 from .checkpoint import load_checkpoint
 from .counts import FOOTING_GOOD, FOOTING_LEAST, Counts, Reading, read_counts
-from .model import (
-    ScembForMaskedLM, Segments, autocast, chosen_precision, owner_of_tokens, ranks_of_segments)
+from scemb.model import (
+    ScembForMaskedLM,
+    Segments,
+    autocast,
+    chosen_precision,
+    owner_of_tokens,
+    ranks_of_segments,
+)
 from .results import check_key, remembered
 from .tokenize import CLS, SPECIAL, Encoder, TokenizerSettings, Vocabulary, tokenizer_hash
 from .tokens import encoded_chunks
@@ -25,12 +31,13 @@ from .tokens import encoded_chunks
 # %% ../nbs/10_embed.ipynb #7dfd017a
 POOLINGS = ("mean12", "last", "cls")
 
+
 def layer_outputs(
-    model:ScembForMaskedLM, # In evaluation mode
-    ids:np.ndarray,         # Flat tokens of some cells, shape (T,), int64
-    bins:np.ndarray,        # Flat bins, shape (T,), int64
-    lengths,                # Tokens of each cell, shape (cells,); or their Segments on the device
-):                          # Yields (layer, its input (1, T, D), its output (1, T, D), cu_seqlens), first layer first
+    model: ScembForMaskedLM,  # In evaluation mode
+    ids: np.ndarray,  # Flat tokens of some cells, shape (T,), int64
+    bins: np.ndarray,  # Flat bins, shape (T,), int64
+    lengths,  # Tokens of each cell, shape (cells,); or their Segments on the device
+):  # Yields (layer, its input (1, T, D), its output (1, T, D), cu_seqlens), first layer first
     "Run the encoder layer by layer on an unpadded batch, holding no more than two layers' states."
     cells = lengths if isinstance(lengths, Segments) else Segments.of(lengths, model.device)
     ids_1T = to_device(ids, model.device)[None]
@@ -41,26 +48,36 @@ def layer_outputs(
         x_1TD = layer(x_1TD, None, cells)[0]
         yield layer, before, x_1TD, cells.cu
 
+
 def to_device(
-    x:np.ndarray, # Numbers on the host
-    device,       # Where they are to go
-):                # Tensor there
+    x: np.ndarray,  # Numbers on the host
+    device,  # Where they are to go
+):  # Tensor there
     "Send numbers to a device without waiting for what it is busy with."
     return torch.from_numpy(x).to(device, non_blocking=True)
 
+
 def budget_batches(
-    lengths:np.ndarray,      # Tokens of each cell, shape (cells,)
-    token_budget:int=4096,   # Tokens a batch; a single longer cell is a batch of its own
-)->list:                     # Arrays of cell numbers, shortest cells first; empty cells are in none
+    lengths: np.ndarray,  # Tokens of each cell, shape (cells,)
+    token_budget: int = 4096,  # Tokens a batch; a single longer cell is a batch of its own
+) -> list:  # Arrays of cell numbers, shortest cells first; empty cells are in none
     "Sort cells by length and cut them into batches of at most `token_budget` tokens."
-    order = np.argsort(lengths, kind="stable"); order = order[lengths[order] > 0]
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
     ends, batches = np.cumsum(lengths[order]), []
     while (first := sum(map(len, batches))) < len(order):
         done = ends[first - 1] if first else 0
-        batches.append(order[first:max(first + 1, int(np.searchsorted(ends, done + token_budget, side="right")))])
+        batches.append(
+            order[
+                first : max(
+                    first + 1, int(np.searchsorted(ends, done + token_budget, side="right"))
+                )
+            ]
+        )
     return batches
 
-def flat_cells(genes, bins, offsets, cells): # -> ids (T,), bins (T,), int64, lengths (cells,)
+
+def flat_cells(genes, bins, offsets, cells):  # -> ids (T,), bins (T,), int64, lengths (cells,)
     "Tokens of the given cells, end to end, in the given order."
     lengths = np.diff(offsets)[cells]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -70,22 +87,24 @@ def flat_cells(genes, bins, offsets, cells): # -> ids (T,), bins (T,), int64, le
 # %% ../nbs/10_embed.ipynb #e5e60681
 @torch.no_grad()
 def encode_cells(
-    model:ScembForMaskedLM, # In evaluation mode
-    genes:np.ndarray,       # Flat tokens, shape (T,)
-    bins:np.ndarray,        # Flat bins, shape (T,)
-    offsets:np.ndarray,     # First token of each cell, shape (cells + 1,); empty cells allowed
-    pooling:str="mean12",   # "mean12", "last" or "cls"
-    token_budget:int=4096,  # Tokens a forward pass
-    precision:str="auto",   # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
-)->np.ndarray:              # Shape (cells, D), float32; NaN for empty cells
+    model: ScembForMaskedLM,  # In evaluation mode
+    genes: np.ndarray,  # Flat tokens, shape (T,)
+    bins: np.ndarray,  # Flat bins, shape (T,)
+    offsets: np.ndarray,  # First token of each cell, shape (cells + 1,); empty cells allowed
+    pooling: str = "mean12",  # "mean12", "last" or "cls"
+    token_budget: int = 4096,  # Tokens a forward pass
+    precision: str = "auto",  # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
+) -> np.ndarray:  # Shape (cells, D), float32; NaN for empty cells
     "Encode flat cells, shortest first, as many at a time as the budget allows."
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}; choose one of {POOLINGS}.")
     lengths = np.diff(offsets)
-    ranks = model.config.max_position_embeddings - (pooling == "cls")   # <cls> takes a rank
+    ranks = model.config.max_position_embeddings - (pooling == "cls")  # <cls> takes a rank
     if len(lengths) and lengths.max() > ranks:
-        raise ValueError(f"A cell has {lengths.max()} genes, but the model has ranks for {ranks}; "
-                         f"keep the first {ranks} of each.")
+        raise ValueError(
+            f"A cell has {lengths.max()} genes, but the model has ranks for {ranks}; "
+            f"keep the first {ranks} of each."
+        )
     out = np.full((len(lengths), model.config.hidden_size), np.nan, np.float32)
     batches = budget_batches(lengths, token_budget)
     if not batches:
@@ -97,7 +116,8 @@ def encode_cells(
     out[np.concatenate(batches)] = torch.cat(vectors).cpu().numpy()
     return out
 
-def _pooled(model, ids, bins, lengths, pooling): # one unpadded batch -> (cells, D), on the device
+
+def _pooled(model, ids, bins, lengths, pooling):  # one unpadded batch -> (cells, D), on the device
     if pooling == "cls":
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         ids = np.insert(ids, starts, CLS)
@@ -109,100 +129,152 @@ def _pooled(model, ids, bins, lengths, pooling): # one unpadded batch -> (cells,
         if pooling == "mean12":
             total_TD = total_TD + x_1TD[0].float()
     if pooling == "mean12":
-        return segment_means(total_TD/len(model.bert.encoder["layer"]), cells)
+        return segment_means(total_TD / len(model.bert.encoder["layer"]), cells)
     if pooling == "last":
         return segment_means(x_1TD[0].float(), cells)
     return x_1TD[0].float().index_select(0, cells.cu[:-1])
 
+
 def segment_means(
     x_TD,  # A vector for each token, (T, D)
-    cells, # Where the cells begin, (cells + 1,) integers or Segments
-):         # (cells, D)
+    cells,  # Where the cells begin, (cells + 1,) integers or Segments
+):  # (cells, D)
     "Mean over the tokens of each cell."
     cu = cells.cu if isinstance(cells, Segments) else cells
     owner_T = owner_of_tokens(cu, len(x_TD))
     total_CD = torch.zeros(len(cu) - 1, x_TD.shape[1], device=x_TD.device)
-    return total_CD.index_add_(0, owner_T, x_TD)/cu.diff()[:, None]
+    return total_CD.index_add_(0, owner_T, x_TD) / cu.diff()[:, None]
 
 # %% ../nbs/10_embed.ipynb #a3008e07
 def share_of_counts(
-    known, # Counts in genes that the model knows
-    given, # All counts
-)->float:  # 0 where there is none
+    known,  # Counts in genes that the model knows
+    given,  # All counts
+) -> float:  # 0 where there is none
     "Share of the counts that a model reads."
-    return float(known)/float(given) if given else 0.
+    return float(known) / float(given) if given else 0.0
+
 
 def refuse_unknown_counts(
-    share:float,         # From `share_of_counts`
-    of:str="the cells",
+    share: float,  # From `share_of_counts`
+    of: str = "the cells",
 ):
     "Refuse cells of which a model would read hardly a count."
     if share < FOOTING_LEAST:
         raise ValueError(
-            f"The model knows the genes of {share:.1%} of the counts of {of}; at least {FOOTING_LEAST:.0%} "
-            "are needed. `scemb doctor` shows which names are not known.")
+            f"The model knows the genes of {share:.1%} of the counts of {of}; at least "
+            f"{FOOTING_LEAST:.0%} "
+            "are needed. `scemb doctor` shows which names are not known."
+        )
 
-def warn_of_unknown_counts(share:float): # from `share_of_counts`
+
+def warn_of_unknown_counts(share: float):  # from `share_of_counts`
     "Warn where a model reads less than half of the counts."
     if share < FOOTING_GOOD:
         warnings.warn(
-            f"The model knows the genes of {share:.1%} of the counts; the vectors speak of these alone. "
-            "`scemb doctor` shows which names are not known.")
+            f"The model knows the genes of {share:.1%} of the counts; the vectors speak of these "
+            "alone. "
+            "`scemb doctor` shows which names are not known."
+        )
+
 
 @dataclass
 class CellEncoder:
     "Counts in, vectors out: a model with its vocabulary and settings, on a device."
+
     net: ScembForMaskedLM
     vocabulary: Vocabulary
-    settings: TokenizerSettings # max_len already cut to what the model can take
+    settings: TokenizerSettings  # max_len already cut to what the model can take
     pooling: str = "mean12"
-    precision: str = "auto"     # Once made: what `auto` means on the device of the net
+    precision: str = "auto"  # Once made: what `auto` means on the device of the net
     token_budget: int = 4096
-    name: str = "in memory"     # Of the model
+    name: str = "in memory"  # Of the model
 
     def __post_init__(self):
         self.precision = chosen_precision(self.precision, self.net.device)
 
-    def __call__(self, encoded): # what `Encoder` returns -> (cells, D)
-        return encode_cells(self.net, encoded["genes"], encoded["bins"], encoded["offsets"], self.pooling, self.token_budget, self.precision)
+    def __call__(self, encoded):  # what `Encoder` returns -> (cells, D)
+        return encode_cells(
+            self.net,
+            encoded["genes"],
+            encoded["bins"],
+            encoded["offsets"],
+            self.pooling,
+            self.token_budget,
+            self.precision,
+        )
 
-    def tokenizer(self, counts:Counts): # -> Encoder; refuses counts that share no gene with the model
+    def tokenizer(
+        self, counts: Counts
+    ):  # -> Encoder; refuses counts that share no gene with the model
         token = self.vocabulary.token_of_rows(counts.genes.rows)
-        if not (token >= 0).any(): raise ValueError("None of the genes is in the model's vocabulary; see `scemb doctor` for what the file holds.")
+        if not (token >= 0).any():
+            raise ValueError(
+                "None of the genes is in the model's vocabulary; see `scemb doctor` for what the "
+                "file holds."
+            )
         return Encoder(token, self.vocabulary, self.settings)
 
-    def record(self, counts:Counts, n_empty, n_truncated, share_of_counts=None): # -> what is written to uns["scemb"]
+    def record(
+        self, counts: Counts, n_empty, n_truncated, share_of_counts=None
+    ):  # -> what is written to uns["scemb"]
         token = self.vocabulary.token_of_rows(counts.genes.rows)
         used = int((token >= 0).sum())
-        share = len(np.unique(token[token >= 0]))/max(1, len(self.vocabulary) - len(SPECIAL)) # genes of the model that the cells measured
+        share = len(np.unique(token[token >= 0])) / max(
+            1, len(self.vocabulary) - len(SPECIAL)
+        )  # genes of the model that the cells measured
         record = dict(
-            model=self.name, pooling=self.pooling, max_len=self.settings.max_len,
-            precision=self.precision, tokenizer_hash=tokenizer_hash(self.settings, self.vocabulary),
-            vocabulary_hash=self.vocabulary.hash, counts_from=counts.place, n_genes_used=used,
-            n_genes_given=len(counts.genes.rows), share_of_model=round(share, 4),
-            n_empty=int(n_empty), n_truncated=int(n_truncated))
-        return record if share_of_counts is None else record | dict(share_of_counts=round(share_of_counts, 4))
+            model=self.name,
+            pooling=self.pooling,
+            max_len=self.settings.max_len,
+            precision=self.precision,
+            tokenizer_hash=tokenizer_hash(self.settings, self.vocabulary),
+            vocabulary_hash=self.vocabulary.hash,
+            counts_from=counts.place,
+            n_genes_used=used,
+            n_genes_given=len(counts.genes.rows),
+            share_of_model=round(share, 4),
+            n_empty=int(n_empty),
+            n_truncated=int(n_truncated),
+        )
+        return (
+            record
+            if share_of_counts is None
+            else record | dict(share_of_counts=round(share_of_counts, 4))
+        )
 
 # %% ../nbs/10_embed.ipynb #42331fa5
 def chosen_device(
-    name:str|None=None, # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
-)->str:
+    name: str | None = None,  # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
+) -> str:
     "A device that torch has; ValueError otherwise."
     name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name): raise ValueError(f"device={name!r}; choose cpu, cuda or cuda:N (mps is passed on to torch, untested).")
-    if name.startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device={name!r}, but this torch sees no GPU; use device='cpu', or install the CUDA build of torch.")
-    if ":" in name and int(name[5:]) >= torch.cuda.device_count(): raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(
+            f"device={name!r}; choose cpu, cuda or cuda:N (mps is passed on to torch, untested)."
+        )
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={name!r}, but this torch sees no GPU; use device='cpu', or install the CUDA "
+            "build of torch."
+        )
+    if ":" in name and int(name[5:]) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0."
+        )
     return name
 
+
 def cell_encoder(
-    model="scemb-small",       # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
-    pooling:str="mean12",      # "mean12", "last" or "cls"
-    max_len:int|None=None,     # Genes a cell at most; None: as the model was trained
-    device:str|None=None,      # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
-    precision:str="auto",      # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
-    token_budget:int|None=None, # Tokens a forward pass; None: 4,096 on a CPU (more does not fit its cache), 65,536 on a GPU
-    seed:int|None=None,        # Of the order of ties; None: the model's
-)->CellEncoder:
+    # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
+    model="scemb-small",
+    pooling: str = "mean12",  # "mean12", "last" or "cls"
+    max_len: int | None = None,  # Genes a cell at most; None: as the model was trained
+    device: str | None = None,  # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
+    precision: str = "auto",  # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
+    # Tokens a forward pass; None: 4,096 on a CPU (more does not fit its cache), 65,536 on a GPU
+    token_budget: int | None = None,
+    seed: int | None = None,  # Of the order of ties; None: the model's
+) -> CellEncoder:
     "Open a model for embedding, and check what is asked of it."
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision={precision!r}; choose one of {('auto', 'fp32', 'bf16')}.")
@@ -212,13 +284,15 @@ def cell_encoder(
         raise ValueError(f"max_len={max_len}; at least one gene a cell is needed.")
     if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget={token_budget}; at least one token is needed.")
-    net, vocabulary, settings = model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
+    net, vocabulary, settings = (
+        model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
+    )
     name = "in memory" if isinstance(model, tuple) else str(model)
     ranks = net.config.max_position_embeddings
     wanted = max_len or settings.max_len
     if wanted > ranks:
         raise ValueError(f"max_len={wanted}, but the model knows {ranks} ranks; lower max_len.")
-    genes_at_most = min(wanted, ranks - (pooling == "cls"))           # <cls> takes a rank
+    genes_at_most = min(wanted, ranks - (pooling == "cls"))  # <cls> takes a rank
     settings = replace(settings, max_len=genes_at_most)
     if seed is not None:
         settings = replace(settings, seed=seed)
@@ -229,19 +303,22 @@ def cell_encoder(
 
 # %% ../nbs/10_embed.ipynb #0aec7349
 def embed(
-    adata,                     # AnnData with raw counts (X, a layer, or raw); backed is fine
-    model="scemb-small",       # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
-    pooling:str="mean12",      # "mean12": mean over layers and genes; "last": over genes of the last layer; "cls"
-    max_len:int|None=None,     # Genes a cell at most; None: as the model was trained
-    layer:str|Reading|None=None, # Where the counts are: "X", a layer, "raw"; or a `Reading`
-    gene_column:str|None=None, # Column of var with gene identifiers
-    duplicates:str="error",    # Gene names that stand twice: "error" or "sum"
-    key:str="X_scemb",         # Key in obsm
-    device:str|None=None,      # "cpu", "cuda"; None: a GPU when there is one
-    precision:str="auto",      # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
-    token_budget:int|None=None, # Tokens a forward pass, the lever for memory; None: 4,096 on a CPU (its cache), 65,536 on a GPU
-    progress=None,             # Called with (cells done, cells in all)
-):                             # The same AnnData, with obsm[key] and uns["scemb"]
+    adata,  # AnnData with raw counts (X, a layer, or raw); backed is fine
+    # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
+    model="scemb-small",
+    # "mean12": mean over layers and genes; "last": over genes of the last layer; "cls"
+    pooling: str = "mean12",
+    max_len: int | None = None,  # Genes a cell at most; None: as the model was trained
+    layer: str | Reading | None = None,  # Where the counts are: "X", a layer, "raw"; or a `Reading`
+    gene_column: str | None = None,  # Column of var with gene identifiers
+    duplicates: str = "error",  # Gene names that stand twice: "error" or "sum"
+    key: str = "X_scemb",  # Key in obsm
+    device: str | None = None,  # "cpu", "cuda"; None: a GPU when there is one
+    precision: str = "auto",  # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
+    # Tokens a forward pass, the lever for memory; None: 4,096 on a CPU (its cache), 65,536 on a GPU
+    token_budget: int | None = None,
+    progress=None,  # Called with (cells done, cells in all)
+):  # The same AnnData, with obsm[key] and uns["scemb"]
     "Embed cells into `adata.obsm`; empty cells become NaN rows, with a warning and a count."
     check_key(key)
     encoder = model
@@ -253,7 +330,7 @@ def embed(
     for first, chunk in encoded_chunks(counts, encoder.tokenizer(counts), chunk_size=4096):
         done = first + len(chunk["detected"])
         known, given = known + int(chunk["total"].sum()), given + chunk["given"]
-        if first == 0 and known:                       # before long work
+        if first == 0 and known:  # before long work
             refuse_unknown_counts(share_of_counts(known, given), f"the first {done:,} cells")
         vectors[first:done] = encoder(chunk)
         n_cut += int((chunk["detected"] > encoder.settings.max_len).sum())
@@ -264,7 +341,8 @@ def embed(
     if n_empty:
         warnings.warn(
             f"{n_empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; "
-            f"their rows in obsm['{key}'] are NaN.")
+            f"their rows in obsm['{key}'] are NaN."
+        )
     share = share_of_counts(known, given)
     refuse_unknown_counts(share)
     warn_of_unknown_counts(share)
@@ -272,9 +350,11 @@ def embed(
     adata.uns["scemb"] = remembered(adata.uns, encoder.record(counts, n_empty, n_cut, share))
     return adata
 
-def check_not_all_empty(n_empty, n_cells): # refuse an embedding of nothing
+
+def check_not_all_empty(n_empty, n_cells):  # refuse an embedding of nothing
     "An embedding in which every row is NaN is an error, not a result."
     if n_empty == n_cells:
         raise ValueError(
             f"Not one of the {n_cells} cells has a count in a gene of the vocabulary; "
-            "see `scemb doctor` for what the file holds.")
+            "see `scemb doctor` for what the file holds."
+        )

@@ -16,9 +16,14 @@ import numpy as np
 import torch
 
 from .counts import Reading, read_counts
-from .embed import (
-    CellEncoder, cell_encoder, check_not_all_empty, refuse_unknown_counts, share_of_counts,
-    warn_of_unknown_counts)
+from scemb.embed import (
+    CellEncoder,
+    cell_encoder,
+    check_not_all_empty,
+    refuse_unknown_counts,
+    share_of_counts,
+    warn_of_unknown_counts,
+)
 from .files import kind_of_file, open_cells, open_zarr_group, size_and_time
 from .folders import Damaged, new_file, only_writer, room_for, work_folder, write_json
 from .results import check_key, check_results, remembered, write_cells
@@ -28,106 +33,173 @@ from .tokens import encoded_chunks
 @dataclass
 class _Windows:
     "Vectors of finished windows of cells, on disk."
-    folder: Path; n_cells: int; width: int; size: int
+
+    folder: Path
+    n_cells: int
+    width: int
+    size: int
 
     @property
-    def n(self): return -(-self.n_cells//self.size)
-    def open(self, key): # keep what the same job has done; otherwise start anew
-        sizes = dict(vectors=self.n_cells*self.width*4, done=self.n*self.ROW)
-        if work_folder(self.folder, key) and all(_size(self.folder/name) == size for name, size in sizes.items()):
+    def n(self):
+        return -(-self.n_cells // self.size)
+
+    def open(self, key):  # keep what the same job has done; otherwise start anew
+        sizes = dict(vectors=self.n_cells * self.width * 4, done=self.n * self.ROW)
+        if work_folder(self.folder, key) and all(
+            _size(self.folder / name) == size for name, size in sizes.items()
+        ):
             self._forget_damaged()
             return
         for name, size in sizes.items():
-            with open(self.folder/name, "wb") as f: f.truncate(size)
-    FIELDS = 6 # of a window in the list: whether it is finished, empty cells, cut cells, counts that the model knows, all counts, the checksum of all that
-    ROW = FIELDS*8 # bytes
-    def done(self): # (windows, fields) int64
-        return np.fromfile(self.folder/"done", np.int64).reshape(-1, self.FIELDS)
-    def _forget_damaged(self): # windows that are not what was written are done again
+            with open(self.folder / name, "wb") as f:
+                f.truncate(size)
+
+    # of a window in the list: whether it is finished, empty cells, cut cells, counts that the model
+    # knows, all counts, the checksum of all that
+    FIELDS = 6
+    ROW = FIELDS * 8  # bytes
+
+    def done(self):  # (windows, fields) int64
+        return np.fromfile(self.folder / "done", np.int64).reshape(-1, self.FIELDS)
+
+    def _forget_damaged(self):  # windows that are not what was written are done again
         table = self.done()
         for window, row in enumerate(table):
             if row.any() and (row[0] != 1 or row[-1] != self._sum(row[:-1], self._read(window))):
-                self._put("done", window*self.ROW, np.zeros(self.FIELDS, np.int64))
+                self._put("done", window * self.ROW, np.zeros(self.FIELDS, np.int64))
+
     def _sum(self, numbers, content):
         from xxhash import xxh3_64
-        return np.uint64(xxh3_64(np.asarray(numbers, np.int64).tobytes() + content).intdigest()).astype(np.int64)
-    def _read(self, window): # bytes
-        with open(self.folder/"vectors", "rb") as f:
-            f.seek(window*self.size*self.width*4)
-            return f.read(self.size*self.width*4)
+
+        return np.uint64(
+            xxh3_64(np.asarray(numbers, np.int64).tobytes() + content).intdigest()
+        ).astype(np.int64)
+
+    def _read(self, window):  # bytes
+        with open(self.folder / "vectors", "rb") as f:
+            f.seek(window * self.size * self.width * 4)
+            return f.read(self.size * self.width * 4)
+
     def _put(self, name, at, array):
-        with open(self.folder/name, "r+b") as f: f.seek(at); f.write(array.tobytes()); f.flush(); os.fsync(f.fileno())
+        with open(self.folder / name, "r+b") as f:
+            f.seek(at)
+            f.write(array.tobytes())
+            f.flush()
+            os.fsync(f.fileno())
+
     def enter(self, window, vectors, n_cut, known, given):
         vectors = vectors.astype(np.float32)
-        self._put("vectors", window*self.size*self.width*4, vectors)
+        self._put("vectors", window * self.size * self.width * 4, vectors)
         numbers = [1, int(np.isnan(vectors[:, 0]).sum()), n_cut, known, given]
-        self._put("done", window*self.ROW, np.array([*numbers, self._sum(numbers, vectors.tobytes())], np.int64))
-    def __iter__(self): # (first cell, vectors) of each window
+        self._put(
+            "done",
+            window * self.ROW,
+            np.array([*numbers, self._sum(numbers, vectors.tobytes())], np.int64),
+        )
+
+    def __iter__(self):  # (first cell, vectors) of each window
         for window, row in enumerate(self.done()):
             content = self._read(window)
             if row[-1] != self._sum(row[:-1], content):
-                raise Damaged(f"{self.folder/'vectors'} is damaged in window {window}. Give the same command again: that window is done anew.")
-            yield window*self.size, np.frombuffer(content, np.float32).reshape(-1, self.width)
+                raise Damaged(
+                    f"{self.folder / 'vectors'} is damaged in window {window}. Give the same "
+                    "command again: that window is done anew."
+                )
+            yield window * self.size, np.frombuffer(content, np.float32).reshape(-1, self.width)
 
-def _size(path): return path.stat().st_size if path.is_file() else -1
 
-def _runs(windows): # sorted numbers -> lists of consecutive ones
+def _size(path):
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _runs(windows):  # sorted numbers -> lists of consecutive ones
     return np.split(windows, np.flatnonzero(np.diff(windows) > 1) + 1) if len(windows) else []
 
-def _process(): # -> rank, number of processes, place on this node; under torchrun they wait for each other
+
+# -> rank, number of processes, place on this node; under torchrun they wait for each other
+def _process():
     import torch.distributed as dist
-    if not dist.is_torchelastic_launched(): return 0, 1, None
-    if not dist.is_initialized(): dist.init_process_group("gloo", timeout=timedelta(days=7))
+
+    if not dist.is_torchelastic_launched():
+        return 0, 1, None
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     return dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank()
 
+
 def _wait(world):
-    if world > 1: torch.distributed.barrier()
+    if world > 1:
+        torch.distributed.barrier()
 
 # %% ../nbs/10a_embed_files.ipynb #d8180515
 def _add_to_h5ad(part, windows, key, record):
     import h5py
-    with h5py.File(part, "r+") as f: _add_to_group(f, windows, key, record, lambda g, **k: g.create_dataset(key, **k))
+
+    with h5py.File(part, "r+") as f:
+        _add_to_group(f, windows, key, record, lambda g, **k: g.create_dataset(key, **k))
+
 
 def _add_to_zarr(part, windows, key, record):
     import zarr
-    consolidated = _consolidated(part)               # metadata kept twice would hide what is added
+
+    consolidated = _consolidated(part)  # metadata kept twice would hide what is added
     group = open_zarr_group(part, "r+")
     _add_to_group(group, windows, key, record, lambda g, **k: g.create_array(key, **k))
     if consolidated:
-        with warnings.catch_warnings():                  # as the input had it; zarr warns of its own future
+        with warnings.catch_warnings():  # as the input had it; zarr warns of its own future
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(str(part))
 
-def _consolidated(part): # folder of a zarr store -> whether its metadata stand once more at the top
+
+def _consolidated(part):
+    # folder of a zarr store -> whether its metadata stand once more at the top
     "Format 2 keeps them in a file of their own, format 3 in the group's."
-    if (part/".zmetadata").exists():
+    if (part / ".zmetadata").exists():
         return True
-    top = part/"zarr.json"
+    top = part / "zarr.json"
     return top.exists() and json.loads(top.read_text()).get("consolidated_metadata") is not None
+
 
 def _add_to_group(root, windows, key, record, create):
     from anndata.io import read_elem, write_elem
+
     for name in ("obsm", "uns"):
-        if name not in root: root.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-    if key in root["obsm"]: del root["obsm"][key]
-    x = create(root["obsm"], shape=(windows.n_cells, windows.width), dtype="float32", chunks=(min(windows.size, windows.n_cells), windows.width))
+        if name not in root:
+            root.create_group(name).attrs.update(
+                {"encoding-type": "dict", "encoding-version": "0.1.0"}
+            )
+    if key in root["obsm"]:
+        del root["obsm"][key]
+    x = create(
+        root["obsm"],
+        shape=(windows.n_cells, windows.width),
+        dtype="float32",
+        chunks=(min(windows.size, windows.n_cells), windows.width),
+    )
     x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for first, vectors in windows: x[first:first + len(vectors)] = vectors
+    for first, vectors in windows:
+        x[first : first + len(vectors)] = vectors
     before = read_elem(root["uns"]["scemb"]) if "scemb" in root["uns"] else {}
     write_elem(root["uns"], "scemb", remembered(dict(scemb=before), record))
 
+
 def _write_npy(part, windows, key, record):
     with open(part, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, dict(descr="<f4", fortran_order=False, shape=(windows.n_cells, windows.width)))
-        for _, vectors in windows: f.write(vectors.tobytes())
+        np.lib.format.write_array_header_1_0(
+            f, dict(descr="<f4", fortran_order=False, shape=(windows.n_cells, windows.width))
+        )
+        for _, vectors in windows:
+            f.write(vectors.tobytes())
 
-def _assemble(source, out, windows, key, record): # copy the source, add the vectors, give it its name
+
+def _assemble(source, out, windows, key, record):
+    # copy the source, add the vectors, give it its name
     if out.suffix == ".npy":
         with new_file(out) as part:
             _write_npy(part, windows, key, record)
         write_json(out.with_suffix(".json"), record)
         return
-    if kind_of_file(source) not in ("h5ad", "zarr"): # of another kind: read whole, written as h5ad
+    if kind_of_file(source) not in ("h5ad", "zarr"):  # of another kind: read whole, written as h5ad
         adata = open_cells(source, whole=True)
         adata.obsm[key] = np.concatenate([v for _, v in windows])
         adata.uns["scemb"] = remembered(adata.uns, record)
@@ -139,90 +211,196 @@ def _assemble(source, out, windows, key, record): # copy the source, add the vec
             _add_to_zarr(part, windows, key, record)
         else:
             shutil.copyfile(source, part)
-            os.chmod(part, 0o600)                    # the source may be read-only
-            room_for(part, windows.n_cells*windows.width*4 + (1 << 17), part.stat().st_size)
+            os.chmod(part, 0o600)  # the source may be read-only
+            room_for(part, windows.n_cells * windows.width * 4 + (1 << 17), part.stat().st_size)
             _add_to_h5ad(part, windows, key, record)
         _check_copy(part, windows)
 
-def _check_copy(part, windows): # the copy can be opened, and has as many cells
+
+def _check_copy(part, windows):  # the copy can be opened, and has as many cells
     cells = open_cells(part)
     if cells.n_obs != windows.n_cells:
-        raise OSError(f"{part.name} was written, but holds {cells.n_obs:,} cells in place of {windows.n_cells:,}. Did the input change while it was read?")
+        raise OSError(
+            f"{part.name} was written, but holds {cells.n_obs:,} cells in place of "
+            f"{windows.n_cells:,}. Did the input change while it was read?"
+        )
     cells.close()
 
 # %% ../nbs/10a_embed_files.ipynb #6fcca1a8
 def embed_file(
-    path,                      # A file of any kind that `open_cells` reads
-    out,                       # A copy with the vectors: .zarr of a .zarr, else .h5ad; or .npy: the vectors alone
-    model="scemb-small",       # A shipped model, the folder of a checkpoint, (model, vocabulary, settings), or a CellEncoder
-    pooling:str="mean12", max_len:int|None=None, # See `embed`
-    layer:str|Reading|None=None, gene_column:str|None=None, duplicates:str="error", # See `read_counts`
-    key:str="X_scemb",         # Key in obsm
-    device:str|None=None, precision:str="auto", token_budget:int|None=None, # See `embed`
-    seed:int|None=None,        # Of the order of ties; None: the model's
-    overwrite:bool=False,      # Replace an earlier result
-    window:int=2048,           # Cells read, embedded and written at a time: the unit of memory, and what a stop can lose
-    progress=None,             # Called with (cells done, cells in all), of this process
-)->dict:                       # What is also written to uns["scemb"]
-    "Embed a file window by window; the same call goes on where an interrupted one stopped. Under torchrun the processes share the cells."
+    path,  # A file of any kind that `open_cells` reads
+    out,  # A copy with the vectors: .zarr of a .zarr, else .h5ad; or .npy: the vectors alone
+    # A shipped model, the folder of a checkpoint, (model, vocabulary, settings), or a CellEncoder
+    model="scemb-small",
+    pooling: str = "mean12",
+    max_len: int | None = None,  # See `embed`
+    layer: str | Reading | None = None,
+    gene_column: str | None = None,
+    duplicates: str = "error",  # See `read_counts`
+    key: str = "X_scemb",  # Key in obsm
+    device: str | None = None,
+    precision: str = "auto",
+    token_budget: int | None = None,  # See `embed`
+    seed: int | None = None,  # Of the order of ties; None: the model's
+    overwrite: bool = False,  # Replace an earlier result
+    # Cells read, embedded and written at a time: the unit of memory, and what a stop can lose
+    window: int = 2048,
+    progress=None,  # Called with (cells done, cells in all), of this process
+) -> dict:  # What is also written to uns["scemb"]
+    """Embed a file window by window; the same call goes on where an interrupted one stopped. Under
+    torchrun the processes share the cells."""
     path, out = Path(path), Path(out)
     rank, world, place = _process()
     with only_writer(out) if rank == 0 and out.parent.is_dir() else nullcontext():
-        return _embed_file(path, out, model, pooling, max_len, layer, gene_column, duplicates, key, device, precision, token_budget, seed, overwrite, window, progress, rank, world, place)
+        return _embed_file(
+            path,
+            out,
+            model,
+            pooling,
+            max_len,
+            layer,
+            gene_column,
+            duplicates,
+            key,
+            device,
+            precision,
+            token_budget,
+            seed,
+            overwrite,
+            window,
+            progress,
+            rank,
+            world,
+            place,
+        )
 
-def _embed_file(path, out, model, pooling, max_len, layer, gene_column, duplicates, key, device, precision, token_budget, seed, overwrite, window, progress, rank, world, place):
+
+def _embed_file(
+    path,
+    out,
+    model,
+    pooling,
+    max_len,
+    layer,
+    gene_column,
+    duplicates,
+    key,
+    device,
+    precision,
+    token_budget,
+    seed,
+    overwrite,
+    window,
+    progress,
+    rank,
+    world,
+    place,
+):
     check_key(key)
     same = ".zarr" if kind_of_file(path) == "zarr" else ".h5ad"
-    if out.suffix not in (".npy", same): raise ValueError(f"The output {out.name} must end in {same} to be a copy of the input with the vectors, or in .npy for the vectors alone.")
+    if out.suffix not in (".npy", same):
+        raise ValueError(
+            f"The output {out.name} must end in {same} to be a copy of the input with the "
+            "vectors, or in .npy for the vectors alone."
+        )
     if rank == 0:
         beside = [out.with_suffix(".json")] if out.suffix == ".npy" else []
         check_results(out, overwrite, (".npy", same), beside)
-        if out.suffix != ".npy": check_key(key, _taken(path), overwrite)
-    if device is None and place is not None and torch.cuda.is_available(): device = f"cuda:{place}"
+        if out.suffix != ".npy":
+            check_key(key, _taken(path), overwrite)
+    if device is None and place is not None and torch.cuda.is_available():
+        device = f"cuda:{place}"
     adata = open_cells(path)
-    encoder = model if isinstance(model, CellEncoder) else cell_encoder(model, pooling, max_len, device, precision, token_budget, seed)
-    try: counts = read_counts(adata, layer, gene_column, duplicates)
-    except ValueError as e: raise ValueError(f"{path}: {e}") from e
-    if getattr(counts.matrix, "format", "") == "csc": warnings.warn(f"{counts.place} of {path.name} is stored by gene (CSC) and has to be loaded whole; store it by cell (CSR) to stream it.")
+    encoder = (
+        model
+        if isinstance(model, CellEncoder)
+        else cell_encoder(model, pooling, max_len, device, precision, token_budget, seed)
+    )
+    try:
+        counts = read_counts(adata, layer, gene_column, duplicates)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    if getattr(counts.matrix, "format", "") == "csc":
+        warnings.warn(
+            f"{counts.place} of {path.name} is stored by gene (CSC) and has to be loaded whole; "
+            "store it by cell (CSR) to stream it."
+        )
     tokenizer = encoder.tokenizer(counts)
-    windows = _Windows(out.with_name(f".{out.name}.partial"), counts.n_cells, encoder.net.config.hidden_size, window)
-    if rank == 0: windows.open(_key(path, counts, encoder, window))
+    windows = _Windows(
+        out.with_name(f".{out.name}.partial"),
+        counts.n_cells,
+        encoder.net.config.hidden_size,
+        window,
+    )
+    if rank == 0:
+        windows.open(_key(path, counts, encoder, window))
     _wait(world)
     todo = np.array_split(np.flatnonzero(windows.done()[:, 0] == 0), world)[rank]
-    cells_of = np.minimum(window, counts.n_cells - np.arange(windows.n)*window)
-    total = counts.n_cells if world == 1 else int(cells_of[todo].sum()); seen = total - int(cells_of[todo].sum())
+    cells_of = np.minimum(window, counts.n_cells - np.arange(windows.n) * window)
+    total = counts.n_cells if world == 1 else int(cells_of[todo].sum())
+    seen = total - int(cells_of[todo].sum())
     for run in _runs(todo):
-        for w, (_, e) in zip(run, encoded_chunks(counts, tokenizer, int(run[0])*window, window)):
-            known, n_long = int(e["total"].sum()), int((e["detected"] > encoder.settings.max_len).sum())
-            if w == 0 and known:                         # before long work
-                refuse_unknown_counts(share_of_counts(known, e["given"]), f"the first {cells_of[0]:,} cells of {path.name}")
+        for w, (_, e) in zip(run, encoded_chunks(counts, tokenizer, int(run[0]) * window, window)):
+            known, n_long = (
+                int(e["total"].sum()),
+                int((e["detected"] > encoder.settings.max_len).sum()),
+            )
+            if w == 0 and known:  # before long work
+                refuse_unknown_counts(
+                    share_of_counts(known, e["given"]),
+                    f"the first {cells_of[0]:,} cells of {path.name}",
+                )
             windows.enter(int(w), encoder(e), n_long, known, e["given"])
             seen += int(cells_of[w])
-            if progress: progress(seen, total)
+            if progress:
+                progress(seen, total)
     _wait(world)
     n_empty, n_cut, known, given = windows.done()[:, 1:5].sum(0)
     check_not_all_empty(int(n_empty), counts.n_cells)
     share = share_of_counts(known, given)
     refuse_unknown_counts(share, f"the cells of {path.name}")
     record = encoder.record(counts, n_empty, n_cut, share)
-    if rank == 0: _assemble(path, out, windows, key, record); shutil.rmtree(windows.folder)
+    if rank == 0:
+        _assemble(path, out, windows, key, record)
+        shutil.rmtree(windows.folder)
     _wait(world)
-    if n_empty and rank == 0: warnings.warn(f"{n_empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; their rows are NaN.")
-    if rank == 0: warn_of_unknown_counts(share)
+    if n_empty and rank == 0:
+        warnings.warn(
+            f"{n_empty} of {counts.n_cells} cells have no count in any gene of the vocabulary; "
+            "their rows are NaN."
+        )
+    if rank == 0:
+        warn_of_unknown_counts(share)
     return record
 
-def _key(path, counts, encoder, window): # the same job resumes, another starts anew
-    from xxhash import xxh3_64
-    weights = xxh3_64()
-    for p in encoder.net.bert.parameters(): weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return hashlib.sha256(json.dumps([str(path.resolve()), *size_and_time(path), weights.hexdigest(), window, encoder.record(counts, 0, 0), counts.rounded]).encode()).hexdigest()
 
-def _taken(path): # names in obsm of a file that are not ours
+def _key(path, counts, encoder, window):  # the same job resumes, another starts anew
+    from xxhash import xxh3_64
+
+    weights = xxh3_64()
+    for p in encoder.net.bert.parameters():
+        weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return hashlib.sha256(
+        json.dumps(
+            [
+                str(path.resolve()),
+                *size_and_time(path),
+                weights.hexdigest(),
+                window,
+                encoder.record(counts, 0, 0),
+                counts.rounded,
+            ]
+        ).encode()
+    ).hexdigest()
+
+
+def _taken(path):  # names in obsm of a file that are not ours
     if kind_of_file(path) == "zarr":
         root = open_zarr_group(path)
         names = list(root["obsm"]) if "obsm" in root else []
     elif kind_of_file(path) == "h5ad":
         import h5py
+
         with h5py.File(path) as f:
             names = list(f["obsm"]) if "obsm" in f else []
     else:

@@ -14,51 +14,85 @@ from .tokens import TokenSet
 
 # %% ../nbs/08a_embedding_baselines.ipynb #1a575c04
 def harmony_embedding(
-    adata,                # AnnData with raw counts
-    batch:str,            # Column of obs
-    n_comps:int=50, layer:str|None=None, seed:int=0,
-)->np.ndarray:            # Shape (cells, n_comps)
+    adata,  # AnnData with raw counts
+    batch: str,  # Column of obs
+    n_comps: int = 50,
+    layer: str | None = None,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (cells, n_comps)
     "Harmony (harmonypy, its defaults) on the PCA of highly variable genes."
-    try: import harmonypy
-    except ImportError as e: raise ImportError("Harmony needs harmonypy: pip install 'scemb[bench]'") from e
-    import logging; logging.getLogger("harmonypy").setLevel(logging.WARNING)
+    try:
+        import harmonypy
+    except ImportError as e:
+        raise ImportError("Harmony needs harmonypy: pip install 'scemb[bench]'") from e
+    import logging
+
+    logging.getLogger("harmonypy").setLevel(logging.WARNING)
     x = pca_embedding(adata, n_comps=n_comps, layer=layer, seed=seed)
-    z = np.asarray(harmonypy.run_harmony(x.astype(np.float64), adata.obs[[batch]].astype(str).reset_index(drop=True), batch, verbose=False, random_state=seed).Z_corr)
+    z = np.asarray(
+        harmonypy.run_harmony(
+            x.astype(np.float64),
+            adata.obs[[batch]].astype(str).reset_index(drop=True),
+            batch,
+            verbose=False,
+            random_state=seed,
+        ).Z_corr
+    )
     return (z if z.shape == x.shape else z.T).astype(np.float32)
 
 # %% ../nbs/08a_embedding_baselines.ipynb #67039833
 def scvi_embedding(
-    adata,                    # AnnData with raw counts
-    batch:str,                # Column of obs
-    n_latent:int=30, n_top_genes:int=2000, epochs:int|None=None, # None: scvi-tools' rule
-    layer:str|None=None, seed:int=0,
-)->np.ndarray:                # Shape (cells, n_latent)
+    adata,  # AnnData with raw counts
+    batch: str,  # Column of obs
+    n_latent: int = 30,
+    n_top_genes: int = 2000,
+    epochs: int | None = None,  # None: scvi-tools' rule
+    layer: str | None = None,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (cells, n_latent)
     "scVI's latent mean, trained on highly variable genes of these cells."
-    try: import scvi
-    except ImportError as e: raise ImportError("scVI is not installed: pip install scvi-tools") from e
+    try:
+        import scvi
+    except ImportError as e:
+        raise ImportError("scVI is not installed: pip install scvi-tools") from e
     import anndata as ad
+
     sc = scanpy_module()
     from scemb.counts import find_counts
+
     x = find_counts(adata, layer)[1]
-    work = ad.AnnData(x[:].astype(np.float32), obs=adata.obs[[batch]].astype(str)); scvi.settings.seed = seed
+    work = ad.AnnData(x[:].astype(np.float32), obs=adata.obs[[batch]].astype(str))
+    scvi.settings.seed = seed
     if n_top_genes < work.n_vars:
-        work.layers["log"] = work.X.copy(); sc.pp.normalize_total(work, target_sum=1e4, layer="log"); sc.pp.log1p(work, layer="log")
-        sc.pp.highly_variable_genes(work, n_top_genes=n_top_genes, layer="log"); work = work[:, work.var.highly_variable.to_numpy()].copy()
+        work.layers["log"] = work.X.copy()
+        sc.pp.normalize_total(work, target_sum=1e4, layer="log")
+        sc.pp.log1p(work, layer="log")
+        sc.pp.highly_variable_genes(work, n_top_genes=n_top_genes, layer="log")
+        work = work[:, work.var.highly_variable.to_numpy()].copy()
     scvi.model.SCVI.setup_anndata(work, batch_key=batch)
-    net = scvi.model.SCVI(work, n_layers=2, n_latent=n_latent, gene_likelihood="nb"); net.train(max_epochs=epochs, enable_progress_bar=False)
+    net = scvi.model.SCVI(work, n_layers=2, n_latent=n_latent, gene_likelihood="nb")
+    net.train(max_epochs=epochs, enable_progress_bar=False)
     return np.asarray(net.get_latent_representation(), np.float32)
 
 # %% ../nbs/08a_embedding_baselines.ipynb #5d68d86b
 def token_bag(
-    tokens:TokenSet,        # Cells
-    model:ScembForMaskedLM, # Whose gene vectors
-)->np.ndarray:              # Shape (cells, D); NaN for empty cells
+    tokens: TokenSet,  # Cells
+    model: ScembForMaskedLM,  # Whose gene vectors
+) -> np.ndarray:  # Shape (cells, D); NaN for empty cells
     "Mean of a model's gene vectors over the genes of each cell."
-    return bag(tokens, model.bert.embeddings.word_embeddings.weight.detach().cpu().float().numpy(), tokens.settings.max_len).astype(np.float32)
+    return bag(
+        tokens,
+        model.bert.embeddings.word_embeddings.weight.detach().cpu().float().numpy(),
+        tokens.settings.max_len,
+    ).astype(np.float32)
+
 
 def own_bag(
-    tokens:TokenSet, # Cells
-    dim:int=50, seed:int=0,
-)->np.ndarray:       # Shape (cells, dim)
+    tokens: TokenSet,  # Cells
+    dim: int = 50,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (cells, dim)
     "Bag of gene vectors from the SVD of these same cells."
-    return bag(tokens, gene_vectors(tokens, dim, seed, tokens.settings.max_len), tokens.settings.max_len).astype(np.float32)
+    return bag(
+        tokens, gene_vectors(tokens, dim, seed, tokens.settings.max_len), tokens.settings.max_len
+    ).astype(np.float32)

@@ -11,12 +11,36 @@ import numpy as np
 
 # %% ../nbs/19_figures.ipynb #4ec5d352
 def _plt():
-    try: import matplotlib.pyplot as plt
-    except ImportError as e: raise ImportError("Figures need matplotlib: pip install 'scemb[demo]'") from e
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as e:
+        raise ImportError("Figures need matplotlib: pip install 'scemb[demo]'") from e
     return plt
 
-PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd",
-           "#2f4b7c", "#f95d6a", "#66c2a5", "#a05195", "#ffa600", "#7f7f7f", "#bcbd22", "#17becf", "#9c755f", "#003f5c")
+
+PALETTE = (
+    "#4c72b0",
+    "#dd8452",
+    "#55a868",
+    "#c44e52",
+    "#8172b3",
+    "#937860",
+    "#da8bc3",
+    "#8c8c8c",
+    "#ccb974",
+    "#64b5cd",
+    "#2f4b7c",
+    "#f95d6a",
+    "#66c2a5",
+    "#a05195",
+    "#ffa600",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+    "#9c755f",
+    "#003f5c",
+)
+
 
 def colours(categories):
     "One colour a category, the same in every panel of a figure."
@@ -25,136 +49,251 @@ def colours(categories):
 
 # %% ../nbs/19_figures.ipynb #f6ba78da
 def umap_coordinates(
-    x:np.ndarray,       # Embedding, shape (cells, D), finite
-    n_neighbors:int=15, seed:int=0,
-)->np.ndarray:          # Shape (cells, 2)
+    x: np.ndarray,  # Embedding, shape (cells, D), finite
+    n_neighbors: int = 15,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (cells, 2)
     "UMAP of an embedding by scanpy, seeded."
     import anndata as ad
     from scemb.baselines import scanpy_module
+
     sc = scanpy_module()
     work = ad.AnnData(np.zeros((len(x), 1), np.float32), obsm=dict(x=np.asarray(x, np.float32)))
     sc.pp.neighbors(work, n_neighbors=min(n_neighbors, len(x) - 1), use_rep="x", random_state=seed)
     sc.tl.umap(work, random_state=seed)
     return work.obsm["X_umap"]
 
+
 def umap_grid(
-    table,                   # DataFrame: method, umap1, umap2 and the columns to colour by
+    table,  # DataFrame: method, umap1, umap2 and the columns to colour by
     colour_by=("cell_type", "batch"),
-    size:float=2.6,          # Inches a panel
-    shared:bool=False,       # One palette for all colourings, where they speak of the same classes
-):                           # matplotlib figure
+    size: float = 2.6,  # Inches a panel
+    shared: bool = False,  # One palette for all colourings, where they speak of the same classes
+):  # matplotlib figure
     "A grid of UMAPs: one column a method, one row a colouring."
     plt = _plt()
     methods = list(dict.fromkeys(table.method))
-    fig, axes = plt.subplots(len(colour_by), len(methods), figsize=(size*len(methods) + 1.6, size*len(colour_by)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(colour_by),
+        len(methods),
+        figsize=(size * len(methods) + 1.6, size * len(colour_by)),
+        squeeze=False,
+        layout="constrained",
+    )
     order = np.random.default_rng(0)
     for r, key in enumerate(colour_by):
-        colour = colours(table[list(colour_by)].astype(str).to_numpy().ravel() if shared else table[key])
+        colour = colours(
+            table[list(colour_by)].astype(str).to_numpy().ravel() if shared else table[key]
+        )
         for c, m in enumerate(methods):
-            t = table[table.method == m]; t = t.iloc[order.permutation(len(t))]; ax = axes[r, c]
-            ax.scatter(t.umap1, t.umap2, s=max(.5, 4000/len(t)), c=t[key].astype(str).map(colour), linewidths=0, rasterized=True)
-            ax.set(xticks=[], yticks=[]); [s.set_visible(False) for s in ax.spines.values()]
-            if r == 0: ax.set_title(m, fontsize=9)
-            if c == 0: ax.set_ylabel(key.replace("_", " "))
-        handles = [plt.Line2D([], [], marker="o", ls="", ms=4, color=v, label=k) for k, v in colour.items()]
-        axes[r, -1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, .5), frameon=False, fontsize=6.5, handletextpad=.1)
+            t = table[table.method == m]
+            t = t.iloc[order.permutation(len(t))]
+            ax = axes[r, c]
+            ax.scatter(
+                t.umap1,
+                t.umap2,
+                s=max(0.5, 4000 / len(t)),
+                c=t[key].astype(str).map(colour),
+                linewidths=0,
+                rasterized=True,
+            )
+            ax.set(xticks=[], yticks=[])
+            [s.set_visible(False) for s in ax.spines.values()]
+            if r == 0:
+                ax.set_title(m, fontsize=9)
+            if c == 0:
+                ax.set_ylabel(key.replace("_", " "))
+        handles = [
+            plt.Line2D([], [], marker="o", ls="", ms=4, color=v, label=k) for k, v in colour.items()
+        ]
+        axes[r, -1].legend(
+            handles=handles,
+            loc="center left",
+            bbox_to_anchor=(1.02, 0.5),
+            frameon=False,
+            fontsize=6.5,
+            handletextpad=0.1,
+        )
     return fig
 
 # %% ../nbs/19_figures.ipynb #74710f0f
 def loss_curve(
-    log,             # DataFrame: step, loss
-    lines:dict=None, # Name -> loss drawn as a horizontal line, on held-out cells
-):                   # matplotlib figure
+    log,  # DataFrame: step, loss
+    lines: dict = None,  # Name -> loss drawn as a horizontal line, on held-out cells
+):  # matplotlib figure
     "Training loss over steps with the baselines as lines."
     plt = _plt()
     fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     ax.plot(log.step, log.loss, color=PALETTE[0], lw=1.4, label="training batches")
-    for i, (name, value) in enumerate((lines or {}).items()): ax.axhline(value, color=PALETTE[i + 1], ls="--", lw=1, label=f"{name} ({value:.2f})")
-    ax.set(xlabel="step", ylabel="masked-gene loss (nats)"); ax.legend(frameon=False, fontsize=7); ax.spines[["top", "right"]].set_visible(False)
+    for i, (name, value) in enumerate((lines or {}).items()):
+        ax.axhline(value, color=PALETTE[i + 1], ls="--", lw=1, label=f"{name} ({value:.2f})")
+    ax.set(xlabel="step", ylabel="masked-gene loss (nats)")
+    ax.legend(frameon=False, fontsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
     return fig
 
+
 def score_bars(
-    table, # Score table: method, metric, value, ci_low, ci_high
-):         # matplotlib figure
+    table,  # Score table: method, metric, value, ci_low, ci_high
+):  # matplotlib figure
     "One panel a metric, one bar a method, intervals where there are any."
     plt = _plt()
     metrics, methods = list(dict.fromkeys(table.metric)), list(dict.fromkeys(table.method))
     colour = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(methods)}
-    fig, axes = plt.subplots(1, len(metrics), figsize=(1.9*len(metrics) + .8, 2.6), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1,
+        len(metrics),
+        figsize=(1.9 * len(metrics) + 0.8, 2.6),
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, metric in zip(axes[0], metrics):
         t = table[table.metric == metric].reset_index(drop=True)
         spread = np.nan_to_num(np.array([t.value - t.ci_low, t.ci_high - t.value])).clip(0)
-        ax.barh(np.arange(len(t)), t.value, color=t.method.map(colour), xerr=spread, error_kw=dict(lw=1))
+        ax.barh(
+            np.arange(len(t)), t.value, color=t.method.map(colour), xerr=spread, error_kw=dict(lw=1)
+        )
         named = ax is axes[0, 0] or list(t.method) != list(table[table.metric == metrics[0]].method)
-        ax.set_yticks(np.arange(len(t)), t.method if named else [""]*len(t), fontsize=7); ax.invert_yaxis(); ax.set_title(metric, fontsize=8); ax.tick_params(axis="x", labelsize=7)
+        ax.set_yticks(np.arange(len(t)), t.method if named else [""] * len(t), fontsize=7)
+        ax.invert_yaxis()
+        ax.set_title(metric, fontsize=8)
+        ax.tick_params(axis="x", labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
-        if metric.endswith("loss"): ax.set_xlim(left=max(0, t.value.min() - 1.5*(np.ptp(t.value) + .2)))
+        if metric.endswith("loss"):
+            ax.set_xlim(left=max(0, t.value.min() - 1.5 * (np.ptp(t.value) + 0.2)))
     return fig
 
+
 def save_figure(
-    fig, path, # Without ending; a PNG and a PDF are written
-    dpi:int=160, # Of the PNG, and of what is rasterised in the PDF
-)->list:       # Paths
+    fig,
+    path,  # Without ending; a PNG and a PDF are written
+    dpi: int = 160,  # Of the PNG, and of what is rasterised in the PDF
+) -> list:  # Paths
     "Write a figure as PNG and PDF."
     out = []
     for ending in ("png", "pdf"):
-        fig.savefig(f"{path}.{ending}", dpi=dpi, bbox_inches="tight", metadata={"Software": None} if ending == "png" else {"CreationDate": None}); out.append(f"{path}.{ending}")
+        fig.savefig(
+            f"{path}.{ending}",
+            dpi=dpi,
+            bbox_inches="tight",
+            metadata={"Software": None} if ending == "png" else {"CreationDate": None},
+        )
+        out.append(f"{path}.{ending}")
     return out
 
 # %% ../nbs/19_figures.ipynb #23e61c46
 def score_grid(
-    table,             # Score table: method, group, metric, value, ci_low, ci_high and, if there, best
-    groups=("bio", "batch", "aggregate", "labels", "depth"), # Groups of metrics, from left to right; others are left out
+    table,  # Score table: method, group, metric, value, ci_low, ci_high and, if there, best
+    groups=(
+        "bio",
+        "batch",
+        "aggregate",
+        "labels",
+        "depth",
+    ),  # Groups of metrics, from left to right; others are left out
     lower_is_better=("masked-gene loss",),
-):                     # matplotlib figure
-    "The table as a picture: a row a method, a column a metric, dark is good; bold are the best and all whose interval meets theirs."
+):  # matplotlib figure
+    """The table as a picture: a row a method, a column a metric, dark is good; bold are the best
+    and all whose interval meets theirs."""
     plt = _plt()
-    t = table[table.group.isin(groups)]; methods = list(dict.fromkeys(t.method)); metrics = [m for g in groups for m in dict.fromkeys(t[t.group == g].metric)]
+    t = table[table.group.isin(groups)]
+    methods = list(dict.fromkeys(t.method))
+    metrics = [m for g in groups for m in dict.fromkeys(t[t.group == g].metric)]
     group = t.drop_duplicates("metric").set_index("metric").group
-    wide = t.pivot_table(index="method", columns="metric", values="value").reindex(index=methods, columns=metrics)
-    fig, ax = plt.subplots(figsize=(.62*len(metrics) + 2.2, .3*len(methods) + 1.7), layout="constrained")
-    x, at = 0., {}
-    for i, m in enumerate(metrics): x += 1 + .35*(i > 0 and group[m] != group[metrics[i - 1]]); at[m] = x
+    wide = t.pivot_table(index="method", columns="metric", values="value").reindex(
+        index=methods, columns=metrics
+    )
+    fig, ax = plt.subplots(
+        figsize=(0.62 * len(metrics) + 2.2, 0.3 * len(methods) + 1.7), layout="constrained"
+    )
+    x, at = 0.0, {}
+    for i, m in enumerate(metrics):
+        x += 1 + 0.35 * (i > 0 and group[m] != group[metrics[i - 1]])
+        at[m] = x
     for m in metrics:
-        column = wide[m]*(-1 if m in lower_is_better else 1); span = column.max() - column.min()
-        shade = (column - column.min())/span if span > 0 else column*0 + .5
-        hue = {"bio": "Blues", "batch": "Oranges", "aggregate": "Purples", "labels": "Greens"}.get(group[m], "Greys")
+        column = wide[m] * (-1 if m in lower_is_better else 1)
+        span = column.max() - column.min()
+        shade = (column - column.min()) / span if span > 0 else column * 0 + 0.5
+        hue = {"bio": "Blues", "batch": "Oranges", "aggregate": "Purples", "labels": "Greens"}.get(
+            group[m], "Greys"
+        )
         for j, name in enumerate(methods):
-            if not np.isfinite(column.get(name, np.nan)): ax.text(at[m], j, "-", ha="center", va="center", fontsize=6.5, color=".5"); continue
-            ax.add_patch(plt.Rectangle((at[m] - .5, j - .5), 1, 1, color=plt.get_cmap(hue)(.08 + .6*shade[name]), lw=0))
-            row = t[(t.method == name) & (t.metric == m)].iloc[0]; half = (row.ci_high - row.ci_low)/2; best = bool(row.get("best", False))
-            ax.text(at[m], j - (.12 if half == half else 0), f"{row.value:.2f}", ha="center", va="center", fontsize=6.5, weight="bold" if best else "normal", color="white" if shade[name] > .85 else "black")
-            if half == half: ax.text(at[m], j + .27, f"±{half:.2f}", ha="center", va="center", fontsize=4.6, color="white" if shade[name] > .85 else ".25")
-    ax.set(xlim=(.4, x + .6), ylim=(len(methods) - .5, -.5)); ax.set_yticks(range(len(methods)), methods, fontsize=7.5)
-    ax.xaxis.tick_top(); ax.set_xticks([at[m] for m in metrics], metrics, rotation=50, ha="left", fontsize=7); ax.tick_params(length=0); [sp.set_visible(False) for sp in ax.spines.values()]
+            if not np.isfinite(column.get(name, np.nan)):
+                ax.text(at[m], j, "-", ha="center", va="center", fontsize=6.5, color=".5")
+                continue
+            ax.add_patch(
+                plt.Rectangle(
+                    (at[m] - 0.5, j - 0.5),
+                    1,
+                    1,
+                    color=plt.get_cmap(hue)(0.08 + 0.6 * shade[name]),
+                    lw=0,
+                )
+            )
+            row = t[(t.method == name) & (t.metric == m)].iloc[0]
+            half = (row.ci_high - row.ci_low) / 2
+            best = bool(row.get("best", False))
+            ax.text(
+                at[m],
+                j - (0.12 if half == half else 0),
+                f"{row.value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                weight="bold" if best else "normal",
+                color="white" if shade[name] > 0.85 else "black",
+            )
+            if half == half:
+                ax.text(
+                    at[m],
+                    j + 0.27,
+                    f"±{half:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=4.6,
+                    color="white" if shade[name] > 0.85 else ".25",
+                )
+    ax.set(xlim=(0.4, x + 0.6), ylim=(len(methods) - 0.5, -0.5))
+    ax.set_yticks(range(len(methods)), methods, fontsize=7.5)
+    ax.xaxis.tick_top()
+    ax.set_xticks([at[m] for m in metrics], metrics, rotation=50, ha="left", fontsize=7)
+    ax.tick_params(length=0)
+    [sp.set_visible(False) for sp in ax.spines.values()]
     return fig
 
 # %% ../nbs/19_figures.ipynb #9062ee71
 def write_comparison(
-    result, adata, label:str, batch:str, # From `compare`, and what was compared
-    out,                                            # Folder; an earlier result is replaced
-    seed:int=0, max_umap:int=3000,                  # Cells drawn at most
-    more=None,                                      # Called with the folder before it gets its name: what else belongs into it
+    result,
+    adata,
+    label: str,
+    batch: str,  # From `compare`, and what was compared
+    out,  # Folder; an earlier result is replaced
+    seed: int = 0,
+    max_umap: int = 3000,  # Cells drawn at most
+    more=None,  # Called with the folder before it gets its name: what else belongs into it
 ):
     "Write scores.csv, scores.parquet, scores.png and umap.png: all, or none."
     import matplotlib
     import pandas as pd
     from scemb.folders import new_folder, table_for_csv
+
     matplotlib.use("agg", force=False)
     plt = _plt()
     with new_folder(out, overwrite=True) as part:
-        (part/"scores.csv").write_text(table_for_csv(result.table).to_csv(index=False))
-        result.table.to_parquet(part/"scores.parquet")
+        (part / "scores.csv").write_text(table_for_csv(result.table).to_csv(index=False))
+        result.table.to_parquet(part / "scores.parquet")
         some, rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:max_umap]), []
         for name, x in result.embeddings.items():
             ok = some[np.isfinite(x[some]).all(1)]
             u = umap_coordinates(x[ok], seed=seed)
             groups = {k: adata.obs[k].astype(str).to_numpy()[ok] for k in (label, batch)}
             rows.append(pd.DataFrame(dict(method=name, umap1=u[:, 0], umap2=u[:, 1], **groups)))
-        drawn = dict(scores=score_grid(result.table), umap=umap_grid(pd.concat(rows), (label, batch)))
+        drawn = dict(
+            scores=score_grid(result.table), umap=umap_grid(pd.concat(rows), (label, batch))
+        )
         for name, fig in drawn.items():
-            save_figure(fig, part/name)
-            (part/f"{name}.pdf").unlink()
+            save_figure(fig, part / name)
+            (part / f"{name}.pdf").unlink()
             plt.close(fig)
         if more:
             more(part)

@@ -17,71 +17,82 @@ import scipy.sparse as sp
 # %% ../nbs/01a_files.ipynb #65f62586
 HUMAN_GENOMES = ("grch38", "grch37", "hg38", "hg19", "b37", "human", "homo_sapiens")
 
+
 def is_human_genome(
-    name:str, # Of a reference, such as GRCh38 or refdata-gex-GRCh38-2020-A
-)->bool:      # A name of two species, such as GRCh38_and_mm10, is not
+    name: str,  # Of a reference, such as GRCh38 or refdata-gex-GRCh38-2020-A
+) -> bool:  # A name of two species, such as GRCh38_and_mm10, is not
     "Whether the name of a genome says that it is human alone."
     plain = str(name).lower()
     other = any(word in plain for word in ("mm10", "mm39", "grcm", "mouse", "_and_"))
     return not other and any(word in plain for word in HUMAN_GENOMES)
 
+
 def without_genome(
     names,  # Names of genes
-    genome, # Name of the genome of each
-)->np.ndarray: # The same without "GRCh38_" in front
+    genome,  # Name of the genome of each
+) -> np.ndarray:  # The same without "GRCh38_" in front
     "Take the name of its own genome off each gene, as Cell Ranger puts it on with two species."
     plain = []
     for name, own in zip(names, genome):
         begins = own and name.startswith(f"{own}_")
-        plain.append(name[len(own):].lstrip("_") if begins else name)
+        plain.append(name[len(own) :].lstrip("_") if begins else name)
     return np.array(plain, dtype=object)
 
 # %% ../nbs/01a_files.ipynb #be548961
 class TenX:
     "The matrix of a 10x .h5 file, cells x genes, read in blocks of cells."
+
     format = "csr"
 
-    def __init__(self,
-        group,        # HDF5 group with data, indices, indptr, shape
-        columns=None, # Positions of the features that are taken; None: all
+    def __init__(
+        self,
+        group,  # HDF5 group with data, indices, indptr, shape
+        columns=None,  # Positions of the features that are taken; None: all
     ):
         self.group, self.columns = group, columns
         n_features, n_cells = (int(n) for n in group["shape"][:])
         self.stored = (n_cells, n_features)
         self.shape = (n_cells, n_features if columns is None else len(columns))
 
-    def __getitem__(self, rows): # a slice of cells -> CSR
+    def __getitem__(self, rows):  # a slice of cells -> CSR
         first, last, step = rows.indices(self.shape[0])
         if step != 1:
             raise ValueError("Cells of a 10x file are read in blocks without gaps.")
-        indptr = self.group["indptr"][first:last + 1]
+        indptr = self.group["indptr"][first : last + 1]
         part = slice(int(indptr[0]), int(indptr[-1]))
         arrays = (self.group["data"][part], self.group["indices"][part], indptr - indptr[0])
         block = sp.csr_matrix(arrays, shape=(last - first, self.stored[1]))
         return block if self.columns is None else block[:, self.columns]
 
-    def to_memory(self): return self[:]
+    def to_memory(self):
+        return self[:]
+
 
 class LoomMatrix:
     "A matrix of a loom file, cells x genes, read in blocks of cells."
-    def __init__(self, dataset): # HDF5 dataset, genes x cells
+
+    def __init__(self, dataset):  # HDF5 dataset, genes x cells
         self.dataset, self.shape, self.dtype = dataset, dataset.shape[::-1], dataset.dtype
 
-    def __getitem__(self, rows): # a slice of cells -> dense array
+    def __getitem__(self, rows):  # a slice of cells -> dense array
         return self.dataset[:, rows].T
 
-    def to_memory(self): return sp.csr_matrix(self[:])
+    def to_memory(self):
+        return sp.csr_matrix(self[:])
 
 # %% ../nbs/01a_files.ipynb #6c966e0a
 class LazyCells:
     "The matrices of a file of cells, left on disk, with its tables."
-    def __init__(self,
-        X, var,              # Matrix, or None where the file has none; table of genes
-        obs,                 # Table of cells, or a function that reads it
-        layers=None,         # Name -> matrix
-        raw=None,            # Another of these, or None
-        file=None,           # What must be closed in the end
-        kind:str="h5ad",     # As told by `kind_of_file`
+
+    def __init__(
+        self,
+        X,
+        var,  # Matrix, or None where the file has none; table of genes
+        obs,  # Table of cells, or a function that reads it
+        layers=None,  # Name -> matrix
+        raw=None,  # Another of these, or None
+        file=None,  # What must be closed in the end
+        kind: str = "h5ad",  # As told by `kind_of_file`
     ):
         self.X, self.var, self.layers, self.raw = X, var, layers or {}, raw
         self._obs, self.file, self.kind = obs, file, kind
@@ -95,23 +106,38 @@ class LazyCells:
         return self._obs
 
     @property
-    def n_vars(self): return len(self.var)
+    def n_vars(self):
+        return len(self.var)
+
     @property
-    def shape(self): return (self.n_obs, self.n_vars)
+    def shape(self):
+        return (self.n_obs, self.n_vars)
+
     @property
-    def var_names(self): return self.var.index
+    def var_names(self):
+        return self.var.index
+
     @property
-    def obs_names(self): return self.obs.index
+    def obs_names(self):
+        return self.obs.index
 
     def close(self):
         if self.file is not None and hasattr(self.file, "close"):
             self.file.close()
 
-    def to_memory(self): # -> AnnData
+    def to_memory(self):  # -> AnnData
         import anndata as ad
-        whole = lambda m: m.to_memory() if hasattr(m, "to_memory") else m[:]
+
+        def whole(m):
+            return m.to_memory() if hasattr(m, "to_memory") else m[:]
+
         X = None if self.X is None else whole(self.X)
-        adata = ad.AnnData(X, self.obs.copy(), self.var.copy(), layers={k: whole(m) for k, m in self.layers.items()})
+        adata = ad.AnnData(
+            X,
+            self.obs.copy(),
+            self.var.copy(),
+            layers={k: whole(m) for k, m in self.layers.items()},
+        )
         if self.raw is not None:
             adata.raw = ad.AnnData(whole(self.raw.X), adata.obs[[]], self.raw.var.copy())
         return adata
@@ -121,56 +147,92 @@ WAYS_OUT = {
     "gzip": "is compressed with gzip. Unpack it first: gunzip FILE",
     "zip": "is a zip archive. Unpack it first: unzip FILE",
     "tar": "is a tar archive. Unpack it first: tar -xf FILE",
-    "r": "is an object of R. Write it as h5ad from R, for example with zellkonverter::writeH5AD or anndataR::write_h5ad.",
-    "pickle": "is a Python pickle, which can run code and is never opened. Write it as h5ad with the program that made it.",
-    "text": "is a table of text. Read it with pandas, and write it as h5ad: anndata.AnnData(table_of_cells_x_genes).write_h5ad(...).",
+    "r": "is an object of R. Write it as h5ad from R, for example with zellkonverter::writeH5AD "
+    "or anndataR::write_h5ad.",
+    "pickle": "is a Python pickle, which can run code and is never opened. Write it as h5ad with "
+    "the program that made it.",
+    "text": "is a table of text. Read it with pandas, and write it as h5ad: "
+    "anndata.AnnData(table_of_cells_x_genes).write_h5ad(...).",
     "h5seurat": "is an h5Seurat file. Convert it in R: SeuratDisk::Convert(FILE, dest = 'h5ad').",
-    "molecules": "is a molecule_info.h5 of Cell Ranger, which lists molecules and holds no matrix. Take filtered_feature_bc_matrix.h5 of the same run.",
-    "mudata": "is a MuData file of several assays. Write the one of genes as h5ad: mudata.read(FILE)['rna'].write_h5ad(...).",
-    "soma": "is a TileDB-SOMA store. scemb curate reads it; for the other commands write its cells as h5ad.",
+    "molecules": "is a molecule_info.h5 of Cell Ranger, which lists molecules and holds no "
+    "matrix. Take filtered_feature_bc_matrix.h5 of the same run.",
+    "mudata": "is a MuData file of several assays. Write the one of genes as h5ad: "
+    "mudata.read(FILE)['rna'].write_h5ad(...).",
+    "soma": "is a TileDB-SOMA store. scemb curate reads it; for the other commands write its "
+    "cells as h5ad.",
     "empty": "is empty (0 bytes). Copy or download it again.",
-    "other hdf5": "is an HDF5 file, but none of cells that is known (h5ad, 10x .h5, loom)."}
+    "other hdf5": "is an HDF5 file, but none of cells that is known (h5ad, 10x .h5, loom).",
+}
+
 
 def _first_bytes(path, n=512):
     with open(path, "rb") as f:
         return f.read(n)
 
-def _foreign(path): # a file that is no HDF5 -> key of `WAYS_OUT`, or None
+
+def _foreign(path):  # a file that is no HDF5 -> key of `WAYS_OUT`, or None
     head, name = _first_bytes(path), path.name.lower()
-    if not head: return "empty"
-    if name.endswith((".rds", ".rda", ".rdata", ".robj")) or head[:5] in (b"RDX3\n", b"RDX2\n"): return "r"
-    if name.endswith((".tar", ".tar.gz", ".tgz")) or head[257:262] == b"ustar": return "tar"
-    if head[:2] == b"\x1f\x8b": return "gzip"
-    if head[:4] == b"PK\x03\x04": return "zip"
-    if head[:1] == b"\x80" and head[1:2] <= b"\x05": return "pickle"
-    if b"\x00" not in head and any(mark in head for mark in (b",", b"\t", b";")): return "text"
+    if not head:
+        return "empty"
+    if name.endswith((".rds", ".rda", ".rdata", ".robj")) or head[:5] in (b"RDX3\n", b"RDX2\n"):
+        return "r"
+    if name.endswith((".tar", ".tar.gz", ".tgz")) or head[257:262] == b"ustar":
+        return "tar"
+    if head[:2] == b"\x1f\x8b":
+        return "gzip"
+    if head[:4] == b"PK\x03\x04":
+        return "zip"
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        return "pickle"
+    if b"\x00" not in head and any(mark in head for mark in (b",", b"\t", b";")):
+        return "text"
     return None
 
-def _hdf5_kind(f): # an open HDF5 file -> kind
+
+def _hdf5_kind(f):  # an open HDF5 file -> kind
     keys = set(f)
-    if "matrix" in keys and hasattr(f["matrix"], "keys") and "barcodes" in f["matrix"]: return "10x h5"
-    if {"row_attrs", "col_attrs", "matrix"} <= keys: return "loom"
-    if "mod" in keys and {"obs", "var"} <= keys: return "mudata"
-    if {"barcode_idx", "umi"} <= keys or "molecule_idx" in keys: return "molecules"
-    if {"assays", "cell.names"} <= keys: return "h5seurat"
+    if "matrix" in keys and hasattr(f["matrix"], "keys") and "barcodes" in f["matrix"]:
+        return "10x h5"
+    if {"row_attrs", "col_attrs", "matrix"} <= keys:
+        return "loom"
+    if "mod" in keys and {"obs", "var"} <= keys:
+        return "mudata"
+    if {"barcode_idx", "umi"} <= keys or "molecule_idx" in keys:
+        return "molecules"
+    if {"assays", "cell.names"} <= keys:
+        return "h5seurat"
     if {"obs", "var"} <= keys:
-        old = not hasattr(f["obs"], "keys") or not hasattr(f["var"], "keys") or "encoding-type" not in f["obs"].attrs
+        old = (
+            not hasattr(f["obs"], "keys")
+            or not hasattr(f["var"], "keys")
+            or "encoding-type" not in f["obs"].attrs
+        )
         return "old h5ad" if old or any(k.startswith("raw.") for k in keys) else "h5ad"
-    genomes = [k for k in keys if hasattr(f[k], "keys") and {"barcodes", "genes", "data", "indptr"} <= set(f[k])]
+    genomes = [
+        k
+        for k in keys
+        if hasattr(f[k], "keys") and {"barcodes", "genes", "data", "indptr"} <= set(f[k])
+    ]
     return "10x h5" if genomes else "other hdf5"
 
-MATRIX_FILE = re.compile(r"^(?P<begin>.*?)(matrix\.mtx|cells_x_genes(\.\w+)?\.mtx|quants_mat\.mtx|gene_count\.mtx|counts?\.mtx)(\.gz)?$", re.I)
+
+MATRIX_FILE = re.compile(
+    r"^(?P<begin>.*?)(matrix\.mtx|cells_x_genes(\.\w+)?\.mtx|quants_mat\.mtx|gene_count\.mtx|counts?\.mtx)(\.gz)?$",
+    re.I,
+)
+
 
 def matrix_files(
-    folder, # A folder
-)->list:    # Paths of its matrices of counts, one a sample
+    folder,  # A folder
+) -> list:  # Paths of its matrices of counts, one a sample
     "The .mtx files of a folder."
     found = [p for p in sorted(Path(folder).iterdir()) if p.is_file() and MATRIX_FILE.match(p.name)]
     return [p for p in found if not p.name.startswith("UniqueAndMult")]
 
+
 def kind_of_file(
-    path, # A file or folder
-)->str:   # "h5ad", "old h5ad", "zarr", "10x h5", "loom" or "mtx"
+    path,  # A file or folder
+) -> str:  # "h5ad", "old h5ad", "zarr", "10x h5", "loom" or "mtx"
     "Tell what a file is by its content; ValueError names what is no file of cells."
     path = Path(path)
     if not path.exists():
@@ -184,37 +246,53 @@ def kind_of_file(
         what = _foreign(path)
         if what:
             raise ValueError(f"{path} {WAYS_OUT[what]}")
-        raise ValueError(f"{path} ({size:,} bytes) is not an HDF5 file, nor any other file of cells that is known (h5ad, zarr, 10x .h5, loom, a folder with matrix.mtx).")
+        raise ValueError(
+            f"{path} ({size:,} bytes) is not an HDF5 file, nor any other file of cells that is "
+            "known (h5ad, zarr, 10x .h5, loom, a folder with matrix.mtx)."
+        )
     import h5py
+
     try:
         with h5py.File(path, "r") as f:
             kind, keys = _hdf5_kind(f), sorted(f)[:6]
     except (OSError, RuntimeError, KeyError) as e:
         if "unable to lock" in str(e).lower():
-            raise ValueError(f"{path} is open for writing in another program (its lock is held). Wait until that ends, or copy the file. ({str(e)[:120]})") from e
-        raise ValueError(f"{path} ({size:,} bytes) is truncated or damaged and cannot be read. Copy or download it again. ({str(e)[:160]})") from e
+            raise ValueError(
+                f"{path} is open for writing in another program (its lock is held). Wait until "
+                f"that ends, or copy the file. ({str(e)[:120]})"
+            ) from e
+        raise ValueError(
+            f"{path} ({size:,} bytes) is truncated or damaged and cannot be read. Copy or "
+            f"download it again. ({str(e)[:160]})"
+        ) from e
     if kind in WAYS_OUT:
         holds = f" It has {keys}." if kind == "other hdf5" else ""
         raise ValueError(f"{path} {WAYS_OUT[kind]}{holds}")
     return kind
 
+
 def _kind_of_folder(path):
-    if (path/"zarr.json").exists() or (path/".zgroup").exists() or (path/".zattrs").exists():
+    if (path / "zarr.json").exists() or (path / ".zgroup").exists() or (path / ".zattrs").exists():
         return "zarr"
     if matrix_files(path):
         return "mtx"
-    if (path/"__tiledb_group.tdb").exists() or (path/"__group").is_dir():
+    if (path / "__tiledb_group.tdb").exists() or (path / "__group").is_dir():
         raise ValueError(f"{path} {WAYS_OUT['soma']}")
     inside = [p for p in sorted(path.rglob("*")) if p.is_file() and MATRIX_FILE.match(p.name)]
     deeper = f" A matrix lies deeper: give {inside[0].parent}." if inside else ""
-    raise ValueError(f"{path} is a folder without a file of cells: no zarr store, no matrix.mtx in it.{deeper}")
+    raise ValueError(
+        f"{path} is a folder without a file of cells: no zarr store, no matrix.mtx in it.{deeper}"
+    )
 
 # %% ../nbs/01a_files.ipynb #28b53956
 def _anndata_version():
     from importlib.metadata import version
+
     return version("anndata")
 
-def _unreadable(path, e, place=None): # an exception of anndata, h5py or zarr, and where it arose -> ValueError in a sentence
+
+def _unreadable(path, e, place=None):
+    # an exception of anndata, h5py or zarr, and where it arose -> ValueError in a sentence
     said = " ".join(str(e).split())
     if "No read method registered" in said or "IORegistryError" in type(e).__name__:
         spec = re.search(r"encoding_type='([^']*)', encoding_version='([^']*)'", said)
@@ -222,39 +300,79 @@ def _unreadable(path, e, place=None): # an exception of anndata, h5py or zarr, a
         place = place or (found and found[1])
         what = f"the encoding {spec[1]!r}, version {spec[2]}" if spec else "an encoding"
         at = f" at {place}" if place else ""
-        return ValueError(f"{path} holds {what}{at}, which anndata {_anndata_version()} does not know. The file is not damaged: update anndata, or write it again with the version of here.")
+        return ValueError(
+            f"{path} holds {what}{at}, which anndata {_anndata_version()} does not know. The "
+            "file is not damaged: update anndata, or write it again with the version of here."
+        )
     damaged = isinstance(e, (OSError, RuntimeError))
     what = "is truncated or damaged" if damaged else "cannot be read as a file of cells"
     way = "Copy or download it again." if damaged else "Write it again with anndata."
     return ValueError(f"{path} {what}. {way} ({type(e).__name__}: {said[:160]})")
 
-def _on_disk(element): # a group or array -> matrix on disk
+
+def _on_disk(element):  # a group or array -> matrix on disk
     if hasattr(element, "shape"):
         if len(element.shape) != 2:
-            raise ValueError(f"it has {len(element.shape)} dimensions, and a matrix of cells x genes is needed")
+            raise ValueError(
+                f"it has {len(element.shape)} dimensions, and a matrix of cells x genes is needed"
+            )
         return element
     from anndata.io import sparse_dataset
+
     encoding = element.attrs.get("encoding-type", "nothing that is named")
     if encoding not in ("csr_matrix", "csc_matrix"):
         raise ValueError(f"it is stored as {encoding!r}, and a dense, csr or csc matrix is needed")
     _check_pieces(element)
     return sparse_dataset(element)
 
-def _check_pieces(group): # a sparse matrix on disk: are its parts there, and do they fit?
+
+def _check_pieces(group):  # a sparse matrix on disk: are its parts there, and do they fit?
     data, indices, indptr = (group[k] for k in ("data", "indices", "indptr"))
     ends = indptr[:]
-    if len(ends) == 0 or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > min(data.shape[0], indices.shape[0]):
-        raise ValueError("its rows do not fit its values, so the file is damaged. Copy or download it again")
-    pieces = getattr(data, "nchunks", 0)               # zarr fills in zeros for a piece that is missing
+    if (
+        len(ends) == 0
+        or ends[0] != 0
+        or (np.diff(ends) < 0).any()
+        or ends[-1] > min(data.shape[0], indices.shape[0])
+    ):
+        raise ValueError(
+            "its rows do not fit its values, so the file is damaged. Copy or download it again"
+        )
+    pieces = getattr(data, "nchunks", 0)  # zarr fills in zeros for a piece that is missing
     if pieces and hasattr(data, "nchunks_initialized") and 0 < data.nchunks_initialized < pieces:
-        raise ValueError(f"{pieces - data.nchunks_initialized} of {pieces} pieces of its values are missing, so the copy is not whole. Copy the store again")
+        raise ValueError(
+            f"{pieces - data.nchunks_initialized} of {pieces} pieces of its values are missing, "
+            "so the copy is not whole. Copy the store again"
+        )
+
 
 KNOWN = {
-    "", "anndata", "array", "awkward-array", "bytes", "categorical", "csc_matrix", "csr_matrix", "dataframe", "dict", "null",
-    "nullable-boolean", "nullable-integer", "nullable-string-array", "numeric-scalar", "raw", "rec-array", "string", "string-array"}
+    "",
+    "anndata",
+    "array",
+    "awkward-array",
+    "bytes",
+    "categorical",
+    "csc_matrix",
+    "csr_matrix",
+    "dataframe",
+    "dict",
+    "null",
+    "nullable-boolean",
+    "nullable-integer",
+    "nullable-string-array",
+    "numeric-scalar",
+    "raw",
+    "rec-array",
+    "string",
+    "string-array",
+}
 
-def _check_encodings(group, path, depth=0): # an element of an encoding that is not in the list is tried
+
+def _check_encodings(group, path, depth=0):
+    # an element of an encoding that is not in the list is tried
     from anndata.io import read_elem
+
     for name in group:
         element = group[name]
         if str(element.attrs.get("encoding-type", "")) not in KNOWN:
@@ -265,13 +383,16 @@ def _check_encodings(group, path, depth=0): # an element of an encoding that is 
         if hasattr(element, "keys") and depth < 3:
             _check_encodings(element, path, depth + 1)
 
-def _lazy(root, path, kind, file): # an open AnnData store -> LazyCells
+
+def _lazy(root, path, kind, file):  # an open AnnData store -> LazyCells
     from anndata.io import read_elem
+
     def matrix(place):
         try:
             return _on_disk(root[place])
         except ValueError as e:
             raise ValueError(f"{place} of {path} cannot be read: {e}.") from e
+
     layers = {k: matrix(f"layers/{k}") for k in (root["layers"] if "layers" in root else ())}
     X = matrix("X") if "X" in root else None
     raw = None
@@ -279,24 +400,31 @@ def _lazy(root, path, kind, file): # an open AnnData store -> LazyCells
         m = matrix("raw/X")
         raw = LazyCells(m, read_elem(root["raw"]["var"]), None, kind=kind)
     _check_encodings(root, path)
+
     def obs():
         try:
             return read_elem(root["obs"])
         except Exception as e:
             raise _unreadable(path, e, "obs") from e
+
     cells = LazyCells(X, read_elem(root["var"]), obs, layers, raw, file, kind)
     widths = {m.shape[1] for m in (X, *layers.values()) if m is not None}
     if widths and widths != {cells.n_vars}:
-        raise ValueError(f"{path} has matrices of {sorted(widths)} genes and a table of {cells.n_vars} genes: it is damaged, or was written by hand.")
+        raise ValueError(
+            f"{path} has matrices of {sorted(widths)} genes and a table of {cells.n_vars} genes: "
+            "it is damaged, or was written by hand."
+        )
     return cells
 
-def open_zarr_group(path, mode="r"): # the group at the top of a zarr store
+
+def open_zarr_group(path, mode="r"):  # the group at the top of a zarr store
     "Open a zarr store of format 2 or 3."
     try:
         import zarr
     except ImportError as e:
         raise ImportError("Reading .zarr needs zarr: pip install zarr") from e
     return zarr.open_group(str(path), mode=mode, use_consolidated=False)
+
 
 def _open_zarr(path):
     try:
@@ -305,12 +433,21 @@ def _open_zarr(path):
     except ImportError:
         raise
     except ValueError as e:
-        raise ValueError(str(e) if str(path) in str(e) else f"{path} is no AnnData store ({e}). Write it with AnnData.write_zarr.") from e
+        raise ValueError(
+            str(e)
+            if str(path) in str(e)
+            else f"{path} is no AnnData store ({e}). Write it with AnnData.write_zarr."
+        ) from e
     except Exception as e:
-        raise ValueError(f"{path} is no AnnData store ({type(e).__name__}: {str(e)[:160]}). Write it with AnnData.write_zarr.") from e
+        raise ValueError(
+            f"{path} is no AnnData store ({type(e).__name__}: {str(e)[:160]}). Write it with "
+            "AnnData.write_zarr."
+        ) from e
+
 
 def _open_h5ad(path):
     import h5py
+
     f = h5py.File(path, "r")
     try:
         return _lazy(f, path, "h5ad", f)
@@ -318,55 +455,72 @@ def _open_h5ad(path):
         f.close()
         raise
 
-def _read_old(path): # an h5ad of before anndata 0.7, whole
+
+def _read_old(path):  # an h5ad of before anndata 0.7, whole
     import anndata as ad
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ad.read_h5ad(path)
 
 # %% ../nbs/01a_files.ipynb #72012b35
-def _text(dataset): # an HDF5 array of names -> str, whatever they are stored as
+def _text(dataset):  # an HDF5 array of names -> str, whatever they are stored as
     values = dataset[:]
-    return np.array([v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values], dtype=object)
+    return np.array(
+        [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values],
+        dtype=object,
+    )
 
-def _say_left_out(path, names, what): # a list of values -> one warning
+
+def _say_left_out(path, names, what):  # a list of values -> one warning
     kinds, n = np.unique(np.asarray(names, dtype=str), return_counts=True)
     listed = ", ".join(f"{k} {c:,}" for k, c in zip(kinds, n))
     warnings.warn(f"{Path(path).name}: {what} left out ({listed}).")
 
-def _chosen_features(path, kinds, genomes): # type and genome of each feature, or None -> positions, or None for all
+
+def _chosen_features(path, kinds, genomes):
+    # type and genome of each feature, or None -> positions, or None for all
     keep = None
     if kinds is not None and set(kinds) != {"Gene Expression"}:
         keep = np.asarray(kinds) == "Gene Expression"
         if not keep.any():
-            raise ValueError(f"{path} holds no gene expression, only {', '.join(sorted(set(kinds)))}.")
+            raise ValueError(
+                f"{path} holds no gene expression, only {', '.join(sorted(set(kinds)))}."
+            )
         _say_left_out(path, np.asarray(kinds)[~keep], "features that are no genes are")
     if genomes is not None and len(set(genomes) - {""}) > 1:
         human = np.array([is_human_genome(g) for g in genomes])
         if not human.any():
-            raise ValueError(f"{path} has the genomes {', '.join(sorted(set(genomes)))}, and none of them is human; this model knows human genes only.")
+            raise ValueError(
+                f"{path} has the genomes {', '.join(sorted(set(genomes)))}, and none of them is "
+                "human; this model knows human genes only."
+            )
         other = ~human if keep is None else keep & ~human
         if other.any():
             _say_left_out(path, np.asarray(genomes)[other], "genes of other genomes are")
         keep = human if keep is None else keep & human
     return None if keep is None or keep.all() else np.flatnonzero(keep)
 
+
 def _open_10x(path):
     import h5py
     import pandas as pd
+
     f = h5py.File(path, "r")
-    if "matrix" in f: # Cell Ranger 3 and later
+    if "matrix" in f:  # Cell Ranger 3 and later
         group, features = f["matrix"], f["matrix"]["features"]
         ids, names = _text(features["id"]), _text(features["name"])
         kinds = _text(features["feature_type"]) if "feature_type" in features else None
         genomes = _text(features["genome"]) if "genome" in features else None
         columns = _chosen_features(path, kinds, genomes)
-    else:             # Cell Ranger 1 and 2: a group for each genome
+    else:  # Cell Ranger 1 and 2: a group for each genome
         found = [k for k in f if hasattr(f[k], "keys") and "barcodes" in f[k]]
         human = [k for k in found if is_human_genome(k)] or (found if len(found) == 1 else [])
         if len(human) != 1:
             f.close()
-            raise ValueError(f"{path} has the genomes {', '.join(found)}; exactly one human one is needed.")
+            raise ValueError(
+                f"{path} has the genomes {', '.join(found)}; exactly one human one is needed."
+            )
         if len(found) > 1:
             _say_left_out(path, [k for k in found if k not in human], "genomes are")
         group = f[human[0]]
@@ -378,7 +532,11 @@ def _open_10x(path):
     barcodes = _text(group["barcodes"])
     matrix = TenX(group, columns)
     if matrix.stored != (len(barcodes), len(ids)):
-        raise ValueError(f"{path} has {len(barcodes):,} barcodes and {len(ids):,} features for a matrix of {matrix.stored[0]:,} x {matrix.stored[1]:,}: it is damaged. Copy or download it again.")
+        raise ValueError(
+            f"{path} has {len(barcodes):,} barcodes and {len(ids):,} features for a matrix of "
+            f"{matrix.stored[0]:,} x {matrix.stored[1]:,}: it is damaged. Copy or download it "
+            "again."
+        )
     try:
         _check_pieces(group)
     except ValueError as e:
@@ -386,8 +544,10 @@ def _open_10x(path):
     var = var if columns is None else var.iloc[columns]
     return LazyCells(matrix, var, pd.DataFrame(index=pd.Index(barcodes)), file=f, kind="10x h5")
 
-def _attributes(group, n): # row_attrs or col_attrs of a loom file -> table
+
+def _attributes(group, n):  # row_attrs or col_attrs of a loom file -> table
     import pandas as pd
+
     columns = {}
     for k in group:
         values = group[k]
@@ -395,12 +555,17 @@ def _attributes(group, n): # row_attrs or col_attrs of a loom file -> table
             columns[k] = _text(values) if values.dtype.kind in "OSU" else values[:]
     return pd.DataFrame(columns, index=pd.RangeIndex(n))
 
+
 def _open_loom(path):
     import h5py
+
     f = h5py.File(path, "r")
     X = LoomMatrix(f["matrix"])
     obs, var = _attributes(f["col_attrs"], X.shape[0]), _attributes(f["row_attrs"], X.shape[1])
-    for table, wanted in ((obs, ("CellID", "cell_names", "obs_names", "barcode")), (var, ("Gene", "gene_names", "var_names", "gene_symbols", "GeneName"))):
+    for table, wanted in (
+        (obs, ("CellID", "cell_names", "obs_names", "barcode")),
+        (var, ("Gene", "gene_names", "var_names", "gene_symbols", "GeneName")),
+    ):
         name = next((w for w in wanted if w in table), None)
         table.index = table[name].astype(str) if name else table.index.astype(str)
         table.index.name = None
@@ -411,10 +576,28 @@ def _open_loom(path):
 
 # %% ../nbs/01a_files.ipynb #8190a2a8
 SIDES = dict(
-    cells=("barcodes.tsv", "barcodes.txt", "quants_mat_rows.txt", "cells_x_genes.barcodes.txt", "cell_barcodes.txt", "barcode.tsv", "cells.tsv"),
-    genes=("features.tsv", "genes.tsv", "genes.txt", "quants_mat_cols.txt", "cells_x_genes.genes.txt", "feature.tsv", "features.txt"))
+    cells=(
+        "barcodes.tsv",
+        "barcodes.txt",
+        "quants_mat_rows.txt",
+        "cells_x_genes.barcodes.txt",
+        "cell_barcodes.txt",
+        "barcode.tsv",
+        "cells.tsv",
+    ),
+    genes=(
+        "features.tsv",
+        "genes.tsv",
+        "genes.txt",
+        "quants_mat_cols.txt",
+        "cells_x_genes.genes.txt",
+        "feature.tsv",
+        "features.txt",
+    ),
+)
 
-def _beside(matrix, side): # the file of names beside a matrix, or None
+
+def _beside(matrix, side):  # the file of names beside a matrix, or None
     begin = MATRIX_FILE.match(matrix.name)
     begin = begin["begin"] if begin else ""
     for name in SIDES[side]:
@@ -425,8 +608,10 @@ def _beside(matrix, side): # the file of names beside a matrix, or None
                     return path
     return None
 
-def _lines(path): # text file, perhaps gzip -> list of lists of columns
+
+def _lines(path):  # text file, perhaps gzip -> list of lists of columns
     import gzip
+
     opened = gzip.open if _first_bytes(path, 2) == b"\x1f\x8b" else open
     try:
         with opened(path, "rt", encoding="utf-8", errors="replace") as f:
@@ -434,33 +619,52 @@ def _lines(path): # text file, perhaps gzip -> list of lists of columns
     except (OSError, EOFError) as e:
         raise ValueError(f"{path} cannot be read ({e}); copy or download it again.") from e
 
-def _fitting(lines, n): # names for n entries, without a line of headings; None where the numbers differ
+
+def _fitting(lines, n):
+    # names for n entries, without a line of headings; None where the numbers differ
     if len(lines) == n:
         return lines
     return lines[1:] if len(lines) == n + 1 else None
 
+
 def _read_mtx(path):
     import scipy.io
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return sp.csr_matrix(scipy.io.mmread(str(path)))
     except Exception as e:
-        raise ValueError(f"{path} is truncated or damaged and cannot be read as a matrix (.mtx). Copy or download it again. ({type(e).__name__}: {str(e)[:120]})") from e
+        raise ValueError(
+            f"{path} is truncated or damaged and cannot be read as a matrix (.mtx). Copy or "
+            f"download it again. ({type(e).__name__}: {str(e)[:120]})"
+        ) from e
+
 
 def _open_mtx(path):
     import pandas as pd
+
     if path.is_dir():
         found = matrix_files(path)
-        plain = [p for p in found if p.name in ("matrix.mtx", "matrix.mtx.gz", "cells_x_genes.mtx", "quants_mat.mtx")]
+        plain = [
+            p
+            for p in found
+            if p.name in ("matrix.mtx", "matrix.mtx.gz", "cells_x_genes.mtx", "quants_mat.mtx")
+        ]
         if len(found) > 1 and len(plain) != 1:
-            raise ValueError(f"{path} holds {len(found)} matrices: {', '.join(p.name for p in found[:6])}. Give one of these files in place of the folder.")
+            raise ValueError(
+                f"{path} holds {len(found)} matrices: {', '.join(p.name for p in found[:6])}. "
+                "Give one of these files in place of the folder."
+            )
         path = plain[0] if len(plain) == 1 else found[0]
     sides = {}
     for side in SIDES:
         names = _beside(path, side)
         if names is None:
-            raise ValueError(f"Beside {path} there is no file with the names of its {side}; it may be called {', '.join(SIDES[side][:3])} (.gz), with the same beginning as the matrix.")
+            raise ValueError(
+                f"Beside {path} there is no file with the names of its {side}; it may be called "
+                f"{', '.join(SIDES[side][:3])} (.gz), with the same beginning as the matrix."
+            )
         sides[side] = (names, _lines(names))
     matrix = _read_mtx(path)
     cells_by_row = "cells_x_genes" in path.name or "quants_mat" in path.name
@@ -472,11 +676,19 @@ def _open_mtx(path):
             fits = dict(by_row=by_row, cells=cells, genes=genes)
             break
     if not fits:
-        raise ValueError(f"{path} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but {sides['genes'][0].name} has {len(sides['genes'][1]):,} lines and {sides['cells'][0].name} has {len(sides['cells'][1]):,}: they do not belong together, or one is cut short.")
+        raise ValueError(
+            f"{path} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but {sides['genes'][0].name} "
+            f"has {len(sides['genes'][1]):,} lines and {sides['cells'][0].name} has "
+            f"{len(sides['cells'][1]):,}: they do not belong together, or one is cut short."
+        )
     X = matrix if fits["by_row"] else matrix.T.tocsr()
     genes = pd.DataFrame([g[:3] for g in fits["genes"]])
     genes = genes.fillna("").astype(str)
-    kinds = genes[2].to_numpy() if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any() else None
+    kinds = (
+        genes[2].to_numpy()
+        if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any()
+        else None
+    )
     columns = _chosen_features(path, kinds, None)
     var = pd.DataFrame(index=pd.Index(genes[1 if genes.shape[1] > 1 else 0].to_numpy()))
     if genes.shape[1] > 1:
@@ -487,52 +699,75 @@ def _open_mtx(path):
     obs = pd.DataFrame(index=pd.Index([c[0] for c in fits["cells"]]))
     return LazyCells(X, var, obs, kind="mtx")
 
-def _spliced_and_ambiguous(path, X, var): # alevin-fry counts each gene thrice: gene, gene-U and gene-A
+
+def _spliced_and_ambiguous(path, X, var):
+    # alevin-fry counts each gene thrice: gene, gene-U and gene-A
     names = var.index.astype(str)
     base = names.str.replace(r"-[UA]$", "", regex=True)
-    if len(names) < 6 or len(set(base))*3 != len(names) or not names.str.endswith("-U").sum()*3 == len(names):
+    if (
+        len(names) < 6
+        or len(set(base)) * 3 != len(names)
+        or not names.str.endswith("-U").sum() * 3 == len(names)
+    ):
         return X, var
     taken = ~names.str.endswith("-U")
     genes = base[~names.str.contains(r"-[UA]$", regex=True)]
     place = {g: i for i, g in enumerate(genes)}
     at = np.array([place[g] for g in base[taken]])
     add = sp.csr_matrix((np.ones(len(at)), (np.arange(len(at)), at)), shape=(len(at), len(genes)))
-    warnings.warn(f"{Path(path).name}: spliced and ambiguous counts of alevin-fry are added, unspliced ones ({X[:, ~taken].sum():,.0f}) are left out.")
+    warnings.warn(
+        f"{Path(path).name}: spliced and ambiguous counts of alevin-fry are added, unspliced "
+        f"ones ({X[:, ~taken].sum():,.0f}) are left out."
+    )
     import pandas as pd
+
     return sp.csr_matrix(X[:, taken] @ add), pd.DataFrame(index=pd.Index(genes))
 
 # %% ../nbs/01a_files.ipynb #d2cdbf0e
 def size_and_time(
-    path, # A file or folder
-)->list:  # Bytes, and the times of change added up
+    path,  # A file or folder
+) -> list:  # Bytes, and the times of change added up
     "What changes when a file, or a file of a folder, is changed."
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stats = [p.stat() for p in files]
     return [sum(s.st_size for s in stats), sum(s.st_mtime_ns for s in stats)]
 
+
 def open_cells(
-    source,           # Path of a file or folder of any kind above; or an AnnData, which is given back
-    whole:bool=False, # Read all of it into an AnnData in memory
-):                    # `LazyCells`, or an AnnData
+    source,  # Path of a file or folder of any kind above; or an AnnData, which is given back
+    whole: bool = False,  # Read all of it into an AnnData in memory
+):  # `LazyCells`, or an AnnData
     "Open cells of any kind of file; what is wrong with it is said in a sentence."
     import os
+
     if not isinstance(source, (str, os.PathLike)):
         return source
     path = Path(source)
     kind = kind_of_file(path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* names are not unique")      # genes are looked at by `counts`
+        warnings.filterwarnings(
+            "ignore", ".* names are not unique"
+        )  # genes are looked at by `counts`
         return _opened(path, kind, whole)
+
 
 def _opened(path, kind, whole):
     if kind == "h5ad" and whole:
         return _whole_h5ad(path)
-    openers = {"h5ad": _open_h5ad, "old h5ad": _read_old, "zarr": _open_zarr, "10x h5": _open_10x, "loom": _open_loom, "mtx": _open_mtx}
+    openers = {
+        "h5ad": _open_h5ad,
+        "old h5ad": _read_old,
+        "zarr": _open_zarr,
+        "10x h5": _open_10x,
+        "loom": _open_loom,
+        "mtx": _open_mtx,
+    }
     try:
         if kind == "zarr" and whole:
             import anndata as ad
-            _open_zarr(path)                           # says what is wrong
+
+            _open_zarr(path)  # says what is wrong
             return ad.read_zarr(str(path))
         cells = openers[kind](path)
         if not whole or kind == "old h5ad":
@@ -547,10 +782,12 @@ def _opened(path, kind, whole):
     except Exception as e:
         raise _unreadable(path, e) from e
 
+
 def _whole_h5ad(path):
     import anndata as ad
+
     try:
-        _open_h5ad(path).close()                       # says what is wrong with a matrix
+        _open_h5ad(path).close()  # says what is wrong with a matrix
         return ad.read_h5ad(path)
     except ValueError as e:
         if str(path) in str(e):

@@ -20,88 +20,146 @@ from .checkpoint import load_checkpoint
 from .counts import check_output
 from .folders import Damaged, new_folder, open_folder, read_json, read_tensors, tensor_shapes
 from .embed import segment_means
-from .model import (
-    Layer, ScembConfig, ScembModel, autocast, chosen_precision, owner_of_tokens,
-    ranks_of_segments, segments)
+from scemb.model import (
+    Layer,
+    ScembConfig,
+    ScembModel,
+    autocast,
+    chosen_precision,
+    owner_of_tokens,
+    ranks_of_segments,
+    segments,
+)
 
 # %% ../nbs/11_finetune.ipynb #72a374f2
 WAYS, HEADS = ("full", "freeze", "lora", "prefix", "probe"), ("linear", "mlp", "transformer")
-RATES = dict(full=2e-4, freeze=3e-4, lora=5e-3, prefix=1e-2, probe=0.) # Learning rate of the encoder's part, by way
+RATES = dict(
+    full=2e-4, freeze=3e-4, lora=5e-3, prefix=1e-2, probe=0.0
+)  # Learning rate of the encoder's part, by way
+
 
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How an encoder is adapted; the same for every data set."
-    way: str = "lora"            # "full", "freeze", "lora", "prefix" or "probe"
-    head: str = "linear"         # "linear", "mlp" or "transformer" (a final task-specific layer)
-    frozen_layers: int = 2       # With "freeze": the embedding and this many first layers stay
-    rank: int = 8                # With "lora": rank of the update of each matrix
-    lora_on: tuple = ("query", "value") # With "lora": which matrices
-    prefix_tokens: int = 4       # With "prefix": virtual tokens a layer
-    prefix_width: int = 16       # With "prefix" and a knowledge vector: hidden width of the MLP
-    control: str = "none"        # "none", "random" or "permuted": what stands in place of the knowledge vector
-    epochs: int = 3              # Passes over the labelled cells
-    batch_cells: int = 8         # Cells an optimizer step (Hsieh et al., Methods)
-    head_rate: float = 2e-3      # Learning rate of the head
-    encoder_rate: float|None = None # Learning rate of the encoder's part; None: by way
-    weight_decay: float = .01    # Of AdamW
-    warmup: float = .1           # Share of the steps, then linear decay
-    max_grad_norm: float = 1.    # Gradient clipping
-    dropout: float = .1          # Before the last layer
-    gene_dropout: float = .5     # Share of a cell's genes left out, drawn anew at each step of training
-    class_weight: float = .5     # Weight of a class: its frequency to the power of minus this; 0: none, 1: balanced
-    validation_share: float = .15 # Labelled cells held out for the choice of the epoch, the temperature and the threshold
-    refit: int = 500             # With at most so many labelled cells, learn from all of them again once the choices are made; 0: never
-    token_budget: int = 16_384   # Tokens a forward pass: the lever for memory; with dropout, other pieces draw other numbers
-    precision: str = "auto"      # "fp32", "bf16" or "auto": bf16 on a GPU that has it, else fp32
+
+    way: str = "lora"  # "full", "freeze", "lora", "prefix" or "probe"
+    head: str = "linear"  # "linear", "mlp" or "transformer" (a final task-specific layer)
+    frozen_layers: int = 2  # With "freeze": the embedding and this many first layers stay
+    rank: int = 8  # With "lora": rank of the update of each matrix
+    lora_on: tuple = ("query", "value")  # With "lora": which matrices
+    prefix_tokens: int = 4  # With "prefix": virtual tokens a layer
+    prefix_width: int = 16  # With "prefix" and a knowledge vector: hidden width of the MLP
+    control: str = (
+        "none"  # "none", "random" or "permuted": what stands in place of the knowledge vector
+    )
+    epochs: int = 3  # Passes over the labelled cells
+    batch_cells: int = 8  # Cells an optimizer step (Hsieh et al., Methods)
+    head_rate: float = 2e-3  # Learning rate of the head
+    encoder_rate: float | None = None  # Learning rate of the encoder's part; None: by way
+    weight_decay: float = 0.01  # Of AdamW
+    warmup: float = 0.1  # Share of the steps, then linear decay
+    max_grad_norm: float = 1.0  # Gradient clipping
+    dropout: float = 0.1  # Before the last layer
+    gene_dropout: float = (
+        0.5  # Share of a cell's genes left out, drawn anew at each step of training
+    )
+    class_weight: float = (
+        0.5  # Weight of a class: its frequency to the power of minus this; 0: none, 1: balanced
+    )
+    # Labelled cells held out for the choice of the epoch, the temperature and the threshold
+    validation_share: float = 0.15
+    # With at most so many labelled cells, learn from all of them again once the choices are made;
+    # 0: never
+    refit: int = 500
+    # Tokens a forward pass: the lever for memory; with dropout, other pieces draw other numbers
+    token_budget: int = 16_384
+    precision: str = "auto"  # "fp32", "bf16" or "auto": bf16 on a GPU that has it, else fp32
     seed: int = 0
 
     def __post_init__(self):
         choices = dict(
-            way=WAYS, head=HEADS, control=("none", "random", "permuted"),
-            precision=("auto", "fp32", "bf16"))
+            way=WAYS,
+            head=HEADS,
+            control=("none", "random", "permuted"),
+            precision=("auto", "fp32", "bf16"),
+        )
         for name, allowed in choices.items():
             found = getattr(self, name)
             if found not in allowed:
                 raise ValueError(f"{name}={found!r}; choose one of {', '.join(allowed)}.")
         for name in ("rank", "prefix_tokens", "prefix_width", "batch_cells", "token_budget"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed.")
-        if not 0 <= self.gene_dropout < 1: raise ValueError(f"gene_dropout={self.gene_dropout}; a share from 0 to below 1 is needed.")
-        if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
-        if self.refit < 0: raise ValueError(f"refit={self.refit}; a number of cells is needed, 0 for never.")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed.")
+        if not 0 <= self.gene_dropout < 1:
+            raise ValueError(
+                f"gene_dropout={self.gene_dropout}; a share from 0 to below 1 is needed."
+            )
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(
+                f"validation_share={self.validation_share}; a share from 0 to below 1 is needed."
+            )
+        if self.refit < 0:
+            raise ValueError(f"refit={self.refit}; a number of cells is needed, 0 for never.")
         object.__setattr__(self, "lora_on", tuple(self.lora_on))
+
     @property
-    def rate(self): return RATES[self.way] if self.encoder_rate is None else self.encoder_rate
+    def rate(self):
+        return RATES[self.way] if self.encoder_rate is None else self.encoder_rate
 
 # %% ../nbs/11_finetune.ipynb #021fcfc3
 class Prefix(nn.Module):
     "Keys and values for each layer: learned, and moved by a knowledge vector."
-    def __init__(self,
-        config:ScembConfig,
-        n_tokens:int=4,   # Virtual tokens a layer
-        n_knowledge:int=0, # Length of the knowledge vector; 0: none, plain prefixes
-        width:int=16,     # Hidden width of the MLP
+
+    def __init__(
+        self,
+        config: ScembConfig,
+        n_tokens: int = 4,  # Virtual tokens a layer
+        n_knowledge: int = 0,  # Length of the knowledge vector; 0: none, plain prefixes
+        width: int = 16,  # Hidden width of the MLP
     ):
         super().__init__()
-        self.n_tokens, self.shape = n_tokens, (n_tokens, config.num_hidden_layers, 2, config.num_attention_heads, config.hidden_size//config.num_attention_heads)
-        plain = torch.randn(self.shape)*config.initializer_range; plain[:, :, 1] = 0                 # no value yet, but keys that can be told apart
-        self.plain = nn.Parameter(plain.flatten(1))                                                    # laid out as peft's prefix embedding is
-        self.mlp = nn.Sequential(nn.Linear(n_knowledge, width), nn.Tanh(), nn.Linear(width, plain.numel())) if n_knowledge else None
-        self.register_buffer("mean", torch.zeros(n_knowledge)); self.register_buffer("spread", torch.ones(n_knowledge))   # of the knowledge, measured on the labelled cells
-        if self.mlp: nn.init.zeros_(self.mlp[-1].weight); nn.init.zeros_(self.mlp[-1].bias)
+        self.n_tokens, self.shape = (
+            n_tokens,
+            (
+                n_tokens,
+                config.num_hidden_layers,
+                2,
+                config.num_attention_heads,
+                config.hidden_size // config.num_attention_heads,
+            ),
+        )
+        plain = torch.randn(self.shape) * config.initializer_range
+        plain[:, :, 1] = 0  # no value yet, but keys that can be told apart
+        self.plain = nn.Parameter(plain.flatten(1))  # laid out as peft's prefix embedding is
+        self.mlp = (
+            nn.Sequential(nn.Linear(n_knowledge, width), nn.Tanh(), nn.Linear(width, plain.numel()))
+            if n_knowledge
+            else None
+        )
+        self.register_buffer("mean", torch.zeros(n_knowledge))
+        self.register_buffer(
+            "spread", torch.ones(n_knowledge)
+        )  # of the knowledge, measured on the labelled cells
+        if self.mlp:
+            nn.init.zeros_(self.mlp[-1].weight)
+            nn.init.zeros_(self.mlp[-1].bias)
 
-    def forward(self, n_cells, knowledge_BK=None): # -> cache for `past_key_values`
+    def forward(self, n_cells, knowledge_BK=None):  # -> cache for `past_key_values`
         from transformers import DynamicCache
+
         x = self.plain.flatten()[None].expand(n_cells, -1)
-        if self.mlp: x = x + self.mlp((knowledge_BK - self.mean)/self.spread)
+        if self.mlp:
+            x = x + self.mlp((knowledge_BK - self.mean) / self.spread)
         cache = DynamicCache()
-        for i, kv in enumerate(x.view(n_cells, *self.shape).permute(2, 3, 0, 4, 1, 5)): cache.update(kv[0], kv[1], i)
+        for i, kv in enumerate(x.view(n_cells, *self.shape).permute(2, 3, 0, 4, 1, 5)):
+            cache.update(kv[0], kv[1], i)
         return cache
 
 # %% ../nbs/11_finetune.ipynb #be1313de
 def rows_of(
-    x_T,   # Flat values (T,)
-    cells, # Where the cells begin, (cells + 1,) integers or Segments
-):         # Values (cells, longest), 0 where there is nothing; mask of what is real
+    x_T,  # Flat values (T,)
+    cells,  # Where the cells begin, (cells + 1,) integers or Segments
+):  # Values (cells, longest), 0 where there is nothing; mask of what is real
     "Lay an unpadded row of cells out as padded rows."
     cells = segments(cells)
     places = torch.arange(cells.longest, device=x_T.device)
@@ -109,17 +167,19 @@ def rows_of(
     padded = torch.zeros(real.shape, dtype=x_T.dtype, device=x_T.device)
     return padded.masked_scatter(real, x_T), real
 
-def _flat_places(cells, n_tokens): # place of each token in padded rows laid end to end, (T,)
+
+def _flat_places(cells, n_tokens):  # place of each token in padded rows laid end to end, (T,)
     row_T = owner_of_tokens(cells.cu, n_tokens)
     rank_T = ranks_of_segments(cells, n_tokens)[0]
-    return row_T*cells.longest + rank_T
+    return row_T * cells.longest + rank_T
+
 
 def hidden_states(
-    encoder,           # `ScembModel`, or one wrapped by peft
-    batch:dict,        # input_ids, bins (1, T), cu_seqlens (cells + 1,) or Segments
-    prefix:Prefix|None=None,
-    knowledge_BK=None, # Knowledge vectors of the cells
-)->tuple:              # Outputs of the embedding and of each layer, each (T, D)
+    encoder,  # `ScembModel`, or one wrapped by peft
+    batch: dict,  # input_ids, bins (1, T), cu_seqlens (cells + 1,) or Segments
+    prefix: Prefix | None = None,
+    knowledge_BK=None,  # Knowledge vectors of the cells
+) -> tuple:  # Outputs of the embedding and of each layer, each (T, D)
     "Run the encoder on an unpadded batch, with or without prefixes."
     ids_1T, bins_1T = batch["input_ids"], batch["bins"]
     cells = segments(batch["cu_seqlens"], batch.get("longest"))
@@ -132,61 +192,87 @@ def hidden_states(
     mask = torch.cat([in_front, real], 1).long()
     cache = prefix(len(real), knowledge_BK)
     out = encoder(
-        input_ids=ids_BL, bins=bins_BL, attention_mask=mask, past_key_values=cache,
-        output_hidden_states=True)
+        input_ids=ids_BL,
+        bins=bins_BL,
+        attention_mask=mask,
+        past_key_values=cache,
+        output_hidden_states=True,
+    )
     place_T = _flat_places(cells, ids_1T.shape[1])
     return tuple(x_BLD.flatten(0, 1).index_select(0, place_T) for x_BLD in out.hidden_states)
 
 # %% ../nbs/11_finetune.ipynb #ae2893df
 class Head(nn.Module):
     "Genes of a cell to scores of its classes."
-    def __init__(self, config:ScembConfig, n_classes:int, kind:str="linear", dropout:float=.1):
+
+    def __init__(
+        self, config: ScembConfig, n_classes: int, kind: str = "linear", dropout: float = 0.1
+    ):
         super().__init__()
         D = config.hidden_size
         self.layer = Layer(config, 0) if kind == "transformer" else None
-        self.register_buffer("mean", torch.zeros(D)); self.register_buffer("spread", torch.ones(D))
+        self.register_buffer("mean", torch.zeros(D))
+        self.register_buffer("spread", torch.ones(D))
         self.inner = nn.Sequential(nn.Linear(D, D), nn.GELU()) if kind == "mlp" else nn.Identity()
         self.dropout, self.out = nn.Dropout(dropout), nn.Linear(D, n_classes)
         for m in self.modules():
-            if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=config.initializer_range); nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=config.initializer_range)
+                nn.init.zeros_(m.bias)
 
-    def pool(self, x_TD, cells): # mean over layers of each gene (T, D), Segments -> cells (B, D)
+    def pool(self, x_TD, cells):  # mean over layers of each gene (T, D), Segments -> cells (B, D)
         if self.layer is not None:
             x_TD = self.layer(x_TD[None], None, segments(cells))[0][0]
         return segment_means(x_TD.float(), cells)
-    def forward(self, v_BD): return self.out(self.dropout(self.inner((v_BD - self.mean)/self.spread))) # -> (B, classes)
+
+    def forward(self, v_BD):
+        return self.out(
+            self.dropout(self.inner((v_BD - self.mean) / self.spread))
+        )  # -> (B, classes)
 
 # %% ../nbs/11_finetune.ipynb #7cad1d29
 def adapted(
-    encoder:ScembModel,  # Left as it is: a copy is adapted
-    s:FinetuneSettings,
-):                       # The copy, with gradients only where the way wants them
+    encoder: ScembModel,  # Left as it is: a copy is adapted
+    s: FinetuneSettings,
+):  # The copy, with gradients only where the way wants them
     "Prepare a copy of an encoder for one of the five ways."
     encoder = copy.deepcopy(encoder).requires_grad_(s.way in ("full", "freeze"))
     if s.way == "freeze":
         n = len(encoder.encoder["layer"])
-        if not 0 < s.frozen_layers < n: raise ValueError(f"frozen_layers={s.frozen_layers} of {n} layers; with way='freeze' at least one layer must stay and one must train.")
-        for part in (encoder.embeddings, *encoder.encoder["layer"][:s.frozen_layers]): part.requires_grad_(False)
+        if not 0 < s.frozen_layers < n:
+            raise ValueError(
+                f"frozen_layers={s.frozen_layers} of {n} layers; with way='freeze' at least one "
+                "layer must stay and one must train."
+            )
+        for part in (encoder.embeddings, *encoder.encoder["layer"][: s.frozen_layers]):
+            part.requires_grad_(False)
     if s.way == "lora":
-        try: from peft import LoraConfig, get_peft_model
-        except ImportError as e: raise ImportError("LoRA needs peft: pip install 'scemb[finetune]'") from e
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as e:
+            raise ImportError("LoRA needs peft: pip install 'scemb[finetune]'") from e
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)                                                 # peft calls transformers by an old name
-            encoder = get_peft_model(encoder, LoraConfig(r=s.rank, lora_alpha=2*s.rank, target_modules=list(s.lora_on)))
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by an old name
+            encoder = get_peft_model(
+                encoder, LoraConfig(r=s.rank, lora_alpha=2 * s.rank, target_modules=list(s.lora_on))
+            )
     return encoder
 
-def base_hash(encoder)->str: # 16 hexadecimal digits
+
+def base_hash(encoder) -> str:  # 16 hexadecimal digits
     "A name for exactly these pretrained weights."
     h = hashlib.sha256()
-    for name, p in sorted(encoder.state_dict().items()): h.update(name.encode()); h.update(p.detach().cpu().float().contiguous().numpy().tobytes())
+    for name, p in sorted(encoder.state_dict().items()):
+        h.update(name.encode())
+        h.update(p.detach().cpu().float().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/11_finetune.ipynb #7cad1d2b
 @contextmanager
 def seeded(
-    seed:int,
+    seed: int,
     device="cpu",  # Where chance is used beside the CPU
-):                 # Context manager
+):  # Context manager
     "Draw from a seed inside the block; after it, generators go on as if it had not been."
     device = torch.device(device)
     forked = [device] if device.type == "cuda" else []
@@ -200,104 +286,181 @@ def seeded(
 # %% ../nbs/11_finetune.ipynb #4d8729aa
 class CellModel(nn.Module):
     "An adapted encoder with a head: cells in, scores of classes out."
-    def __init__(self,
-        encoder:ScembModel,            # Pretrained
-        n_classes:int,
-        settings:FinetuneSettings=FinetuneSettings(),
-        n_knowledge:int=0,             # Length of the knowledge vectors; 0: none
+
+    def __init__(
+        self,
+        encoder: ScembModel,  # Pretrained
+        n_classes: int,
+        settings: FinetuneSettings = FinetuneSettings(),
+        n_knowledge: int = 0,  # Length of the knowledge vectors; 0: none
     ):
         super().__init__()
-        if n_knowledge and settings.way != "prefix": raise ValueError(f"Knowledge vectors enter through prefixes, but way={settings.way!r}; use way='prefix', or leave them out.")
-        self.settings, self.n_classes, self.n_knowledge, self.base = settings, n_classes, n_knowledge, base_hash(encoder)
+        if n_knowledge and settings.way != "prefix":
+            raise ValueError(
+                f"Knowledge vectors enter through prefixes, but way={settings.way!r}; use "
+                "way='prefix', or leave them out."
+            )
+        self.settings, self.n_classes, self.n_knowledge, self.base = (
+            settings,
+            n_classes,
+            n_knowledge,
+            base_hash(encoder),
+        )
         with seeded(settings.seed):
             self.encoder = adapted(encoder, settings)
-            self.prefix = Prefix(encoder.config, settings.prefix_tokens, n_knowledge, settings.prefix_width) if settings.way == "prefix" else None
+            self.prefix = (
+                Prefix(encoder.config, settings.prefix_tokens, n_knowledge, settings.prefix_width)
+                if settings.way == "prefix"
+                else None
+            )
             self.head = Head(encoder.config, n_classes, settings.head, settings.dropout)
 
-    def vectors(self, batch): # -> (cells, D): what the head classifies
+    def vectors(self, batch):  # -> (cells, D): what the head classifies
         cells = segments(batch["cu_seqlens"], batch.get("longest"))
         batch = batch | dict(cu_seqlens=cells)
         with autocast(self.device, self.precision):
             states = hidden_states(self.encoder, batch, self.prefix, batch.get("knowledge"))
             return self.head.pool(torch.stack(states[1:]).mean(0), cells)
-    def forward(self, batch): return self.head(self.vectors(batch)) # -> (cells, classes)
+
+    def forward(self, batch):
+        return self.head(self.vectors(batch))  # -> (cells, classes)
+
     @property
-    def device(self): return self.head.mean.device
+    def device(self):
+        return self.head.mean.device
+
     @property
-    def precision(self): # fp32 or bf16: what the encoder computes in, here and now
+    def precision(self):  # fp32 or bf16: what the encoder computes in, here and now
         return chosen_precision(self.settings.precision, self.device)
 
 # %% ../nbs/11_finetune.ipynb #19c736f9
 def trained_share(
-    model:CellModel,
-)->dict: # Weights trained beside the head, in the head; share of the encoder and, embeddings left out, of its layers
+    model: CellModel,
+    # Weights trained beside the head, in the head; share of the encoder and, embeddings left out,
+    # of its layers
+) -> dict:
     "Count what a way trains."
-    count = lambda items: sum(p.numel() for n, p in items)
-    own = lambda n: "lora_" in n
-    changed = [(n, p) for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]; trained = count(changed); inside = count((n, p) for n, p in changed if "embeddings." not in n)
-    whole = count((n, p) for n, p in model.encoder.named_parameters() if not own(n)); layers = count((n, p) for n, p in model.encoder.named_parameters() if ".layer." in n and not own(n))
-    return dict(trained=trained, head=count(model.head.named_parameters()), share_of_encoder=trained/whole, share_of_layers=inside/layers)
+
+    def count(items):
+        return sum(p.numel() for n, p in items)
+
+    def own(n):
+        return "lora_" in n
+
+    changed = [
+        (n, p) for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")
+    ]
+    trained = count(changed)
+    inside = count((n, p) for n, p in changed if "embeddings." not in n)
+    whole = count((n, p) for n, p in model.encoder.named_parameters() if not own(n))
+    layers = count(
+        (n, p) for n, p in model.encoder.named_parameters() if ".layer." in n and not own(n)
+    )
+    return dict(
+        trained=trained,
+        head=count(model.head.named_parameters()),
+        share_of_encoder=trained / whole,
+        share_of_layers=inside / layers,
+    )
 
 # %% ../nbs/11_finetune.ipynb #ea39d3a3
-def saved_names(model:CellModel)->set: # Trained weights, and all of head and prefixes
+def saved_names(model: CellModel) -> set:  # Trained weights, and all of head and prefixes
     "What belongs into an adapter's file."
-    return {n for n, p in model.named_parameters() if p.requires_grad} | {n for n in model.state_dict() if n.startswith(("head.", "prefix."))}
+    return {n for n, p in model.named_parameters() if p.requires_grad} | {
+        n for n in model.state_dict() if n.startswith(("head.", "prefix."))
+    }
 
-def adapter_output(folder, overwrite:bool=False)->Path: # The folder
-    "Refuse a folder that holds something else, before the work; what a stopped earlier version left of an adapter counts as one."
+
+def adapter_output(folder, overwrite: bool = False) -> Path:  # The folder
+    """Refuse a folder that holds something else, before the work; what a stopped earlier version
+    left of an adapter counts as one."""
     folder = Path(folder)
     half = folder.is_dir() and {p.name for p in folder.iterdir()} == {"adapter.safetensors"}
     return check_output(folder, overwrite, "adapter.safetensors" if half else "adapter.json")
 
+
 def save_adapter(
-    model:CellModel,
-    folder,           # Where
-    base:str,         # Name or folder of the base, for the reader and as the default when loading
-    classes,          # Names of the classes, in the order of the scores
-    card:dict=None,   # Temperature, threshold, scores: whatever else belongs to it
-    overwrite:bool=False,
-)->Path:              # The folder: adapter.safetensors, adapter.json and manifest.json
+    model: CellModel,
+    folder,  # Where
+    base: str,  # Name or folder of the base, for the reader and as the default when loading
+    classes,  # Names of the classes, in the order of the scores
+    card: dict = None,  # Temperature, threshold, scores: whatever else belongs to it
+    overwrite: bool = False,
+) -> Path:  # The folder: adapter.safetensors, adapter.json and manifest.json
     "Write what was trained, and nothing else: whole, or not at all."
     from safetensors.torch import save_file
+
     folder = adapter_output(folder, overwrite)
     names = saved_names(model)
     record = dict(
-        base=str(base), base_hash=model.base, settings=asdict(model.settings),
-        precision=model.precision, n_knowledge=model.n_knowledge,
-        classes=list(map(str, classes)), **(card or {}))
+        base=str(base),
+        base_hash=model.base,
+        settings=asdict(model.settings),
+        precision=model.precision,
+        n_knowledge=model.n_knowledge,
+        classes=list(map(str, classes)),
+        **(card or {}),
+    )
     with new_folder(folder, "adapter", model.base, overwrite) as part:
-        weights = {n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n in names}
-        save_file(weights, part/"adapter.safetensors")
-        (part/"adapter.json").write_text(json.dumps(record, indent=1))
+        weights = {
+            n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n in names
+        }
+        save_file(weights, part / "adapter.safetensors")
+        (part / "adapter.json").write_text(json.dumps(record, indent=1))
     return folder
+
 
 WAY_OUT = "Copy the folder again from where it came, or learn it anew with scemb finetune."
 
+
 def read_adapter(
-    folder, # From `save_adapter`
-)->tuple:   # (what adapter.json says, FinetuneSettings); nothing is built
+    folder,  # From `save_adapter`
+) -> tuple:  # (what adapter.json says, FinetuneSettings); nothing is built
     "The record of an adapter, whole and fit for the weights beside it."
     folder = Path(folder)
-    path, weights = folder/"adapter.json", folder/"adapter.safetensors"
+    path, weights = folder / "adapter.json", folder / "adapter.safetensors"
     manifest = open_folder(folder, "adapter", WAY_OUT) if folder.is_dir() else None
     for file in (path, weights):
         if not file.exists():
-            raise FileNotFoundError(f"{folder} is no adapter: {file.name} is missing. Make one with `scemb finetune`.")
-    card = read_json(path, keys=("base", "base_hash", "settings", "n_knowledge", "classes"), way_out=WAY_OUT)
+            raise FileNotFoundError(
+                f"{folder} is no adapter: {file.name} is missing. Make one with `scemb finetune`."
+            )
+    card = read_json(
+        path, keys=("base", "base_hash", "settings", "n_knowledge", "classes"), way_out=WAY_OUT
+    )
     if manifest:
         manifest.check("adapter.safetensors")
     classes, values, n_knowledge = card["classes"], card["settings"], card["n_knowledge"]
-    if not isinstance(classes, list) or not classes or len({str(c) for c in classes}) < len(classes):
-        raise Damaged(f"{path} is damaged: its classes must be a list of different names. {WAY_OUT}")
+    if (
+        not isinstance(classes, list)
+        or not classes
+        or len({str(c) for c in classes}) < len(classes)
+    ):
+        raise Damaged(
+            f"{path} is damaged: its classes must be a list of different names. {WAY_OUT}"
+        )
     if not isinstance(n_knowledge, int) or isinstance(n_knowledge, bool) or n_knowledge < 0:
-        raise Damaged(f"{path} is damaged: n_knowledge = {n_knowledge!r:.40}; a length is needed. {WAY_OUT}")
+        raise Damaged(
+            f"{path} is damaged: n_knowledge = {n_knowledge!r:.40}; a length is needed. {WAY_OUT}"
+        )
     known = {f.name: f.type for f in fields(FinetuneSettings)}
     if not isinstance(values, dict) or set(values) - set(known):
-        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else type(values).__name__
-        raise Damaged(f"{path} has unknown settings {unknown}; known are {', '.join(known)}. {WAY_OUT}")
+        unknown = (
+            sorted(set(values) - set(known)) if isinstance(values, dict) else type(values).__name__
+        )
+        raise Damaged(
+            f"{path} has unknown settings {unknown}; known are {', '.join(known)}. {WAY_OUT}"
+        )
     numbers = ("rank", "prefix_tokens", "prefix_width", "frozen_layers", "seed")
-    if wrong := [k for k in numbers if k in values and (not isinstance(values[k], int) or isinstance(values[k], bool))]:
-        raise Damaged(f"{path} says {wrong[0]} = {values[wrong[0]]!r:.40}; a whole number is needed. {WAY_OUT}")
+    if wrong := [
+        k
+        for k in numbers
+        if k in values and (not isinstance(values[k], int) or isinstance(values[k], bool))
+    ]:
+        raise Damaged(
+            f"{path} says {wrong[0]} = {values[wrong[0]]!r:.40}; a whole number is needed. "
+            f"{WAY_OUT}"
+        )
     try:
         settings = FinetuneSettings(**values)
     except (ValueError, TypeError) as e:
@@ -305,38 +468,59 @@ def read_adapter(
     _sizes_of_file(path, tensor_shapes(weights, WAY_OUT), settings, len(classes), n_knowledge)
     return card, settings
 
-def _sizes_of_file(path, shapes, s, n_classes, n_knowledge): # a record that claims more than the weights have is refused before anything is made
+
+def _sizes_of_file(path, shapes, s, n_classes, n_knowledge):
+    # a record that claims more than the weights have is refused before anything is made
     claims = [("classes", n_classes, shapes.get("head.out.weight", (None,))[0])]
     if s.way == "lora":
-        claims += [("rank", s.rank, shape[0]) for name, shape in shapes.items() if ".lora_A." in name]
+        claims += [
+            ("rank", s.rank, shape[0]) for name, shape in shapes.items() if ".lora_A." in name
+        ]
     if s.way == "prefix":
         claims.append(("prefix_tokens", s.prefix_tokens, shapes.get("prefix.plain", (None,))[0]))
         claims.append(("n_knowledge", n_knowledge, shapes.get("prefix.mean", (None,))[0]))
         if n_knowledge:
-            claims.append(("prefix_width", s.prefix_width, shapes.get("prefix.mlp.0.weight", (None,))[0]))
+            claims.append(
+                ("prefix_width", s.prefix_width, shapes.get("prefix.mlp.0.weight", (None,))[0])
+            )
     for name, says, has in claims:
         if says != has:
-            raise Damaged(f"{path} says {says:,} {name}, the weights beside it have {has}. {WAY_OUT}")
+            raise Damaged(
+                f"{path} says {says:,} {name}, the weights beside it have {has}. {WAY_OUT}"
+            )
     if s.way == "lora" and len(claims) == 1:
-        raise Damaged(f"{path} says way = 'lora', but the weights beside it hold no update of that kind. {WAY_OUT}")
+        raise Damaged(
+            f"{path} says way = 'lora', but the weights beside it hold no update of that kind. "
+            f"{WAY_OUT}"
+        )
+
 
 def load_adapter(
-    folder,    # From `save_adapter`
-    base=None, # A shipped model, a folder, or what `load_checkpoint` returns; None: the base that the adapter names
-)->tuple:      # (CellModel in evaluation mode, what adapter.json says, vocabulary, tokenizer settings)
+    folder,  # From `save_adapter`
+    # A shipped model, a folder, or what `load_checkpoint` returns; None: the base that the adapter
+    # names
+    base=None,
+    # (CellModel in evaluation mode, what adapter.json says, vocabulary, tokenizer settings)
+) -> tuple:
     "Put an adapter on its base, and on no other."
     folder = Path(folder)
     card, settings = read_adapter(folder)
-    net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base or card["base"]))[:3]
+    net, vocabulary, tokenizing = (
+        base if isinstance(base, tuple) else load_checkpoint(base or card["base"])
+    )[:3]
     found = base_hash(net.bert)
     if found != card["base_hash"]:
-        raise ValueError(f"{folder.name} was trained on the base {card['base']!r} with hash {card['base_hash']}, but the base given has {found}. Load it with its own base, or fine-tune anew on this one.")
+        raise ValueError(
+            f"{folder.name} was trained on the base {card['base']!r} with hash "
+            f"{card['base_hash']}, but the base given has {found}. Load it with its own base, or "
+            "fine-tune anew on this one."
+        )
     try:
         model = CellModel(net.bert, len(card["classes"]), settings, card["n_knowledge"])
     except ValueError as e:
-        raise Damaged(f"{folder/'adapter.json'} does not fit its base: {e} {WAY_OUT}") from None
+        raise Damaged(f"{folder / 'adapter.json'} does not fit its base: {e} {WAY_OUT}") from None
     names = saved_names(model)
     wanted = {n: tuple(x.shape) for n, x in model.state_dict().items() if n in names}
-    weights = read_tensors(folder/"adapter.safetensors", wanted, WAY_OUT)
+    weights = read_tensors(folder / "adapter.safetensors", wanted, WAY_OUT)
     model.load_state_dict(weights, strict=False)
     return model.eval(), card, vocabulary, tokenizing

@@ -23,70 +23,97 @@ from .progress import Pace, stage
 from .tokens import TokenSet
 
 # %% ../nbs/11b_fit.ipynb #e5dc54ca
-def out_of_memory(e:Exception)->bool: # Of a GPU, or of the machine
+def out_of_memory(e: Exception) -> bool:  # Of a GPU, or of the machine
     "Whether an error says that memory ran out."
     return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+
 
 @dataclass
 class Budget:
     "Tokens a forward pass; halved when memory runs out."
+
     tokens: int
 
-    def pieces(self, lengths): # lengths of some cells -> slices, each at most `tokens` when laid out as rows
+    def pieces(
+        self, lengths
+    ):  # lengths of some cells -> slices, each at most `tokens` when laid out as rows
         "Cut consecutive cells into pieces that fit."
         out, a = [], 0
         for b in range(1, len(lengths) + 1):
-            if b == len(lengths) or (b + 1 - a)*lengths[a:b + 1].max() > self.tokens: out.append(slice(a, b)); a = b
+            if b == len(lengths) or (b + 1 - a) * lengths[a : b + 1].max() > self.tokens:
+                out.append(slice(a, b))
+                a = b
         return out
 
-    def run(self, work, lengths, begin=lambda: None): # work(slice) -> anything; begin() undoes a half-done step
+    def run(
+        self, work, lengths, begin=lambda: None
+    ):  # work(slice) -> anything; begin() undoes a half-done step
         "Do the work piece by piece; out of memory halves the budget and starts over."
         while True:
-            try: begin(); return [work(p) for p in self.pieces(lengths)]
+            try:
+                begin()
+                return [work(p) for p in self.pieces(lengths)]
             except RuntimeError as e:
-                if not out_of_memory(e): raise
-                if self.tokens <= lengths.max(): raise ValueError(f"Memory does not suffice for a single cell of {lengths.max()} tokens. Lower max_len, take way='probe', or use a device with more memory.") from e
-            self.tokens = max(min(self.tokens, int(lengths.sum()))//2, int(lengths.max()))
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
-            warnings.warn(f"Out of memory: going on with a token budget of {self.tokens:,}. Set token_budget={self.tokens} to begin there.")
+                if not out_of_memory(e):
+                    raise
+                if self.tokens <= lengths.max():
+                    raise ValueError(
+                        f"Memory does not suffice for a single cell of {lengths.max()} tokens. "
+                        "Lower max_len, take way='probe', or use a device with more memory."
+                    ) from e
+            self.tokens = max(min(self.tokens, int(lengths.sum())) // 2, int(lengths.max()))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"Out of memory: going on with a token budget of {self.tokens:,}. Set "
+                f"token_budget={self.tokens} to begin there."
+            )
+
 
 def cell_batch(
-    tokens:TokenSet, cells, # Which of them
+    tokens: TokenSet,
+    cells,  # Which of them
     device="cpu",
-    knowledge=None,         # Vectors of all cells of the token set, shape (len(tokens), length)
-)->dict:                    # input_ids, bins (1, T), cu_seqlens (cells + 1,), longest, knowledge (cells, length)
+    knowledge=None,  # Vectors of all cells of the token set, shape (len(tokens), length)
+) -> dict:  # input_ids, bins (1, T), cu_seqlens (cells + 1,), longest, knowledge (cells, length)
     "Gather cells as the model takes them."
     genes, bins, offsets = tokens.gather(cells)
     batch = dict(
         input_ids=torch.from_numpy(genes.astype(np.int64))[None],
         bins=torch.from_numpy(bins.astype(np.int64))[None],
         cu_seqlens=torch.from_numpy(offsets),
-        longest=int(np.diff(offsets).max(initial=0)))
+        longest=int(np.diff(offsets).max(initial=0)),
+    )
     if knowledge is not None:
         batch["knowledge"] = torch.from_numpy(np.asarray(knowledge[cells], np.float32))
     return sent(batch, device)
 
+
 def sent(
-    batch:dict, # Tensors, and numbers that stay on the host
+    batch: dict,  # Tensors, and numbers that stay on the host
     device,
-)->dict:
+) -> dict:
     "Send a batch to a device without waiting for what it is busy with."
-    move = lambda x: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+
+    def move(x):
+        return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+
     return {name: move(x) for name, x in batch.items()}
 
 # %% ../nbs/11b_fit.ipynb #191d6f8d
-READ_AT = 4096 # Cells whose results wait on the device to be copied together
+READ_AT = 4096  # Cells whose results wait on the device to be copied together
+
 
 @torch.no_grad()
 def predict(
-    model:CellModel,
-    tokens:TokenSet,
-    cells=None,             # Which of them; None: all
-    knowledge=None,         # Vectors of all cells, shape (len(tokens), length)
-    vectors:bool=False,     # Vectors before the head instead of scores
-    budget:Budget|None=None, # None: that of the settings
-    progress=None,          # Called with the number of cells done, after each batch
-)->np.ndarray:              # Scores (cells, classes), or vectors (cells, D)
+    model: CellModel,
+    tokens: TokenSet,
+    cells=None,  # Which of them; None: all
+    knowledge=None,  # Vectors of all cells, shape (len(tokens), length)
+    vectors: bool = False,  # Vectors before the head instead of scores
+    budget: Budget | None = None,  # None: that of the settings
+    progress=None,  # Called with the number of cells done, after each batch
+) -> np.ndarray:  # Scores (cells, classes), or vectors (cells, D)
     "Run a model over cells."
     cells = np.arange(len(tokens)) if cells is None else np.asarray(cells)
     lengths = tokens.lengths[cells]
@@ -99,9 +126,11 @@ def predict(
     waiting, results, done = [], [], 0
     batches = budget_batches(lengths, budget.tokens)
     for i, some in enumerate(batches):
+
         def work(piece, some=some):
             batch = cell_batch(tokens, cells[some[piece]], model.device, knowledge)
             return asked(batch).float()
+
         results += budget.run(work, lengths[some])
         waiting.append(some)
         done += len(some)
@@ -115,96 +144,161 @@ def predict(
 
 # %% ../nbs/11b_fit.ipynb #3e42285d
 def split_labelled(
-    y:np.ndarray,    # Classes of the labelled cells
-    share:float=.15, # Held out, of each class; at least one cell of a class with four or more, none of a smaller one
-    seed:int=0,
-    units=None,      # Donor of each cell, shape (cells,): with three or more, whole donors are held out, as near to the share as one order of them comes
-)->tuple:            # Positions to train on, positions held out
+    y: np.ndarray,  # Classes of the labelled cells
+    # Held out, of each class; at least one cell of a class with four or more, none of a smaller one
+    share: float = 0.15,
+    seed: int = 0,
+    # Donor of each cell, shape (cells,): with three or more, whole donors are held out, as near to
+    # the share as one order of them comes
+    units=None,
+) -> tuple:  # Positions to train on, positions held out
     "Hold out labelled cells of each class, or whole donors; a class that only they have stays."
-    if units is not None and share and len(names := np.unique(units := np.asarray(units).astype(str))) >= 3:
-        names = np.random.default_rng([seed, 6]).permutation(names); sizes = np.cumsum([(units == u).sum() for u in names])/len(y)
-        out = np.isin(units, names[:1 + abs(sizes[:-1] - share).argmin()])
-        out &= np.isin(y, y[~out]); return np.flatnonzero(~out), np.flatnonzero(out)
+    if (
+        units is not None
+        and share
+        and len(names := np.unique(units := np.asarray(units).astype(str))) >= 3
+    ):
+        names = np.random.default_rng([seed, 6]).permutation(names)
+        sizes = np.cumsum([(units == u).sum() for u in names]) / len(y)
+        out = np.isin(units, names[: 1 + abs(sizes[:-1] - share).argmin()])
+        out &= np.isin(y, y[~out])
+        return np.flatnonzero(~out), np.flatnonzero(out)
     held = []
     for c in np.unique(y):
         rows = np.random.default_rng([seed, 5, int(c)]).permutation(np.flatnonzero(y == c))
-        held.append(rows[:max(1, round(len(rows)*share)) if share and len(rows) >= 4 else 0])
+        held.append(rows[: max(1, round(len(rows) * share)) if share and len(rows) >= 4 else 0])
     held = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(y)), held), held
 
-def nll(scores, y)->float: # (cells, classes), classes -> mean negative log likelihood
+
+def nll(scores, y) -> float:  # (cells, classes), classes -> mean negative log likelihood
     "Cross-entropy of scores."
     x = scores - scores.max(1, keepdims=True)
     return float((np.log(np.exp(x).sum(1)) - x[np.arange(len(y)), y]).mean())
 
+
 def fit_temperature(
-    scores:np.ndarray, y:np.ndarray, # Scores of held-out cells (cells, classes), their classes
-)->float:                            # Scores divided by it are calibrated; 1 with fewer than 10 cells
+    scores: np.ndarray,
+    y: np.ndarray,  # Scores of held-out cells (cells, classes), their classes
+) -> float:  # Scores divided by it are calibrated; 1 with fewer than 10 cells
     "The temperature with the best likelihood on held-out cells."
     from scipy.optimize import minimize_scalar
-    if len(y) < 10: return 1.
-    return float(np.exp(minimize_scalar(lambda t: nll(scores/np.exp(t), y), bounds=(-2.5, 2.5), method="bounded").x))
 
-def probabilities(scores, temperature=1.)->np.ndarray: # (cells, classes) -> the same, rows add up to 1
+    if len(y) < 10:
+        return 1.0
+    return float(
+        np.exp(
+            minimize_scalar(
+                lambda t: nll(scores / np.exp(t), y), bounds=(-2.5, 2.5), method="bounded"
+            ).x
+        )
+    )
+
+
+def probabilities(
+    scores, temperature=1.0
+) -> np.ndarray:  # (cells, classes) -> the same, rows add up to 1
     "Scores into probabilities."
-    x = scores/temperature; x = np.exp(x - x.max(1, keepdims=True))
-    return x/x.sum(1, keepdims=True)
+    x = scores / temperature
+    x = np.exp(x - x.max(1, keepdims=True))
+    return x / x.sum(1, keepdims=True)
 
-def calibration_error(p, y, n_bins=10)->float: # probabilities (cells, classes), classes -> gap between confidence and accuracy
+
+def calibration_error(
+    p, y, n_bins=10
+) -> float:  # probabilities (cells, classes), classes -> gap between confidence and accuracy
     "Expected calibration error over bins of confidence."
     sure, right = p.max(1), p.argmax(1) == y
-    which = np.minimum((sure*n_bins).astype(int), n_bins - 1)
-    return float(sum(abs(sure[which == b].mean() - right[which == b].mean())*(which == b).mean() for b in np.unique(which)))
+    which = np.minimum((sure * n_bins).astype(int), n_bins - 1)
+    return float(
+        sum(
+            abs(sure[which == b].mean() - right[which == b].mean()) * (which == b).mean()
+            for b in np.unique(which)
+        )
+    )
 
 # %% ../nbs/11b_fit.ipynb #221f1d61
 def class_weights(
-    y:np.ndarray, n_classes:int, # Classes of the labelled cells, 0 to n_classes - 1
-    power:float=.5,              # 0: none, 1: balanced
-)->np.ndarray:                   # Shape (classes,); mean 1 over the cells
+    y: np.ndarray,
+    n_classes: int,  # Classes of the labelled cells, 0 to n_classes - 1
+    power: float = 0.5,  # 0: none, 1: balanced
+) -> np.ndarray:  # Shape (classes,); mean 1 over the cells
     "Weights that lift rare classes."
-    w = np.maximum(np.bincount(y, minlength=n_classes), 1.)**-power
-    return (w/w[y].mean()).astype(np.float32)
+    w = np.maximum(np.bincount(y, minlength=n_classes), 1.0) ** -power
+    return (w / w[y].mean()).astype(np.float32)
 
-PENALTIES = (.001, .01, .1, 1., 10.) # Values of C tried on held-out labels
+
+PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)  # Values of C tried on held-out labels
+
 
 def chosen_penalty(
-    x, y,             # Features (cells, D) and classes of the cells to learn from
-    held_x, held_y,   # Of held-out cells; with fewer than ten of the same classes, C = 1
-    sample_weight=None, # Of the cells to learn from
-)->float:             # C
+    x,
+    y,  # Features (cells, D) and classes of the cells to learn from
+    held_x,
+    held_y,  # Of held-out cells; with fewer than ten of the same classes, C = 1
+    sample_weight=None,  # Of the cells to learn from
+) -> float:  # C
     "The penalty of a logistic regression with the best likelihood on held-out labels."
     from sklearn.linear_model import LogisticRegression
+
     known = np.isin(held_y, y)
-    if known.sum() < 10: return 1.
+    if known.sum() < 10:
+        return 1.0
+
     def off(C):
         fitted = LogisticRegression(C=C, max_iter=300).fit(x, y, sample_weight)
-        return nll(fitted.predict_log_proba(held_x[known]), np.searchsorted(fitted.classes_, held_y[known]))
+        return nll(
+            fitted.predict_log_proba(held_x[known]), np.searchsorted(fitted.classes_, held_y[known])
+        )
+
     return min(PENALTIES, key=off)
 
+
 def start_from_probe(
-    model:CellModel,
-    v:np.ndarray, y:np.ndarray, # Vectors of the labelled cells before the head (cells, D), and their classes
-    weights:np.ndarray,         # Of the classes
-    held_v=(), held_y=(),       # Of held-out cells, which choose the penalty
-    penalty:float|None=None,    # C, where it is chosen already
-)->float:                       # C
+    model: CellModel,
+    v: np.ndarray,
+    y: np.ndarray,  # Vectors of the labelled cells before the head (cells, D), and their classes
+    weights: np.ndarray,  # Of the classes
+    held_v=(),
+    held_y=(),  # Of held-out cells, which choose the penalty
+    penalty: float | None = None,  # C, where it is chosen already
+) -> float:  # C
     "Centre and scale the head, and set its last layer to a logistic regression."
     from sklearn.linear_model import LogisticRegression
-    head, put = model.head, lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32, device=model.device)
-    head.mean.copy_(put(v.mean(0))); head.spread.copy_(put(v.std(0) + 1e-6))
-    inner = lambda v: head.inner((put(v) - head.mean)/head.spread).detach().cpu().numpy()
-    seen, C = np.unique(y), penalty or (chosen_penalty(inner(v), y, inner(held_v), np.asarray(held_y), weights[y]) if len(held_y) else 1.)
+
+    head, put = (
+        model.head,
+        lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32, device=model.device),
+    )
+    head.mean.copy_(put(v.mean(0)))
+    head.spread.copy_(put(v.std(0) + 1e-6))
+
+    def inner(v):
+        return head.inner((put(v) - head.mean) / head.spread).detach().cpu().numpy()
+
+    seen, C = (
+        np.unique(y),
+        penalty
+        or (
+            chosen_penalty(inner(v), y, inner(held_v), np.asarray(held_y), weights[y])
+            if len(held_y)
+            else 1.0
+        ),
+    )
     fitted = LogisticRegression(C=C, max_iter=300).fit(inner(v), y, sample_weight=weights[y])
     w, b = fitted.coef_, fitted.intercept_
-    if len(seen) == 2: w, b = np.concatenate([-w, w])/2, np.concatenate([-b, b])/2
-    with torch.no_grad(): head.out.weight[seen] = put(w); head.out.bias[seen] = put(b)
+    if len(seen) == 2:
+        w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2
+    with torch.no_grad():
+        head.out.weight[seen] = put(w)
+        head.out.bias[seen] = put(b)
     return C
 
 # %% ../nbs/11b_fit.ipynb #9e305a41
 def thinned(
-    batch:dict,  # From `cell_batch`, on the host
-    share:float, # Of the genes of each cell, left out at random; its first gene stays
-)->dict:         # The same with fewer genes; ranks close up
+    batch: dict,  # From `cell_batch`, on the host
+    share: float,  # Of the genes of each cell, left out at random; its first gene stays
+) -> dict:  # The same with fewer genes; ranks close up
     "Leave genes out."
     cu = batch["cu_seqlens"].long()
     keep_T = torch.rand(batch["input_ids"].shape[1]) >= share
@@ -213,43 +307,50 @@ def thinned(
     kept_before = F.pad(keep_T.cumsum(0), (1, 0))
     new_cu = kept_before[cu]
     return batch | dict(
-        input_ids=batch["input_ids"][:, keep_T], bins=batch["bins"][:, keep_T],
-        cu_seqlens=new_cu.to(batch["cu_seqlens"].dtype), longest=int(new_cu.diff().max()))
+        input_ids=batch["input_ids"][:, keep_T],
+        bins=batch["bins"][:, keep_T],
+        cu_seqlens=new_cu.to(batch["cu_seqlens"].dtype),
+        longest=int(new_cu.diff().max()),
+    )
 
-def _step(model, tokens, cells, y, w, knowledge, optimizer, budget): # -> losses of its pieces
+
+def _step(model, tokens, cells, y, w, knowledge, optimizer, budget):  # -> losses of its pieces
     "One optimizer step; losses are sums over cells and stay on the device."
     cells = cells[np.argsort(tokens.lengths[cells], kind="stable")]
     target = to_device(y[cells], model.device)
     whole = w[target].sum()
+
     def work(piece):
         whole_cells = cell_batch(tokens, cells[piece], "cpu", knowledge)
         batch = thinned(whole_cells, model.settings.gene_dropout)
         scores = model(sent(batch, model.device))
         loss = F.cross_entropy(scores, target[piece], w, reduction="sum")
-        (loss/whole).backward()
+        (loss / whole).backward()
         return loss.detach()
+
     losses = budget.run(work, tokens.lengths[cells], lambda: optimizer.zero_grad(set_to_none=True))
     trained = [p for p in model.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(trained, model.settings.max_grad_norm)
     optimizer.step()
     return losses
 
-def trained_state(model:CellModel)->dict: # name -> copy of the weight
+
+def trained_state(model: CellModel) -> dict:  # name -> copy of the weight
     "What training changes."
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 # %% ../nbs/11b_fit.ipynb #d0acfe5f
 def fit(
-    model:CellModel,
-    tokens:TokenSet,
-    y:np.ndarray,         # Class of each cell of the token set
-    train:np.ndarray,     # Cells to learn from
-    validation=(),        # Labelled cells that choose the epoch; none: the last epoch stays
-    knowledge=None,       # Vectors of all cells, shape (len(tokens), length)
-    say=lambda line: None, # Called with a line an epoch
-    stop:int|None=None,   # Epochs after which to stop, where they are chosen already
-    penalty:float|None=None, # Of the start, see `start_from_probe`
-)->list:                  # One dict an epoch: epoch, loss on training cells, loss on held-out cells
+    model: CellModel,
+    tokens: TokenSet,
+    y: np.ndarray,  # Class of each cell of the token set
+    train: np.ndarray,  # Cells to learn from
+    validation=(),  # Labelled cells that choose the epoch; none: the last epoch stays
+    knowledge=None,  # Vectors of all cells, shape (len(tokens), length)
+    say=lambda line: None,  # Called with a line an epoch
+    stop: int | None = None,  # Epochs after which to stop, where they are chosen already
+    penalty: float | None = None,  # Of the start, see `start_from_probe`
+) -> list:  # One dict an epoch: epoch, loss on training cells, loss on held-out cells
     "Fit the head and what the way lets change."
     torch.set_flush_denormal(True)
     train, validation = np.asarray(train), np.asarray(validation, int)
@@ -258,11 +359,13 @@ def fit(
     with seeded(model.settings.seed, model.device):
         return _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty)
 
-def _measure_knowledge(model, known): # knowledge vectors of the training cells (cells, length)
+
+def _measure_knowledge(model, known):  # knowledge vectors of the training cells (cells, length)
     for name, x in (("mean", known.mean(0)), ("spread", known.std(0) + 1e-6)):
         getattr(model.prefix, name).copy_(torch.as_tensor(x, dtype=torch.float32))
 
-def _optimizer(model, n_steps): # -> AdamW, its schedule
+
+def _optimizer(model, n_steps):  # -> AdamW, its schedule
     "A rate for the encoder's part and one for the head; warm-up, then linear decay."
     s = model.settings
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -272,39 +375,53 @@ def _optimizer(model, n_steps): # -> AdamW, its schedule
         if weights:
             groups.append(dict(params=weights, lr=rate))
     optimizer = torch.optim.AdamW(groups, weight_decay=s.weight_decay)
-    warm = max(1, round(s.warmup*n_steps))
-    factor = lambda i: min((i + 1)/warm, max(0., (n_steps - i)/max(1, n_steps - warm)))
+    warm = max(1, round(s.warmup * n_steps))
+
+    def factor(i):
+        return min((i + 1) / warm, max(0.0, (n_steps - i) / max(1, n_steps - warm)))
+
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty): # see `fit`
+
+def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty):  # see `fit`
     s, budget = model.settings, Budget(model.settings.token_budget)
     if model.prefix is not None and model.n_knowledge:
         _measure_knowledge(model, knowledge[train])
     weights = class_weights(y[train], model.n_classes, s.class_weight)
     read = Pace("cells read", say)
-    on = lambda before: lambda done: read(before + done, len(train) + len(validation))
+
+    def on(before):
+        return lambda done: read(before + done, len(train) + len(validation))
+
     v = predict(model, tokens, train, knowledge, True, budget, on(0))
     held_v = predict(model, tokens, validation, knowledge, True, budget, on(len(train)))
     with stage(say, "choosing where to start"):
-        model.penalty = start_from_probe(model, v, y[train], weights, held_v, y[validation], penalty)
+        model.penalty = start_from_probe(
+            model, v, y[train], weights, held_v, y[validation], penalty
+        )
 
     def held():
         if not len(validation):
             return np.nan
         checked = Pace("held-out cells read", say)
         scores = predict(
-            model, tokens, validation, knowledge, budget=budget,
-            progress=lambda done: checked(done, len(validation)))
-        return nll(scores/fit_temperature(scores, y[validation]), y[validation])
+            model,
+            tokens,
+            validation,
+            knowledge,
+            budget=budget,
+            progress=lambda done: checked(done, len(validation)),
+        )
+        return nll(scores / fit_temperature(scores, y[validation]), y[validation])
 
     history = [dict(epoch=0, loss=np.nan, held_out=held())]
     if s.way == "probe" and s.head == "linear" or stop == 0:
         return history
-    steps_an_epoch = -(-len(train)//s.batch_cells)
-    optimizer, schedule = _optimizer(model, s.epochs*steps_an_epoch)
+    steps_an_epoch = -(-len(train) // s.batch_cells)
+    optimizer, schedule = _optimizer(model, s.epochs * steps_an_epoch)
     best, done = (history[0]["held_out"], trained_state(model)), 0
     w = to_device(weights, model.device)
-    pace, n_steps = Pace("steps", say), steps_an_epoch*(s.epochs if stop is None else stop)
+    pace, n_steps = Pace("steps", say), steps_an_epoch * (s.epochs if stop is None else stop)
     for epoch in range(s.epochs if stop is None else stop):
         model.train()
         order, losses = train[epoch_order(len(train), s.seed, epoch)], []
@@ -313,29 +430,32 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty): # 
             schedule.step()
             done += 1
             pace(done, n_steps)
-        total = sum(torch.stack(losses).tolist())                   # the one reading of an epoch
+        total = sum(torch.stack(losses).tolist())  # the one reading of an epoch
         if not np.isfinite(total):
             raise FloatingPointError(
                 f"The loss of epoch {epoch + 1} is {total}. Lower encoder_rate (now {s.rate:g}) "
-                f"or head_rate (now {s.head_rate:g}).")
-        history.append(dict(epoch=epoch + 1, loss=total/len(order), held_out=held()))
+                f"or head_rate (now {s.head_rate:g})."
+            )
+        history.append(dict(epoch=epoch + 1, loss=total / len(order), held_out=held()))
         if not len(validation) or history[-1]["held_out"] < best[0]:
             best = (history[-1]["held_out"], trained_state(model))
         note = f", held out {history[-1]['held_out']:.3f}" if len(validation) else ""
-        say(f"epoch {epoch + 1} of {s.epochs}: loss {total/len(order):.3f}{note}")
+        say(f"epoch {epoch + 1} of {s.epochs}: loss {total / len(order):.3f}{note}")
     model.load_state_dict(best[1], strict=False)
     model.eval()
     return history
 
 # %% ../nbs/11b_fit.ipynb #d27cd607
 def fit_again(
-    model:CellModel,      # Fitted by `fit`
-    start:dict,           # Its trained weights before that (`trained_state`)
-    tokens:TokenSet, y:np.ndarray, cells:np.ndarray, # As for `fit`; all labelled cells
-    history:list,         # From `fit`
+    model: CellModel,  # Fitted by `fit`
+    start: dict,  # Its trained weights before that (`trained_state`)
+    tokens: TokenSet,
+    y: np.ndarray,
+    cells: np.ndarray,  # As for `fit`; all labelled cells
+    history: list,  # From `fit`
     knowledge=None,
-    say=lambda line: None, # Called with a line now and then
-)->int:                   # Epochs
+    say=lambda line: None,  # Called with a line now and then
+) -> int:  # Epochs
     "Learn from all labelled cells, as long as was best for those held out."
     model.load_state_dict(start, strict=False)
     best = min(history, key=lambda h: h["held_out"])["epoch"]

@@ -10,54 +10,77 @@ import time
 
 # %% ../nbs/06c_flops.ipynb #5610befc
 def forward_flops(
-    config,            # A ScembConfig, or anything with its names
-    lengths,           # Tokens of each cell
-    share:float=.15,   # Share of tokens that reach the head: hidden ones in training, 0 for embedding, 1 for all
-    cell_term:bool=False, # The mean vector of each cell reaches the head as well (`cell_weight` in training)
-)->float:              # Floating-point operations
+    config,  # A ScembConfig, or anything with its names
+    lengths,  # Tokens of each cell
+    # Share of tokens that reach the head: hidden ones in training, 0 for embedding, 1 for all
+    share: float = 0.15,
+    # The mean vector of each cell reaches the head as well (`cell_weight` in training)
+    cell_term: bool = False,
+) -> float:  # Floating-point operations
     "Operations of a forward pass over cells of these lengths, without padding."
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     tokens = float(sum(lengths))
-    squares = float(sum(float(n)**2 for n in lengths))
-    layers = config.num_hidden_layers*((8*D*D + 4*D*F)*tokens + 4*D*squares)
-    scored = share*tokens + (len(lengths) if cell_term else 0)
-    return layers + scored*(2*D*D + 2*D*V)
+    squares = float(sum(float(n) ** 2 for n in lengths))
+    layers = config.num_hidden_layers * ((8 * D * D + 4 * D * F) * tokens + 4 * D * squares)
+    scored = share * tokens + (len(lengths) if cell_term else 0)
+    return layers + scored * (2 * D * D + 2 * D * V)
 
-def training_flops(config, lengths, share:float=.15, cell_term:bool=False)->float: # As `forward_flops`
+
+def training_flops(
+    config, lengths, share: float = 0.15, cell_term: bool = False
+) -> float:  # As `forward_flops`
     "Operations of a forward and a backward pass."
-    return 3*forward_flops(config, lengths, share, cell_term)
+    return 3 * forward_flops(config, lengths, share, cell_term)
 
-def flops_per_token(config, lengths, share:float=.15, cell_term:bool=False)->float: # As `forward_flops`
+
+def flops_per_token(
+    config, lengths, share: float = 0.15, cell_term: bool = False
+) -> float:  # As `forward_flops`
     "Operations of training for each token, on average over cells of these lengths."
-    return training_flops(config, lengths, share, cell_term)/float(sum(lengths))
-
+    return training_flops(config, lengths, share, cell_term) / float(sum(lengths))
 
 # %% ../nbs/06c_flops.ipynb #3322d17f
 # Dense bf16 (T4, V100: fp16) operations a second, from the vendor's data sheets; the longest
 # name that fits whole words of the device's name counts. H100 and A100 alone are the SXM parts.
 PEAK = {
-    "GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12,
-    "H100": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "A100": 312e12, "A40": 150e12, "A10": 125e12, "A30": 165e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
-    "V100": 125e12, "T4": 65e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
 }
 
+
 def known_peak(
-    name:str,   # Of a CUDA device, as torch gives it
-):              # Operations a second by the data sheet; None: not in the table
+    name: str,  # Of a CUDA device, as torch gives it
+):  # Operations a second by the data sheet; None: not in the table
     "Look a device up by the whole words of its name."
     words = name.replace("-", " ").split()
     fits = [key for key in PEAK if set(key.split()) <= set(words)]
     return PEAK[max(fits, key=len)] if fits else None
 
+
 def peak_flops(
-    device="cpu",   # A torch device
-    dtype=None,     # float32 by default
-    size:int|None=None, # Of the matrices that are multiplied where no figure is known; None: 8,192 on a GPU, 1,024 elsewhere
-)->tuple:           # (operations a second, "data sheet" or "measured")
+    device="cpu",  # A torch device
+    dtype=None,  # float32 by default
+    # Of the matrices that are multiplied where no figure is known; None: 8,192 on a GPU, 1,024
+    # elsewhere
+    size: int | None = None,
+) -> tuple:  # (operations a second, "data sheet" or "measured")
     "The rate that a device could reach at best."
     import torch
+
     device, dtype = torch.device(device), dtype or torch.float32
     on_gpu = device.type == "cuda"
     if on_gpu and dtype in (torch.float16, torch.bfloat16):
@@ -68,19 +91,20 @@ def peak_flops(
     size = size or (8192 if on_gpu else 1024)
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = 0.
+    best = 0.0
     for _ in range(8):
         wait()
         began = time.perf_counter()
         a @ b
         wait()
-        best = max(best, 2*size**3/(time.perf_counter() - began))
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best, "measured"
 
+
 def mfu(
-    flops:float,   # Operations of the model alone: `training_flops` or `forward_flops`
-    seconds:float, # Time that they took
-    peak:float,    # Operations a second, from `peak_flops`; times the number of devices
-)->float:
+    flops: float,  # Operations of the model alone: `training_flops` or `forward_flops`
+    seconds: float,  # Time that they took
+    peak: float,  # Operations a second, from `peak_flops`; times the number of devices
+) -> float:
     "Model FLOPs utilisation: the share of the peak that useful work reached."
-    return flops/seconds/peak
+    return flops / seconds / peak

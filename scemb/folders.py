@@ -18,15 +18,19 @@ from pathlib import Path
 
 # %% ../nbs/00a_folders.ipynb #cb406fd8
 _NUMBERS = count()
-_OPEN = set() # Folders that this process is writing in
+_OPEN = set()  # Folders that this process is writing in
 _LOCK = threading.Lock()
 
-def _machine(): return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname()) or "machine"
 
-def _aside(path, ending): # a name beside the target that tells who uses it
+def _machine():
+    return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname()) or "machine"
+
+
+def _aside(path, ending):  # a name beside the target that tells who uses it
     return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{next(_NUMBERS)}.{ending}")
 
-def _left_behind(path, ending): # folders beside the target whose process has ended, oldest first
+
+def _left_behind(path, ending):  # folders beside the target whose process has ended, oldest first
     named = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}-(\d+)-\d+\.{ending}")
     try:
         entries = sorted(path.parent.iterdir())
@@ -39,9 +43,10 @@ def _left_behind(path, ending): # folders beside the target whose process has en
             left.append(entry)
     return left
 
-def _runs(pid): # whether another process of that number is there
+
+def _runs(pid):  # whether another process of that number is there
     if pid == os.getpid():
-        return False                     # ours are in _OPEN
+        return False  # ours are in _OPEN
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -50,7 +55,8 @@ def _runs(pid): # whether another process of that number is there
         return True
     return True
 
-def remove(path)->None:
+
+def remove(path) -> None:
     "Remove a file, a link or a whole folder; a link is not followed."
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
@@ -58,9 +64,10 @@ def remove(path)->None:
     else:
         path.unlink(missing_ok=True)
 
+
 def tidy(
-    path, # Target of earlier writes
-)->None:
+    path,  # Target of earlier writes
+) -> None:
     "Clear away what killed writers of this target left, and put back what one had moved aside."
     path = Path(path)
     for old in _left_behind(path, "old"):
@@ -70,13 +77,14 @@ def tidy(
     for part in _left_behind(path, "part"):
         remove(part)
 
+
 @contextmanager
-def _place(path): # a new folder beside the target, cleared away afterwards
+def _place(path):  # a new folder beside the target, cleared away afterwards
     tidy(path)
     place = _aside(path, "part")
     place.parent.mkdir(parents=True, exist_ok=True)
     with _LOCK:
-        place.mkdir(mode=0o700)          # exclusive: fails where anything has this name
+        place.mkdir(mode=0o700)  # exclusive: fails where anything has this name
         _OPEN.add(os.path.realpath(place))
     try:
         yield place
@@ -84,25 +92,28 @@ def _place(path): # a new folder beside the target, cleared away afterwards
         shutil.rmtree(place, ignore_errors=True)
         _OPEN.discard(os.path.realpath(place))
 
-def flush(path)->None:
+
+def flush(path) -> None:
     "Have a file, or a folder's list of names, written to the disk."
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):   # a file system without fsync
+        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # a file system without fsync
             raise
     finally:
         os.close(handle)
 
-def _usual_mode(place): # rights of a new file here, by the umask
-    probe = place/".mode"
+
+def _usual_mode(place):  # rights of a new file here, by the umask
+    probe = place / ".mode"
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     return mode
 
-def _flushed(top, mode): # files and folders below `top`: rights as usual, written to the disk
+
+def _flushed(top, mode):  # files and folders below `top`: rights as usual, written to the disk
     for folder, folders, files in os.walk(top, topdown=False):
         for name in files:
             path = os.path.join(folder, name)
@@ -112,30 +123,33 @@ def _flushed(top, mode): # files and folders below `top`: rights as usual, writt
         for name in folders:
             flush(os.path.join(folder, name))
     if os.path.isdir(top):
-        os.chmod(top, mode | (mode & 0o444) >> 2)   # who may read may enter
+        os.chmod(top, mode | (mode & 0o444) >> 2)  # who may read may enter
         flush(top)
+
 
 @contextmanager
 def new_file(
-    path, # The file, or a folder that a library writes as one (zarr); what is there is replaced
-):        # Yields the path to write to, with the same name and ending, in a folder of its own
-    "A file that appears under its name when the block ends, whole; after an error nothing has changed."
+    path,  # The file, or a folder that a library writes as one (zarr); what is there is replaced
+):  # Yields the path to write to, with the same name and ending, in a folder of its own
+    """A file that appears under its name when the block ends, whole; after an error nothing has
+    changed."""
     path = Path(path)
     with _place(path) as place:
         mode = _usual_mode(place)
-        part = place/path.name
+        part = place / path.name
         yield part
         if part.is_dir():
             _flushed(part, mode)
         else:
-            os.chmod(part, mode)         # some libraries write for the owner alone
+            os.chmod(part, mode)  # some libraries write for the owner alone
             flush(part)
         put(part, path)
 
+
 def put(
-    part, # A finished file or folder, on the same disk
-    path, # What is to be its name
-)->None:
+    part,  # A finished file or folder, on the same disk
+    path,  # What is to be its name
+) -> None:
     "Give a finished file or folder its name; an older folder of that name makes way."
     part, path, old = Path(part), Path(path), None
     if path.is_dir() and not path.is_symlink():
@@ -151,51 +165,59 @@ def put(
     if old:
         shutil.rmtree(old, ignore_errors=True)
 
+
 def write_file(
     path,
-    content, # str (written as UTF-8) or bytes
-)->Path:     # The file
+    content,  # str (written as UTF-8) or bytes
+) -> Path:  # The file
     "Write a file whole or not at all."
     data = content.encode("utf-8") if isinstance(content, str) else content
     with new_file(path) as part:
         part.write_bytes(data)
     return Path(path)
 
+
 def write_json(
     path,
-    value,        # What JSON can hold
-    indent:int=1, # None: all on one line
-    sign:bool=False, # Add a checksum of the rest: for records that no manifest covers
-    **options,    # Of json.dumps
-)->Path:          # The file
+    value,  # What JSON can hold
+    indent: int = 1,  # None: all on one line
+    sign: bool = False,  # Add a checksum of the rest: for records that no manifest covers
+    **options,  # Of json.dumps
+) -> Path:  # The file
     "Write a JSON file whole or not at all."
     if sign:
         value = json.loads(json.dumps(value, **options))
         value[SIGN] = _sum_of(value)
     return write_file(path, json.dumps(value, indent=indent, **options))
 
-SIGN = "record_xxh3" # Key of the checksum that a record has of its other keys
 
-def _sum_of(value): # checksum of what was read from JSON, whatever the order of its keys
+SIGN = "record_xxh3"  # Key of the checksum that a record has of its other keys
+
+
+def _sum_of(value):  # checksum of what was read from JSON, whatever the order of its keys
     from xxhash import xxh3_128
+
     return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00a_folders.ipynb #d836b52c
 MANIFEST = "manifest.json"
-FORMAT = 1       # of the manifest and of the folders that have one
+FORMAT = 1  # of the manifest and of the folders that have one
 SMALL = 1 << 20  # bytes; smaller files are checked as soon as the folder is opened
+
 
 class Damaged(ValueError):
     "A file is not what its record says."
 
+
 def checksum(
-    path, # A file, or a folder: all its files, in order of their names
-)->str:   # XXH3, 128 bits, in hexadecimal
+    path,  # A file, or a folder: all its files, in order of their names
+) -> str:  # XXH3, 128 bits, in hexadecimal
     "Checksum of content."
     from xxhash import xxh3_128
+
     path, h = Path(path), xxh3_128()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    block = bytearray(1 << 19)           # one for all reads: a third faster than new ones
+    block = bytearray(1 << 19)  # one for all reads: a third faster than new ones
     view = memoryview(block)
     for file in files:
         with open(file, "rb", buffering=0) as stream:
@@ -203,23 +225,31 @@ def checksum(
                 h.update(view[:n])
     return h.hexdigest()
 
+
 def inside(
     folder,
-    name,   # From a record that somebody may have changed
-)->Path:    # Path of that file of the folder
+    name,  # From a record that somebody may have changed
+) -> Path:  # Path of that file of the folder
     "A name in a record must be a plain name: nothing leaves its folder."
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\x00:]", name)
+    plain = (
+        isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\x00:]", name)
+    )
     if not plain:
-        raise Damaged(f"A record in {folder} names the file {name!r:.80}; only a plain name within the folder is taken. Get the folder again from where it came.")
-    return Path(folder)/name
+        raise Damaged(
+            f"A record in {folder} names the file {name!r:.80}; only a plain name within the "
+            "folder is taken. Get the folder again from where it came."
+        )
+    return Path(folder) / name
+
 
 def write_manifest(
     folder,
-    kind:str,           # What the folder holds: checkpoint, adapter, tokens, corpus
-    settings:str="",    # Hash of the settings that made it
-    names=None,         # Files that belong to it; None: all at its top but hidden ones and texts for people (.md)
-    known=(),           # {name: checksum} of files that need not be read again
-)->Path:                # The manifest
+    kind: str,  # What the folder holds: checkpoint, adapter, tokens, corpus
+    settings: str = "",  # Hash of the settings that made it
+    # Files that belong to it; None: all at its top but hidden ones and texts for people (.md)
+    names=None,
+    known=(),  # {name: checksum} of files that need not be read again
+) -> Path:  # The manifest
     "Write the manifest of a folder; do it last."
     folder, known = Path(folder), dict(known)
     if names is None:
@@ -231,16 +261,17 @@ def write_manifest(
         sums = known.get(name) or checksum(path)
         files[name] = dict(bytes=path.stat().st_size, xxh3_128=sums)
     record = dict(kind=kind, format=FORMAT, settings=settings, files=files)
-    return write_json(folder/MANIFEST, record)
+    return write_json(folder / MANIFEST, record)
+
 
 @contextmanager
 def new_folder(
     path,
-    kind:str="",          # Of the manifest; empty: none is written
-    settings:str="",      # Hash for the manifest
-    overwrite:bool=False, # Replace the folder that is there
-    into:bool=False,      # Add to the folder that is there: file by file, the manifest last
-):                        # Yields the folder to write into
+    kind: str = "",  # Of the manifest; empty: none is written
+    settings: str = "",  # Hash for the manifest
+    overwrite: bool = False,  # Replace the folder that is there
+    into: bool = False,  # Add to the folder that is there: file by file, the manifest last
+):  # Yields the folder to write into
     "A folder that appears under its name when the block ends, whole, with its manifest."
     path = Path(path)
     tidy(path)
@@ -249,30 +280,33 @@ def new_folder(
             yield place
             write_manifest(place, kind, settings)
             _flushed(place, _usual_mode(place))
-            (path/MANIFEST).unlink(missing_ok=True)      # from here on the folder is unfinished
+            (path / MANIFEST).unlink(missing_ok=True)  # from here on the folder is unfinished
             for part in sorted(place.iterdir(), key=lambda p: p.name == MANIFEST):
-                put(part, path/part.name)
+                put(part, path / part.name)
         return
     filled = os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
     if filled and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another name or pass overwrite (--overwrite).")
+        raise FileExistsError(
+            f"{path} exists already; choose another name or pass overwrite (--overwrite)."
+        )
     with new_file(path) as part:
         part.mkdir()
         yield part
         if kind:
-            _flushed(part, _usual_mode(part))   # the manifest speaks of what is on the disk
+            _flushed(part, _usual_mode(part))  # the manifest speaks of what is on the disk
             write_manifest(part, kind, settings)
 
 # %% ../nbs/00a_folders.ipynb #d7455186
-_SEEN = {} # (device, inode, size, time) -> checksum
+_SEEN = {}  # (device, inode, size, time) -> checksum
+
 
 def check_file(
     path,
-    size:int,     # Bytes, by the record
-    sums:str,     # Checksum, by the record
-    way_out:str="Copy the folder again from where it came.",
-    now:bool=True, # False: only the size, unless the checksum is remembered
-)->None:
+    size: int,  # Bytes, by the record
+    sums: str,  # Checksum, by the record
+    way_out: str = "Copy the folder again from where it came.",
+    now: bool = True,  # False: only the size, unless the checksum is remembered
+) -> None:
     "Refuse a file that is missing or is not what the record says."
     path = Path(path)
     try:
@@ -280,52 +314,69 @@ def check_file(
     except FileNotFoundError:
         raise Damaged(f"{path} is missing. {way_out}") from None
     if stat.st_size != size:
-        raise Damaged(f"{path} is damaged: it has {stat.st_size:,} bytes, its record says {size:,}. {way_out}")
+        raise Damaged(
+            f"{path} is damaged: it has {stat.st_size:,} bytes, its record says {size:,}. {way_out}"
+        )
     if not now:
         return
     mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     found = _SEEN.get(mark) or checksum(path)
     if found != sums:
-        raise Damaged(f"{path} is damaged: its content has the checksum {found}, its record says {sums}. {way_out}")
+        raise Damaged(
+            f"{path} is damaged: its content has the checksum {found}, its record says {sums}. "
+            f"{way_out}"
+        )
     _SEEN[mark] = found
+
 
 @dataclass(frozen=True)
 class Manifest:
     "What a folder should hold."
+
     folder: Path
     kind: str
-    settings: str   # Hash of the settings
-    files: dict     # Name -> dict(bytes, xxh3_128)
+    settings: str  # Hash of the settings
+    files: dict  # Name -> dict(bytes, xxh3_128)
     way_out: str
 
     def check(self, name, now=True):
         "Refuse a file that is not what was written; files that the manifest does not name pass."
         if name in self.files:
             record = self.files[name]
-            check_file(inside(self.folder, name), record["bytes"], record["xxh3_128"], self.way_out, now)
+            check_file(
+                inside(self.folder, name), record["bytes"], record["xxh3_128"], self.way_out, now
+            )
+
 
 def open_folder(
     folder,
-    kind:str,     # What it should hold
-    way_out:str="Copy the folder again from where it came.",
-)->Manifest|None: # None: the folder has no manifest
+    kind: str,  # What it should hold
+    way_out: str = "Copy the folder again from where it came.",
+) -> Manifest | None:  # None: the folder has no manifest
     "Read the manifest of a folder; check all sizes, and the content of small files."
     folder = Path(folder)
-    if not (folder/MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return None
-    record = read_json(folder/MANIFEST, way_out=way_out)
+    record = read_json(folder / MANIFEST, way_out=way_out)
     files = record.get("files")
     well_formed = isinstance(files, dict) and all(_is_entry(e) for e in files.values())
     if not well_formed or not isinstance(record.get("format"), int):
-        raise Damaged(f"{folder/MANIFEST} is damaged: it is no list of files with sizes and checksums. {way_out}")
+        raise Damaged(
+            f"{folder / MANIFEST} is damaged: it is no list of files with sizes and checksums. "
+            f"{way_out}"
+        )
     if record["format"] > FORMAT:
-        raise ValueError(f"{folder} was written by a later version of scemb (format {record['format']}, this one reads up to {FORMAT}). Update scemb.")
+        raise ValueError(
+            f"{folder} was written by a later version of scemb (format {record['format']}, this "
+            f"one reads up to {FORMAT}). Update scemb."
+        )
     if record.get("kind") != kind:
         raise ValueError(f"{folder} holds a {record.get('kind')!r:.40}; a {kind} is needed.")
     found = Manifest(folder, kind, str(record.get("settings", "")), files, way_out)
     for name, entry in files.items():
         found.check(name, now=entry["bytes"] <= SMALL)
     return found
+
 
 def _is_entry(entry):
     if not isinstance(entry, dict):
@@ -334,21 +385,25 @@ def _is_entry(entry):
     return isinstance(size, int) and size >= 0 and isinstance(sums, str)
 
 # %% ../nbs/00a_folders.ipynb #c436d996
-def _text(path, way_out): # -> str
+def _text(path, way_out):  # -> str
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}; check the path.") from None
     except UnicodeDecodeError as e:
-        raise Damaged(f"{path} is damaged: byte {e.start:,} is no text in UTF-8. {way_out}") from None
+        raise Damaged(
+            f"{path} is damaged: byte {e.start:,} is no text in UTF-8. {way_out}"
+        ) from None
+
 
 def read_json(
     path,
-    kind:type=dict, # What must stand at its top: dict or list
-    keys=(),        # Keys that it must have
-    way_out:str="Copy it again from where it came.",
-):                  # The value
-    "Read a JSON file; what is wrong is said with the name of the file. A record with a checksum of its own must fit it."
+    kind: type = dict,  # What must stand at its top: dict or list
+    keys=(),  # Keys that it must have
+    way_out: str = "Copy it again from where it came.",
+):  # The value
+    """Read a JSON file; what is wrong is said with the name of the file. A record with a checksum
+    of its own must fit it."""
     text = _text(path, way_out)
     try:
         value = json.loads(text)
@@ -358,35 +413,45 @@ def read_json(
     if isinstance(value, dict) and SIGN in value:
         signed = value.pop(SIGN)
         if signed != _sum_of(value):
-            raise Damaged(f"{path} is damaged: it does not fit the checksum that stands in it. {way_out}")
+            raise Damaged(
+                f"{path} is damaged: it does not fit the checksum that stands in it. {way_out}"
+            )
     return _of_kind(path, value, kind, keys, way_out)
+
 
 def _of_kind(path, value, kind, keys, way_out):
     named = {dict: "an object", list: "a list"}
     if not isinstance(value, kind):
-        raise Damaged(f"{path} holds {named.get(type(value), 'a ' + type(value).__name__)}; {named[kind]} is needed. {way_out}")
+        raise Damaged(
+            f"{path} holds {named.get(type(value), 'a ' + type(value).__name__)}; {named[kind]} "
+            f"is needed. {way_out}"
+        )
     if lost := [k for k in keys if k not in value]:
         raise Damaged(f"{path} lacks {', '.join(map(str, lost))}. {way_out}")
     return value
 
+
 def read_toml(
     path,
-    way_out:str="Mend that line.",
-)->dict:
+    way_out: str = "Mend that line.",
+) -> dict:
     "Read a TOML file; what is wrong is said with the name of the file."
     import tomllib
+
     text = _text(path, way_out)
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise ValueError(f"{path} is not TOML: {e}. {way_out}") from None
 
+
 def tensor_shapes(
-    path, # A .safetensors file
-    way_out:str="Copy it again from where it came.",
-)->dict:  # Name -> shape (a tuple); no tensor is read
+    path,  # A .safetensors file
+    way_out: str = "Copy it again from where it came.",
+) -> dict:  # Name -> shape (a tuple); no tensor is read
     "Names and shapes of the tensors of a file."
     from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -395,15 +460,17 @@ def tensor_shapes(
     except SafetensorError as e:
         raise Damaged(f"{path} is damaged ({e}). {way_out}") from None
 
+
 def read_tensors(
-    path,             # A .safetensors file
-    wanted:dict=None, # Name -> shape: exactly these must be there; None: whatever is there
-    way_out:str="Copy it again from where it came.",
-    finite:bool=True, # Refuse NaN and infinity
-)->dict:              # Name -> tensor, on the CPU
+    path,  # A .safetensors file
+    wanted: dict = None,  # Name -> shape: exactly these must be there; None: whatever is there
+    way_out: str = "Copy it again from where it came.",
+    finite: bool = True,  # Refuse NaN and infinity
+) -> dict:  # Name -> tensor, on the CPU
     "Read tensors that are exactly the expected ones, and are numbers."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
     if wanted is not None:
         compare_shapes(path, tensor_shapes(path, way_out), wanted, way_out)
     try:
@@ -415,44 +482,71 @@ def read_tensors(
     for name, tensor in tensors.items():
         if finite and tensor.is_floating_point() and not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
-            raise Damaged(f"{path} is damaged: {bad:,} of {tensor.numel():,} numbers of {name} are NaN or infinite. {way_out}")
+            raise Damaged(
+                f"{path} is damaged: {bad:,} of {tensor.numel():,} numbers of {name} are NaN or "
+                f"infinite. {way_out}"
+            )
     return tensors
 
+
 def compare_shapes(
-    path,         # For the message
-    found:dict,   # Name -> shape, in the file
-    wanted:dict,  # Name -> shape, by the configuration
-    way_out:str="Copy it again from where it came.",
-)->None:
+    path,  # For the message
+    found: dict,  # Name -> shape, in the file
+    wanted: dict,  # Name -> shape, by the configuration
+    way_out: str = "Copy it again from where it came.",
+) -> None:
     "Refuse missing, additional and differently shaped tensors, by name."
+
     def some(names):
         names = sorted(names)
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
     if lost := set(wanted) - set(found):
-        raise Damaged(f"{path} lacks {len(lost)} of {len(wanted)} weights ({some(lost)}). {way_out}")
+        raise Damaged(
+            f"{path} lacks {len(lost)} of {len(wanted)} weights ({some(lost)}). {way_out}"
+        )
     if extra := set(found) - set(wanted):
-        raise Damaged(f"{path} holds {len(extra)} weights that its configuration does not have ({some(extra)}). {way_out}")
+        raise Damaged(
+            f"{path} holds {len(extra)} weights that its configuration does not have "
+            f"({some(extra)}). {way_out}"
+        )
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
-            raise Damaged(f"{path}: {name} has the shape {tuple(found[name])}, its configuration says {tuple(shape)}. {way_out}")
+            raise Damaged(
+                f"{path}: {name} has the shape {tuple(found[name])}, its configuration says "
+                f"{tuple(shape)}. {way_out}"
+            )
+
 
 def read_arrays(
-    path, # A .npy file, or a .npz file: then a dict
-):        # Array, or name -> array; objects are never read
+    path,  # A .npy file, or a .npz file: then a dict
+):  # Array, or name -> array; objects are never read
     "Read NumPy arrays; a file that is cut or damaged is named."
     import numpy as np
     from zipfile import BadZipFile
     from zlib import error as ZlibError
+
     try:
         found = np.load(path, allow_pickle=False)
         return found if isinstance(found, np.ndarray) else dict(found)
-    except (ValueError, EOFError, KeyError, BadZipFile, ZlibError, NotImplementedError, MemoryError) as e:
-        raise Damaged(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''}).") from None
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        BadZipFile,
+        ZlibError,
+        NotImplementedError,
+        MemoryError,
+    ) as e:
+        raise Damaged(
+            f"{path} is damaged ({type(e).__name__}: "
+            f"{str(e).splitlines()[0][:120] if str(e) else ''})."
+        ) from None
 
 # %% ../nbs/00a_folders.ipynb #341ee3b2
 @contextmanager
 def only_writer(
-    path, # The output: a file or a folder, there or not
+    path,  # The output: a file or a folder, there or not
 ):
     "Hold an output for this process, or say who holds it."
     path = Path(path)
@@ -464,7 +558,8 @@ def only_writer(
             path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
             os.close(handle)
 
-def _locked(lock, path): # -> handle of the lock; None where the file system has no locks
+
+def _locked(lock, path):  # -> handle of the lock; None where the file system has no locks
     try:
         import fcntl
     except ImportError:
@@ -476,7 +571,10 @@ def _locked(lock, path): # -> handle of the lock; None where the file system has
         except BlockingIOError:
             who = os.read(handle, 200).decode("utf-8", "replace")
             os.close(handle)
-            raise BlockingIOError(f"{path} is being written by another command ({who or 'it has just begun'}). Wait until it ends, or choose another output.") from None
+            raise BlockingIOError(
+                f"{path} is being written by another command ({who or 'it has just begun'}). "
+                "Wait until it ends, or choose another output."
+            ) from None
         except OSError:
             os.close(handle)
             return None
@@ -484,21 +582,24 @@ def _locked(lock, path): # -> handle of the lock; None where the file system has
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {_machine()}".encode())
             return handle
-        os.close(handle)                 # its owner removed it between our two calls
+        os.close(handle)  # its owner removed it between our two calls
 
-def tidy_folder(folder)->None:
-    "Clear away what killed writers left inside a folder: unfinished files, and locks that no process holds."
+
+def tidy_folder(folder) -> None:
+    """Clear away what killed writers left inside a folder: unfinished files, and locks that no
+    process holds."""
     named = re.compile(rf"\.(.+)\.{_machine()}-\d+-\d+\.(part|old)")
     for entry in list(Path(folder).iterdir()):
         if found := named.fullmatch(entry.name):
             tidy(entry.with_name(found[1]))
     for lock in Path(folder).glob(".*.lock"):
-        name = lock.name[1:-len(".lock")]
+        name = lock.name[1 : -len(".lock")]
         try:
             with only_writer(lock.with_name(name)):
                 pass
         except OSError:
             pass
+
 
 def _same_file(handle, path):
     try:
@@ -509,8 +610,8 @@ def _same_file(handle, path):
 
 # %% ../nbs/00a_folders.ipynb #05aae240
 def own_folder(
-    folder, # Of unfinished work, there or not
-)->Path:
+    folder,  # Of unfinished work, there or not
+) -> Path:
     "Refuse a link, and a folder of another user."
     folder = Path(folder)
     if not os.path.lexists(folder):
@@ -518,16 +619,20 @@ def own_folder(
     stat = os.lstat(folder)
     theirs = hasattr(os, "geteuid") and stat.st_uid != os.geteuid()
     if folder.is_symlink() or not folder.is_dir() or theirs:
-        raise FileExistsError(f"{folder} is in the way: unfinished work is kept under this name, and it is a link, a file, or belongs to somebody else. Remove it, or choose another output.")
+        raise FileExistsError(
+            f"{folder} is in the way: unfinished work is kept under this name, and it is a link, "
+            "a file, or belongs to somebody else. Remove it, or choose another output."
+        )
     return folder
+
 
 def work_folder(
     folder,  # Where finished parts are kept, beside the output
-    key:str, # What tells this job from another
-)->bool:     # True: it holds what the same job has done
+    key: str,  # What tells this job from another
+) -> bool:  # True: it holds what the same job has done
     "Open the folder of a job that can be taken up; what another job left is removed."
     folder = own_folder(folder)
-    note = folder/"job.txt"
+    note = folder / "job.txt"
     try:
         if note.read_text(encoding="utf-8") == key:
             return True
@@ -541,10 +646,10 @@ def work_folder(
 
 # %% ../nbs/00a_folders.ipynb #32e10c32
 def room_for(
-    path,         # File that will be written, or will grow
-    n_bytes:int,  # Of what will be written
-    size:int=0,   # Of the file as it is
-)->None:
+    path,  # File that will be written, or will grow
+    n_bytes: int,  # Of what will be written
+    size: int = 0,  # Of the file as it is
+) -> None:
     "Refuse, as the system would, to write so much: full disk, quota, limit of a file's size."
     path = Path(path)
     probe = _aside(path, "room")
@@ -555,15 +660,18 @@ def room_for(
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
-    finally:                             # a file system without this call is not asked
+    finally:  # a file system without this call is not asked
         os.close(handle)
         probe.unlink()
 
 # %% ../nbs/00a_folders.ipynb #d3963ad7
 _WORDS = {
-    errno.ENOSPC: "the disk is full. Make room, then give the same command again: what was done is kept",
-    errno.EDQUOT: "your quota of this disk is used up. Make room, then give the same command again: what was done is kept",
-    errno.EFBIG: "it grew over the limit for one file (ulimit -f, or that of the file system). Raise the limit or choose another disk",
+    errno.ENOSPC: "the disk is full. Make room, then give the same command again: what was done "
+    "is kept",
+    errno.EDQUOT: "your quota of this disk is used up. Make room, then give the same command "
+    "again: what was done is kept",
+    errno.EFBIG: "it grew over the limit for one file (ulimit -f, or that of the file system). "
+    "Raise the limit or choose another disk",
     errno.EROFS: "the disk is read-only. Choose another output",
     errno.EACCES: "permission is denied. Choose another output, or ask the owner of the folder",
     errno.EPERM: "permission is denied. Choose another output, or ask the owner of the folder",
@@ -572,7 +680,8 @@ _WORDS = {
     errno.EMFILE: "too many files are open (ulimit -n). Raise the limit",
 }
 
-def _chain(error): # an error and those behind it
+
+def _chain(error):  # an error and those behind it
     seen = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -580,7 +689,8 @@ def _chain(error): # an error and those behind it
         error = error.__cause__ or behind
     return seen
 
-def _number(error): # errno of an error, also where only its text has it
+
+def _number(error):  # errno of an error, also where only its text has it
     number = getattr(error, "errno", None)
     if number in _WORDS:
         return number
@@ -593,22 +703,28 @@ def _number(error): # errno of an error, also where only its text has it
             return number
     return None
 
+
 _HIDES_THE_DISK = ("inline_container", "unexpected pos", "PytorchStreamWriter", "serializ")
 
-def _hidden(error): # a failed write whose cause a library does not give
+
+def _hidden(error):  # a failed write whose cause a library does not give
     named = type(error).__name__ in ("SafetensorError", "RuntimeError")
     return named and any(word in str(error) for word in _HIDES_THE_DISK)
 
+
 def in_words(
-    error:BaseException,
-    out=None,   # Where the work writes: that disk is asked where the error is silent
-)->str|None:    # A sentence; None: this error is none of the machine's
+    error: BaseException,
+    out=None,  # Where the work writes: that disk is asked where the error is silent
+) -> str | None:  # A sentence; None: this error is none of the machine's
     "What the system refused, as a sentence with the true cause."
     chain = _chain(error)
     for e in chain:
         said = str(e).lower() if isinstance(e, RuntimeError) else ""
         if isinstance(e, MemoryError) or "can't allocate memory" in said or "out of memory" in said:
-            return "The memory does not suffice. Give fewer cells or genes at a time (--token-budget, --max-len), or use a machine with more."
+            return (
+                "The memory does not suffice. Give fewer cells or genes at a time "
+                "(--token-budget, --max-len), or use a machine with more."
+            )
     for e in chain:
         number = _number(e)
         if number and (e is error or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
@@ -618,21 +734,27 @@ def in_words(
         return f"{out or 'The output'} could not be written: {_guess(out)}."
     return None
 
-def _verb(number): return "opened" if number in (errno.EACCES, errno.EPERM, errno.EMFILE) else "written"
 
-def _guess(out): # why a write failed, where nobody said
+def _verb(number):
+    return "opened" if number in (errno.EACCES, errno.EPERM, errno.EMFILE) else "written"
+
+
+def _guess(out):  # why a write failed, where nobody said
     place = Path(out or ".").absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < 1 << 24:
         return _WORDS[errno.ENOSPC]
-    return f"the write ended early ({free/2**30:,.1f} GB are free on its disk, so a quota or ulimit -f may be the cause). Give the same command again with another output"
+    return (
+        f"the write ended early ({free / 2**30:,.1f} GB are free on its disk, so a quota or "
+        "ulimit -f may be the cause). Give the same command again with another output"
+    )
 
 # %% ../nbs/00a_folders.ipynb #3c85343d
 def for_csv(
-    value, # A cell of a table
-):         # The same; a text that a spreadsheet would run begins with an apostrophe
+    value,  # A cell of a table
+):  # The same; a text that a spreadsheet would run begins with an apostrophe
     "Keep a text from being read as a formula."
     if not isinstance(value, str) or len(value) < 2 or value[0] not in "=+-@\t\r":
         return value
@@ -642,31 +764,40 @@ def for_csv(
         return "'" + value
     return value
 
+
 def table_for_csv(
-    table, # DataFrame
-):         # A copy whose texts, names of columns and index are safe
+    table,  # DataFrame
+):  # A copy whose texts, names of columns and index are safe
     "Keep all texts of a table from being read as formulas."
     import pandas as pd
+
     safe = table.copy()
     for place, (name, column) in enumerate(table.items()):
-        if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column)):
+        if not (
+            pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column)
+        ):
             safe.isetitem(place, column.astype(object).map(for_csv))
     safe.columns = [for_csv(c) for c in table.columns]
     if not isinstance(table.index, pd.MultiIndex):
         safe.index = table.index.map(for_csv)
     return safe
 
-def for_html(value)->str:
+
+def for_html(value) -> str:
     "Text for a page, as it is."
     from html import escape
+
     return escape(str(value), quote=True)
 
-def for_markdown(value)->str:
+
+def for_markdown(value) -> str:
     "Text for Markdown, on one line, as it is."
     line = " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]()<>#|~!])", r"\\\1", line)
 
-def for_rich(value)->str:
+
+def for_rich(value) -> str:
     "Text for the terminal, where square brackets are marks."
     from rich.markup import escape
+
     return escape(str(value))

@@ -18,129 +18,205 @@ from .links import negatives, pair_keys, vector_scores
 
 # %% ../nbs/13b_gat.ipynb #b0e7d19d
 class GAT(torch.nn.Module):
-    "Three graph attention layers with residuals; a pair scores by the scaled product of its vectors."
-    def __init__(self,
-        n_genes:int,         # Genes of the graph
-        n_features:int=0,    # Width of the features; 0: a free vector for each gene
-        width:int=64, heads:int=4, dropout:float=.1,
+    """Three graph attention layers with residuals; a pair scores by the scaled product of its
+    vectors."""
+
+    def __init__(
+        self,
+        n_genes: int,  # Genes of the graph
+        n_features: int = 0,  # Width of the features; 0: a free vector for each gene
+        width: int = 64,
+        heads: int = 4,
+        dropout: float = 0.1,
     ):
         super().__init__()
         from torch_geometric.nn import GATConv
-        self.start = torch.nn.Linear(n_features, width) if n_features else torch.nn.Embedding(n_genes, width)
-        self.layers = torch.nn.ModuleList(GATConv(width, width//heads, heads=heads, dropout=dropout) for _ in range(3))
-        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(3))
-        self.scale, self.bias = torch.nn.Parameter(torch.tensor(1.)), torch.nn.Parameter(torch.tensor(0.))
 
-    def forward(self, x_NF, index_2E): # features or None, both directions of each link -> (N, D)
+        self.start = (
+            torch.nn.Linear(n_features, width) if n_features else torch.nn.Embedding(n_genes, width)
+        )
+        self.layers = torch.nn.ModuleList(
+            GATConv(width, width // heads, heads=heads, dropout=dropout) for _ in range(3)
+        )
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(3))
+        self.scale, self.bias = (
+            torch.nn.Parameter(torch.tensor(1.0)),
+            torch.nn.Parameter(torch.tensor(0.0)),
+        )
+
+    def forward(self, x_NF, index_2E):  # features or None, both directions of each link -> (N, D)
         h_ND = self.start.weight if isinstance(self.start, torch.nn.Embedding) else self.start(x_NF)
-        for layer, norm in zip(self.layers, self.norms): h_ND = h_ND + F.elu(layer(norm(h_ND), index_2E))
+        for layer, norm in zip(self.layers, self.norms):
+            h_ND = h_ND + F.elu(layer(norm(h_ND), index_2E))
         return h_ND
 
-    def score(self, h_ND, pairs_M2): # -> (M,) logits
+    def score(self, h_ND, pairs_M2):  # -> (M,) logits
         "How likely each pair is linked."
         u, v = h_ND[pairs_M2[:, 0]], h_ND[pairs_M2[:, 1]]
-        return self.scale*F.cosine_similarity(u, v)*8 + self.bias
+        return self.scale * F.cosine_similarity(u, v) * 8 + self.bias
 
 # %% ../nbs/13b_gat.ipynb #36c41590
 def train_gat(
-    pairs:np.ndarray,       # Training links, nodes, shape (m, 2)
-    n:int,                  # Genes
-    features=None,          # Shape (n, F), NaN rows for genes without; None: free vectors
-    objective:str="links",  # "links" or "infomax"
-    steps:int=150, width:int=64, heads:int=4, lr:float=5e-3,
-    batch:int=20_000,       # Links foreseen in a step
-    messages:int|None=None, # Links that carry messages in a step at most, drawn anew each time; None: half of all
-    look:int=10,            # Steps between two looks at the kept-back links
-    patience:int=6,         # Looks without a gain before it stops
-    seed:int=0,
-)->tuple:                   # Vectors (n, D), history: list of (step, AUROC of the kept-back links)
+    pairs: np.ndarray,  # Training links, nodes, shape (m, 2)
+    n: int,  # Genes
+    features=None,  # Shape (n, F), NaN rows for genes without; None: free vectors
+    objective: str = "links",  # "links" or "infomax"
+    steps: int = 150,
+    width: int = 64,
+    heads: int = 4,
+    lr: float = 5e-3,
+    batch: int = 20_000,  # Links foreseen in a step
+    # Links that carry messages in a step at most, drawn anew each time; None: half of all
+    messages: int | None = None,
+    look: int = 10,  # Steps between two looks at the kept-back links
+    patience: int = 6,  # Looks without a gain before it stops
+    seed: int = 0,
+) -> tuple:  # Vectors (n, D), history: list of (step, AUROC of the kept-back links)
     "Train the network and return its vectors at its best step."
-    if objective not in ("links", "infomax"): raise ValueError(f"objective is {objective!r}, wanted 'links' or 'infomax'.")
-    if len(pairs) < 20: raise ValueError(f"{len(pairs)} links are too few to learn from, wanted at least 20: add a source of edges.")
-    torch.manual_seed(seed); rng = np.random.default_rng(seed)
-    kept = rng.random(len(pairs)) < .05; kept[:2] = True; train, held = pairs[~kept], pairs[kept]
+    if objective not in ("links", "infomax"):
+        raise ValueError(f"objective is {objective!r}, wanted 'links' or 'infomax'.")
+    if len(pairs) < 20:
+        raise ValueError(
+            f"{len(pairs)} links are too few to learn from, wanted at least 20: add a source of "
+            "edges."
+        )
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    kept = rng.random(len(pairs)) < 0.05
+    kept[:2] = True
+    train, held = pairs[~kept], pairs[kept]
     x = None if features is None else torch.from_numpy(standardised(features))
     net = GAT(n, 0 if x is None else x.shape[1], width, heads)
     known, degree = pair_keys(pairs, n), np.bincount(train.ravel(), minlength=n)
-    index = lambda p: torch.from_numpy(np.concatenate([p, p[:, ::-1]]).T.copy())
-    wrong, loss_of = negatives(held, n, known, degree, seed=seed), link_loss if objective == "links" else infomax_loss(net, width)
-    optimizer = torch.optim.Adam([*net.parameters(), *getattr(loss_of, "parameters", tuple)()], lr, weight_decay=1e-5)
-    best, history, whole = (0, -1., None), [], index(train)
+
+    def index(p):
+        return torch.from_numpy(np.concatenate([p, p[:, ::-1]]).T.copy())
+
+    wrong, loss_of = (
+        negatives(held, n, known, degree, seed=seed),
+        link_loss if objective == "links" else infomax_loss(net, width),
+    )
+    optimizer = torch.optim.Adam(
+        [*net.parameters(), *getattr(loss_of, "parameters", tuple)()], lr, weight_decay=1e-5
+    )
+    best, history, whole = (0, -1.0, None), [], index(train)
     for step in range(1, steps + 1):
-        net.train(); optimizer.zero_grad()
-        loss_of(net, x, train, index, n, known, degree, batch, rng, messages).backward(); optimizer.step()
-        if step % look and step != steps: continue
+        net.train()
+        optimizer.zero_grad()
+        loss_of(net, x, train, index, n, known, degree, batch, rng, messages).backward()
+        optimizer.step()
+        if step % look and step != steps:
+            continue
         net.eval()
-        with torch.no_grad(): h = net(x, whole).numpy()
-        auroc = rank_auroc(vector_scores(h, held), vector_scores(h, wrong)); history.append((step, round(auroc, 4)))
-        if auroc > best[1]: best = (step, auroc, h)
-        elif step - best[0] >= look*patience: break
+        with torch.no_grad():
+            h = net(x, whole).numpy()
+        auroc = rank_auroc(vector_scores(h, held), vector_scores(h, wrong))
+        history.append((step, round(auroc, 4)))
+        if auroc > best[1]:
+            best = (step, auroc, h)
+        elif step - best[0] >= look * patience:
+            break
     return best[2], history
 
-def standardised(features): # (n, F) with NaN rows -> (n, F + 1) float32; the last column marks genes without features
+
+def standardised(
+    features,
+):  # (n, F) with NaN rows -> (n, F + 1) float32; the last column marks genes without features
     "Features of mean 0 and spread 1; genes without get 0."
-    f = np.asarray(features, np.float32); none = ~np.isfinite(f).all(1)
-    f = (f - f[~none].mean(0))/(f[~none].std(0) + 1e-6); f[none] = 0
+    f = np.asarray(features, np.float32)
+    none = ~np.isfinite(f).all(1)
+    f = (f - f[~none].mean(0)) / (f[~none].std(0) + 1e-6)
+    f[none] = 0
     return np.c_[f, none].astype(np.float32)
 
 # %% ../nbs/13b_gat.ipynb #176269e7
-def rank_auroc(true, false): # -> chance that a true pair scores above a false one
+def rank_auroc(true, false):  # -> chance that a true pair scores above a false one
     "AUROC from ranks."
     from scipy.stats import rankdata
-    r = rankdata(np.r_[true, false])[:len(true)]
-    return float((r.sum() - len(true)*(len(true) + 1)/2)/(len(true)*len(false)))
+
+    r = rankdata(np.r_[true, false])[: len(true)]
+    return float((r.sum() - len(true) * (len(true) + 1) / 2) / (len(true) * len(false)))
 
 # %% ../nbs/13b_gat.ipynb #82a3a852
-def drawn(rng, m, share, most): # -> bool (m,): a share of the links, or as many as `most` of them
+def drawn(rng, m, share, most):  # -> bool (m,): a share of the links, or as many as `most` of them
     "Links that carry messages in one step."
-    return rng.random(m) < (share if most is None else min(share, most/m))
+    return rng.random(m) < (share if most is None else min(share, most / m))
+
 
 def link_loss(net, x, train, index, n, known, degree, batch, rng, messages=None):
-    "Half of the links, or fewer, carry messages; some of the others are told from pairs of matched degree."
-    carry = drawn(rng, len(train), .5, messages)
+    """Half of the links, or fewer, carry messages; some of the others are told from pairs of
+    matched degree."""
+    carry = drawn(rng, len(train), 0.5, messages)
     ask = train[~carry] if (~carry).any() else train
     ask = ask[rng.permutation(len(ask))[:batch]]
     false = negatives(ask, n, known, degree, seed=int(rng.integers(2**31)))
     h = net(x, index(train[carry]))
     logits = torch.cat([net.score(h, torch.from_numpy(ask)), net.score(h, torch.from_numpy(false))])
-    return F.binary_cross_entropy_with_logits(logits, torch.cat([torch.ones(len(ask)), torch.zeros(len(false))]))
+    return F.binary_cross_entropy_with_logits(
+        logits, torch.cat([torch.ones(len(ask)), torch.zeros(len(false))])
+    )
 
-def infomax_loss(net, width): # -> loss with the same arguments as `link_loss`
+
+def infomax_loss(net, width):  # -> loss with the same arguments as `link_loss`
     "Deep Graph Infomax of torch-geometric around the network."
     from torch_geometric.nn import DeepGraphInfomax
-    start = lambda x: net.start.weight if x is None else x
-    def encode(x, index): # the start layer is applied to features only
+
+    def start(x):
+        return net.start.weight if x is None else x
+
+    def encode(x, index):  # the start layer is applied to features only
         h = net.start(x) if isinstance(net.start, torch.nn.Linear) else x
-        for layer, norm in zip(net.layers, net.norms): h = h + F.elu(layer(norm(h), index))
+        for layer, norm in zip(net.layers, net.norms):
+            h = h + F.elu(layer(norm(h), index))
         return h
-    encoder = torch.nn.Module(); encoder.forward = encode
-    infomax = DeepGraphInfomax(width, encoder, lambda z, *_: z.mean(0).sigmoid(), lambda x, index: (x[torch.randperm(len(x))], index))
+
+    encoder = torch.nn.Module()
+    encoder.forward = encode
+    infomax = DeepGraphInfomax(
+        width,
+        encoder,
+        lambda z, *_: z.mean(0).sigmoid(),
+        lambda x, index: (x[torch.randperm(len(x))], index),
+    )
+
     def loss(net, x, train, index, n, known, degree, batch, rng, messages=None):
-        return infomax.loss(*infomax(start(x), index(train[drawn(rng, len(train), .7, messages)])))
+        return infomax.loss(*infomax(start(x), index(train[drawn(rng, len(train), 0.7, messages)])))
+
     loss.parameters = infomax.parameters
     return loss
 
 # %% ../nbs/13b_gat.ipynb #d01af879
 def model_features(
-    rows,                  # Rows of `gene_table`
-    model="scemb-small",   # As for `embed`
-)->np.ndarray:             # Shape (n, D), NaN for genes outside the vocabulary
+    rows,  # Rows of `gene_table`
+    model="scemb-small",  # As for `embed`
+) -> np.ndarray:  # Shape (n, D), NaN for genes outside the vocabulary
     "Gene vectors of a model."
     from scemb.checkpoint import load_checkpoint
+
     net, vocabulary, *_ = model if isinstance(model, tuple) else load_checkpoint(model)
-    return taken(net.bert.embeddings.word_embeddings.weight.detach().float().numpy(), vocabulary.token_of_rows(np.asarray(rows)))
+    return taken(
+        net.bert.embeddings.word_embeddings.weight.detach().float().numpy(),
+        vocabulary.token_of_rows(np.asarray(rows)),
+    )
+
 
 def corpus_features(
-    rows,           # Rows of `gene_table`
-    tokens,         # TokenSet of a corpus
-    dim:int=64, seed:int=0,
-)->np.ndarray:      # Shape (n, dim), NaN for genes that no cell expresses
+    rows,  # Rows of `gene_table`
+    tokens,  # TokenSet of a corpus
+    dim: int = 64,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (n, dim), NaN for genes that no cell expresses
     "Gene vectors of the SVD of a corpus."
     from scemb.baselines import gene_vectors
-    v = gene_vectors(tokens, dim, seed, tokens.settings.max_len)
-    return taken(np.where(np.abs(v).sum(1, keepdims=True) > 0, v, np.nan), tokens.vocabulary.token_of_rows(np.asarray(rows)))
 
-def taken(vectors, token): # rows of vectors, NaN where the token is -1
+    v = gene_vectors(tokens, dim, seed, tokens.settings.max_len)
+    return taken(
+        np.where(np.abs(v).sum(1, keepdims=True) > 0, v, np.nan),
+        tokens.vocabulary.token_of_rows(np.asarray(rows)),
+    )
+
+
+def taken(vectors, token):  # rows of vectors, NaN where the token is -1
     "Look vectors up by token."
     return np.where((token >= 0)[:, None], vectors[np.maximum(token, 0)], np.nan).astype(np.float32)
 
@@ -148,38 +224,70 @@ def taken(vectors, token): # rows of vectors, NaN where the token is -1
 @dataclass(frozen=True, eq=False)
 class GraphVectors:
     "Vectors of the genes of a graph."
-    rows: np.ndarray      # Rows of `gene_table`, ascending
-    vectors: np.ndarray   # Shape (n, D)
-    linked: np.ndarray    # Bool: the gene has a link, so that the graph speaks for it
+
+    rows: np.ndarray  # Rows of `gene_table`, ascending
+    vectors: np.ndarray  # Shape (n, D)
+    linked: np.ndarray  # Bool: the gene has a link, so that the graph speaks for it
+
 
 def graph_vectors(
-    graph:GeneGraph,
-    features=None,        # Shape (n, F); None: free vectors
-    **settings,           # Of `train_gat`
-)->GraphVectors:
+    graph: GeneGraph,
+    features=None,  # Shape (n, F); None: free vectors
+    **settings,  # Of `train_gat`
+) -> GraphVectors:
     "Train on the whole graph and keep the vectors."
-    return GraphVectors(graph.rows, train_gat(graph.pairs, graph.n_genes, features, **settings)[0], graph.degree > 0)
+    return GraphVectors(
+        graph.rows, train_gat(graph.pairs, graph.n_genes, features, **settings)[0], graph.degree > 0
+    )
+
 
 def look_up(
-    known:GraphVectors,
-    genes,                # Names: symbols, aliases or Ensembl ids
-    features=None,        # Function of rows giving features (n, F), by which a gene outside the graph finds its nearest; None: no such answer
-    n_nearest:int=10,
-)->tuple:                 # Vectors (n, D), NaN without an answer; DataFrame: gene, symbol, answer, nearest, note (names read through an alias)
+    known: GraphVectors,
+    genes,  # Names: symbols, aliases or Ensembl ids
+    # Function of rows giving features (n, F), by which a gene outside the graph finds its nearest;
+    # None: no such answer
+    features=None,
+    n_nearest: int = 10,
+    # Vectors (n, D), NaN without an answer; DataFrame: gene, symbol, answer, nearest, note (names
+    # read through an alias)
+) -> tuple:
     "Vectors of any genes, each with a flag that says where it comes from."
     genes = [genes] if isinstance(genes, str) else list(genes)
     rows, notes = map_genes(genes, duplicates="sum").rows, alias_notes(genes)
     graph_rows, held = known.rows[known.linked], known.vectors[known.linked]
-    at = np.searchsorted(graph_rows, rows).clip(max=len(graph_rows) - 1); inside = (graph_rows[at] == rows) & (rows >= 0)
-    out, answer, nearest = np.full((len(genes), held.shape[1]), np.nan, np.float32), np.where(rows < 0, "unknown gene", "no answer").astype(object), np.full(len(genes), "", object)
+    at = np.searchsorted(graph_rows, rows).clip(max=len(graph_rows) - 1)
+    inside = (graph_rows[at] == rows) & (rows >= 0)
+    out, answer, nearest = (
+        np.full((len(genes), held.shape[1]), np.nan, np.float32),
+        np.where(rows < 0, "unknown gene", "no answer").astype(object),
+        np.full(len(genes), "", object),
+    )
     out[inside], answer[inside] = held[at[inside]], "graph"
     if features is not None and (ask := np.flatnonzero(~inside & (rows >= 0))).size:
-        unit = lambda f: (f - centre)/(np.linalg.norm(f - centre, axis=1, keepdims=True) + 1e-9)
-        base = features(graph_rows); ok = np.isfinite(base).all(1); centre = base[ok].mean(0)
+
+        def unit(f):
+            return (f - centre) / (np.linalg.norm(f - centre, axis=1, keepdims=True) + 1e-9)
+
+        base = features(graph_rows)
+        ok = np.isfinite(base).all(1)
+        centre = base[ok].mean(0)
         near = unit(features(rows[ask])) @ unit(base[ok]).T
         for k, likeness in zip(ask, near):
-            if not np.isfinite(likeness).all(): continue
+            if not np.isfinite(likeness).all():
+                continue
             top = np.flatnonzero(ok)[np.argsort(-likeness, kind="stable")[:n_nearest]]
-            out[k], answer[k], nearest[k] = held[top].mean(0), "nearest by features", ", ".join(gene_table().symbol.iloc[graph_rows[top[:3]]])
+            out[k], answer[k], nearest[k] = (
+                held[top].mean(0),
+                "nearest by features",
+                ", ".join(gene_table().symbol.iloc[graph_rows[top[:3]]]),
+            )
     symbol = gene_table().symbol.reindex(rows).fillna("").to_numpy()
-    return out, pd.DataFrame(dict(gene=genes, symbol=symbol, answer=answer, nearest=nearest, note=[notes.get(g, "") for g in genes]))
+    return out, pd.DataFrame(
+        dict(
+            gene=genes,
+            symbol=symbol,
+            answer=answer,
+            nearest=nearest,
+            note=[notes.get(g, "") for g in genes],
+        )
+    )

@@ -20,50 +20,95 @@ from .tokens import encoded_chunks
 
 # %% ../nbs/10b_gene_embeddings.ipynb #ea7c3ef6
 def tokens_of_genes(
-    genes,      # Symbols or Ensembl ids
-    vocabulary, # Of the model
-)->np.ndarray:  # Tokens, int64; a name that is no gene of the vocabulary is refused
+    genes,  # Symbols or Ensembl ids
+    vocabulary,  # Of the model
+) -> np.ndarray:  # Tokens, int64; a name that is no gene of the vocabulary is refused
     "Look up genes by name."
     genes = [genes] if isinstance(genes, str) else list(genes)
-    if not genes: raise ValueError("No gene was named; give at least one symbol or Ensembl id.")
+    if not genes:
+        raise ValueError("No gene was named; give at least one symbol or Ensembl id.")
     token = vocabulary.token_of_rows(map_genes(genes, duplicates="sum").rows)
     unknown = [g for g, t in zip(genes, token) if t < 0]
-    if unknown: raise ValueError(f"Not in the model's vocabulary: {', '.join(map(str, unknown[:8]))}. It has {len(vocabulary):,} protein-coding genes; use HGNC symbols or Ensembl ids.")
-    if len(set(token)) < len(token): raise ValueError("A gene was named twice (perhaps by an alias); name each once.")
+    if unknown:
+        raise ValueError(
+            f"Not in the model's vocabulary: {', '.join(map(str, unknown[:8]))}. It has "
+            f"{len(vocabulary):,} protein-coding genes; use HGNC symbols or Ensembl ids."
+        )
+    if len(set(token)) < len(token):
+        raise ValueError("A gene was named twice (perhaps by an alias); name each once.")
     return token.astype(np.int64)
 
 # %% ../nbs/10b_gene_embeddings.ipynb #799da8aa
 @torch.no_grad()
 def gene_embeddings(
-    adata,                   # AnnData with raw counts, or a path
-    model="scemb-small",     # As for `embed`
-    genes=None,              # Symbols or Ensembl ids; None: every gene of the vocabulary
-    by:str|None=None,        # Column of obs: average within its groups; None: over all cells
-    per_cell:bool=False,     # A row for each cell that expresses the gene, nothing averaged; needs `genes`
-    pooling:str="last",      # "last": the last layer; "mean12": mean over layers
-    layer:str|None=None, max_len:int|None=None, device:str|None=None, precision:str="auto", # As for `embed`
-):                           # AnnData: X the vectors, obs gene, symbol and group with n_cells, or cell with rank and bin
+    adata,  # AnnData with raw counts, or a path
+    model="scemb-small",  # As for `embed`
+    genes=None,  # Symbols or Ensembl ids; None: every gene of the vocabulary
+    by: str | None = None,  # Column of obs: average within its groups; None: over all cells
+    # A row for each cell that expresses the gene, nothing averaged; needs `genes`
+    per_cell: bool = False,
+    pooling: str = "last",  # "last": the last layer; "mean12": mean over layers
+    layer: str | None = None,
+    max_len: int | None = None,
+    device: str | None = None,
+    precision: str = "auto",  # As for `embed`
+):  # AnnData: X the vectors, obs gene, symbol and group with n_cells, or cell with rank and bin
     "Vectors of genes in the context of their cells."
-    if per_cell and genes is None: raise ValueError("per_cell makes a row for each gene of each cell; name the genes wanted.")
-    if pooling == "cls": raise ValueError("pooling='cls' is a vector of the cell; genes have 'last' or 'mean12'.")
-    coder, counts = cell_encoder(model, pooling, max_len, device, precision), read_counts(adata, layer)
-    if by is not None and by not in counts.adata.obs: raise ValueError(f"obs has no column {by!r}; it has {list(counts.adata.obs.columns)}.")
-    tokens = np.arange(4, len(coder.vocabulary)) if genes is None else tokens_of_genes(genes, coder.vocabulary)
-    group = (counts.adata.obs[by].astype(str) if by else counts.adata.obs_names.to_series().map(lambda _: "all")).to_numpy()
+    if per_cell and genes is None:
+        raise ValueError("per_cell makes a row for each gene of each cell; name the genes wanted.")
+    if pooling == "cls":
+        raise ValueError("pooling='cls' is a vector of the cell; genes have 'last' or 'mean12'.")
+    coder, counts = (
+        cell_encoder(model, pooling, max_len, device, precision),
+        read_counts(adata, layer),
+    )
+    if by is not None and by not in counts.adata.obs:
+        raise ValueError(f"obs has no column {by!r}; it has {list(counts.adata.obs.columns)}.")
+    tokens = (
+        np.arange(4, len(coder.vocabulary))
+        if genes is None
+        else tokens_of_genes(genes, coder.vocabulary)
+    )
+    group = (
+        counts.adata.obs[by].astype(str)
+        if by
+        else counts.adata.obs_names.to_series().map(lambda _: "all")
+    ).to_numpy()
     names, code = np.unique(group, return_inverse=True)
-    place = np.full(len(coder.vocabulary), -1); place[tokens] = np.arange(len(tokens))
-    total, n, rows = (np.zeros((len(names)*len(tokens), coder.net.config.hidden_size)), np.zeros(len(names)*len(tokens), np.int64), []) if not per_cell else (None, None, [])
+    place = np.full(len(coder.vocabulary), -1)
+    place[tokens] = np.arange(len(tokens))
+    total, n, rows = (
+        (
+            np.zeros((len(names) * len(tokens), coder.net.config.hidden_size)),
+            np.zeros(len(names) * len(tokens), np.int64),
+            [],
+        )
+        if not per_cell
+        else (None, None, [])
+    )
     for first, e in encoded_chunks(counts, coder.tokenizer(counts)):
         for cells, at, ids, bins, rank, x in _token_states(coder, e):
             keep = place[ids] >= 0
-            if per_cell: rows.append((first + cells[at[keep]], place[ids[keep]], rank[keep], bins[keep], _rows_at(x, keep)))
+            if per_cell:
+                rows.append(
+                    (
+                        first + cells[at[keep]],
+                        place[ids[keep]],
+                        rank[keep],
+                        bins[keep],
+                        _rows_at(x, keep),
+                    )
+                )
             else:
-                slot = code[first + cells[at[keep]]]*len(tokens) + place[ids[keep]]
-                _add_rows(total, slot, _rows_at(x, keep)); np.add.at(n, slot, 1)
-    if per_cell: return _per_cell_table(rows, tokens, coder, counts)
+                slot = code[first + cells[at[keep]]] * len(tokens) + place[ids[keep]]
+                _add_rows(total, slot, _rows_at(x, keep))
+                np.add.at(n, slot, 1)
+    if per_cell:
+        return _per_cell_table(rows, tokens, coder, counts)
     return _group_table(total, n, names, tokens, coder, by)
 
-def _token_states(coder, e): # yields (cells, cell of each token, ids, bins, ranks, states (T, D))
+
+def _token_states(coder, e):  # yields (cells, cell of each token, ids, bins, ranks, states (T, D))
     n_layers = len(coder.net.bert.encoder["layer"])
     for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
         ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells)
@@ -72,86 +117,157 @@ def _token_states(coder, e): # yields (cells, cell of each token, ids, bins, ran
             for _, _, x_1TD, _ in layer_outputs(coder.net, ids, bins, lengths):
                 if coder.pooling == "mean12":
                     total_TD = total_TD + x_1TD[0].float()
-        x_TD = total_TD/n_layers if coder.pooling == "mean12" else x_1TD[0].float()
+        x_TD = total_TD / n_layers if coder.pooling == "mean12" else x_1TD[0].float()
         owner = np.repeat(np.arange(len(cells)), lengths)
         first = np.repeat(np.cumsum(lengths) - lengths, lengths)
         yield cells, owner, ids, bins, np.arange(len(ids)) - first, x_TD
 
-def _rows_at(x_TD, keep): # states on the device, mask of tokens -> those rows, on the host
+
+def _rows_at(x_TD, keep):  # states on the device, mask of tokens -> those rows, on the host
     at = to_device(np.flatnonzero(keep), x_TD.device)
     return x_TD.index_select(0, at).cpu().numpy()
 
-def _add_rows(total, slot, x): # total[slot] += x, where a slot may come several times
-    order = np.argsort(slot, kind="stable"); slots, begin = np.unique(slot[order], return_index=True)
-    if len(slots): total[slots] += np.add.reduceat(x[order].astype(np.float64), begin, axis=0)
+
+def _add_rows(total, slot, x):  # total[slot] += x, where a slot may come several times
+    order = np.argsort(slot, kind="stable")
+    slots, begin = np.unique(slot[order], return_index=True)
+    if len(slots):
+        total[slots] += np.add.reduceat(x[order].astype(np.float64), begin, axis=0)
 
 # %% ../nbs/10b_gene_embeddings.ipynb #ebf01c58
 def _gene_obs(tokens, vocabulary):
-    ids = np.array((None,)*4 + vocabulary.genes, object)
-    return dict(gene=ids[tokens].astype(str), symbol=np.asarray(vocabulary.symbols)[tokens].astype(str))
+    ids = np.array((None,) * 4 + vocabulary.genes, object)
+    return dict(
+        gene=ids[tokens].astype(str), symbol=np.asarray(vocabulary.symbols)[tokens].astype(str)
+    )
+
 
 def _group_table(total, n, names, tokens, coder, by):
     import pandas as pd
+
     seen = n > 0
-    obs = pd.DataFrame(dict(_gene_obs(np.tile(tokens, len(names)), coder.vocabulary), group=np.repeat(names, len(tokens)), n_cells=n))[seen]
+    obs = pd.DataFrame(
+        dict(
+            _gene_obs(np.tile(tokens, len(names)), coder.vocabulary),
+            group=np.repeat(names, len(tokens)),
+            n_cells=n,
+        )
+    )[seen]
     obs.index = (obs.symbol + "|" + obs.group).to_numpy() if by else obs.symbol.to_numpy()
-    return _table((total[seen]/n[seen, None]).astype(np.float32), obs, coder)
+    return _table((total[seen] / n[seen, None]).astype(np.float32), obs, coder)
+
 
 def _per_cell_table(rows, tokens, coder, counts):
     import pandas as pd
-    cell, gene, rank, bins, x = (np.concatenate(part) for part in zip(*rows)) if rows else (np.zeros(0, int),)*4 + (np.zeros((0, coder.net.config.hidden_size)),)
+
+    cell, gene, rank, bins, x = (
+        (np.concatenate(part) for part in zip(*rows))
+        if rows
+        else (np.zeros(0, int),) * 4 + (np.zeros((0, coder.net.config.hidden_size)),)
+    )
     order = np.lexsort((gene, cell))
-    obs = pd.DataFrame(dict(_gene_obs(tokens[gene[order]], coder.vocabulary), cell=counts.adata.obs_names.to_numpy()[cell[order]].astype(str), rank=rank[order], bin=bins[order]))
+    obs = pd.DataFrame(
+        dict(
+            _gene_obs(tokens[gene[order]], coder.vocabulary),
+            cell=counts.adata.obs_names.to_numpy()[cell[order]].astype(str),
+            rank=rank[order],
+            bin=bins[order],
+        )
+    )
     obs.index = (obs.symbol + "|" + obs.cell).to_numpy()
     return _table(x[order].astype(np.float32), obs, coder)
 
+
 def _table(x, obs, coder):
     import anndata as ad
-    out = ad.AnnData(x, obs=obs); out.obs_names_make_unique()
+
+    out = ad.AnnData(x, obs=obs)
+    out.obs_names_make_unique()
     out.uns["scemb"] = dict(
-        model=coder.name, pooling=coder.pooling, max_len=coder.settings.max_len,
-        precision=coder.precision, vocabulary_hash=coder.vocabulary.hash)
+        model=coder.name,
+        pooling=coder.pooling,
+        max_len=coder.settings.max_len,
+        precision=coder.precision,
+        vocabulary_hash=coder.vocabulary.hash,
+    )
     return out
 
 # %% ../nbs/10b_gene_embeddings.ipynb #74890d95
 @dataclass
 class AttentionMap:
     "Mean attention from gene i to gene j, in multiples of an even share."
-    genes: list          # Symbols
-    weight: np.ndarray   # (layers, heads, genes, genes); NaN where no cell expresses both
+
+    genes: list  # Symbols
+    weight: np.ndarray  # (layers, heads, genes, genes); NaN where no cell expresses both
     n_cells: np.ndarray  # Cells that express both, (genes, genes)
 
-    def table(self): # -> DataFrame: from, to, layer, head, weight, n_cells
+    def table(self):  # -> DataFrame: from, to, layer, head, weight, n_cells
         "A row for each pair, layer and head."
         import pandas as pd
-        l, h, i, j = np.indices(self.weight.shape).reshape(4, -1); g = np.array(self.genes)
-        return pd.DataFrame({"from": g[i], "to": g[j], "layer": l + 1, "head": h + 1, "weight": self.weight.ravel(), "n_cells": self.n_cells[i, j]})
+
+        at_layer, head, i, j = np.indices(self.weight.shape).reshape(4, -1)
+        g = np.array(self.genes)
+        return pd.DataFrame(
+            {
+                "from": g[i],
+                "to": g[j],
+                "layer": at_layer + 1,
+                "head": head + 1,
+                "weight": self.weight.ravel(),
+                "n_cells": self.n_cells[i, j],
+            }
+        )
+
 
 @torch.no_grad()
 def attention_map(
-    adata,                 # AnnData with raw counts, or a path
-    genes,                 # Symbols or Ensembl ids
-    model="scemb-small",   # As for `embed`
-    layer:str|None=None, max_len:int|None=None, device:str|None=None,
-)->AttentionMap:
+    adata,  # AnnData with raw counts, or a path
+    genes,  # Symbols or Ensembl ids
+    model="scemb-small",  # As for `embed`
+    layer: str | None = None,
+    max_len: int | None = None,
+    device: str | None = None,
+) -> AttentionMap:
     "Attention between chosen genes, averaged over the cells that express both."
     coder, counts = cell_encoder(model, "last", max_len, device, "fp32"), read_counts(adata, layer)
-    tokens = tokens_of_genes(genes, coder.vocabulary); G, c = len(tokens), coder.net.config
-    place = np.full(len(coder.vocabulary), -1); place[tokens] = np.arange(G)
-    total, n = np.zeros((c.num_hidden_layers, c.num_attention_heads, G, G)), np.zeros((G, G), np.int64)
+    tokens = tokens_of_genes(genes, coder.vocabulary)
+    G, c = len(tokens), coder.net.config
+    place = np.full(len(coder.vocabulary), -1)
+    place[tokens] = np.arange(G)
+    total, n = (
+        np.zeros((c.num_hidden_layers, c.num_attention_heads, G, G)),
+        np.zeros((G, G), np.int64),
+    )
     for _, e in encoded_chunks(counts, coder.tokenizer(counts)):
         for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
             ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells)
-            bounds = np.concatenate([[0], np.cumsum(lengths)]); chosen = [a + np.flatnonzero(place[ids[a:b]] >= 0) for a, b in zip(bounds, bounds[1:])]
+            bounds = np.concatenate([[0], np.cumsum(lengths)])
+            chosen = [a + np.flatnonzero(place[ids[a:b]] >= 0) for a, b in zip(bounds, bounds[1:])]
             for i, (block, x_1TD, _, _) in enumerate(layer_outputs(coder.net, ids, bins, lengths)):
                 for a, b, at in zip(bounds, bounds[1:], chosen):
-                    if not len(at): continue
-                    g = place[ids[at]]; total[i][:, g[:, None], g] += _rows(block, x_1TD[0], a, b, at)
-                    if i == 0: n[g[:, None], g] += 1
-    return AttentionMap(list(np.asarray(coder.vocabulary.symbols)[tokens]), np.where(n, total/np.maximum(n, 1), np.nan), n)
+                    if not len(at):
+                        continue
+                    g = place[ids[at]]
+                    total[i][:, g[:, None], g] += _rows(block, x_1TD[0], a, b, at)
+                    if i == 0:
+                        n[g[:, None], g] += 1
+    return AttentionMap(
+        list(np.asarray(coder.vocabulary.symbols)[tokens]),
+        np.where(n, total / np.maximum(n, 1), np.nan),
+        n,
+    )
 
-def _rows(block, x_TD, a, b, at): # attention of the tokens `at` to each other, in the cell a:b, times its length: (H, s, s)
-    own = block.attention["self"]; split = lambda x: x.unflatten(-1, (own.heads, -1)).transpose(0, 1)
-    q_Hsd, k_HLd = split(own.query(x_TD[torch.from_numpy(at).to(x_TD.device)])), split(own.key(x_TD[a:b]))
-    w_HsL = (q_Hsd @ k_HLd.transpose(-1, -2)/math.sqrt(q_Hsd.shape[-1])).softmax(-1)
-    return (w_HsL[..., torch.from_numpy(at - a).to(x_TD.device)]*(b - a)).double().cpu().numpy()
+
+def _rows(block, x_TD, a, b, at):
+    # attention of the tokens `at` to each other, in the cell a:b, times its length: (H, s, s)
+    own = block.attention["self"]
+
+    def split(x):
+        return x.unflatten(-1, (own.heads, -1)).transpose(0, 1)
+
+    q_Hsd, k_HLd = (
+        split(own.query(x_TD[torch.from_numpy(at).to(x_TD.device)])),
+        split(own.key(x_TD[a:b])),
+    )
+    w_HsL = (q_Hsd @ k_HLd.transpose(-1, -2) / math.sqrt(q_Hsd.shape[-1])).softmax(-1)
+    return (w_HsL[..., torch.from_numpy(at - a).to(x_TD.device)] * (b - a)).double().cpu().numpy()

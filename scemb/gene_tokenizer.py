@@ -17,43 +17,81 @@ from .tokenize import SPECIAL, Vocabulary, protein_vocabulary
 # %% ../nbs/05c_gene_tokenizer.ipynb #c144b54a
 class GeneTokenizer(PreTrainedTokenizer):
     "Hugging Face tokenizer over a gene vocabulary: words are Ensembl ids or symbols."
+
     vocab_files_names = {"vocab_file": "gene_vocabulary.json"}
     model_input_names = ["input_ids", "bins", "attention_mask"]
 
-    def __init__(self, vocab_file:str|None=None, # gene_vocabulary.json of a checkpoint or token set; None: the default vocabulary
-                 **kwargs):
-        self.vocabulary = Vocabulary.load(Path(vocab_file).parent) if vocab_file else protein_vocabulary()
+    def __init__(
+        self,
+        # gene_vocabulary.json of a checkpoint or token set; None: the default vocabulary
+        vocab_file: str | None = None,
+        **kwargs,
+    ):
+        self.vocabulary = (
+            Vocabulary.load(Path(vocab_file).parent) if vocab_file else protein_vocabulary()
+        )
         self._names = list(SPECIAL + self.vocabulary.genes)
         self._ids = {g: i for i, g in enumerate(self._names)}
         pad, mask, cls, unk = SPECIAL
-        super().__init__(**{**dict(pad_token=pad, mask_token=mask, cls_token=cls, unk_token=unk), **kwargs})
+        super().__init__(
+            **{**dict(pad_token=pad, mask_token=mask, cls_token=cls, unk_token=unk), **kwargs}
+        )
 
     @property
-    def vocab_size(self): return len(self._names)
-    def get_vocab(self): return dict(self._ids)
-    def _tokenize(self, text): # names of genes -> Ensembl ids; what does not map is <unk>
+    def vocab_size(self):
+        return len(self._names)
+
+    def get_vocab(self):
+        return dict(self._ids)
+
+    def _tokenize(self, text):  # names of genes -> Ensembl ids; what does not map is <unk>
         words = text.split()
         rows = self._by_row(map_genes(words, duplicates="sum").rows)
-        return [w if w in self._ids else self._names[t] if t >= 0 else SPECIAL[3] for w, t in zip(words, rows)]
-    def _by_row(self, rows): return self.vocabulary.token_of_rows(rows) if len(rows) else []
-    def _convert_token_to_id(self, token): return self._ids.get(token, 3)
-    def _convert_id_to_token(self, index): return self._names[index]
-    def convert_tokens_to_string(self, tokens): return " ".join(tokens)
-    def num_special_tokens_to_add(self, pair=False): return 0
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None): return token_ids_0 + (token_ids_1 or [])
+        return [
+            w if w in self._ids else self._names[t] if t >= 0 else SPECIAL[3]
+            for w, t in zip(words, rows)
+        ]
+
+    def _by_row(self, rows):
+        return self.vocabulary.token_of_rows(rows) if len(rows) else []
+
+    def _convert_token_to_id(self, token):
+        return self._ids.get(token, 3)
+
+    def _convert_id_to_token(self, index):
+        return self._names[index]
+
+    def convert_tokens_to_string(self, tokens):
+        return " ".join(tokens)
+
+    def num_special_tokens_to_add(self, pair=False):
+        return 0
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return token_ids_0 + (token_ids_1 or [])
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
-        if filename_prefix: raise ValueError(f"filename_prefix={filename_prefix!r}: the vocabulary's file is always gene_vocabulary.json.")
+        if filename_prefix:
+            raise ValueError(
+                f"filename_prefix={filename_prefix!r}: the vocabulary's file is always "
+                "gene_vocabulary.json."
+            )
         self.vocabulary.save(save_directory)
-        return (str(Path(save_directory)/"gene_vocabulary.json"),)
+        return (str(Path(save_directory) / "gene_vocabulary.json"),)
 
-    def _pad(self, encoded, *args, **kwargs): # bins are padded with 0, on the same side as the tokens
+    def _pad(self, encoded, *args, **kwargs):
+        # bins are padded with 0, on the same side as the tokens
         before = len(encoded["input_ids"])
         out = super()._pad(encoded, *args, **kwargs)
-        extra = [0]*(len(out["input_ids"]) - before)
-        if "bins" in out: out["bins"] = list(out["bins"]) + extra if self.padding_side == "right" else extra + list(out["bins"])
+        extra = [0] * (len(out["input_ids"]) - before)
+        if "bins" in out:
+            out["bins"] = (
+                list(out["bins"]) + extra
+                if self.padding_side == "right"
+                else extra + list(out["bins"])
+            )
         return out
 
-    def symbols(self, ids): # token ids -> symbols, for people
+    def symbols(self, ids):  # token ids -> symbols, for people
         "Symbols of tokens."
         return list(self.vocabulary.symbols[np.asarray(ids)])

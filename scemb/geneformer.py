@@ -17,196 +17,472 @@ from numba import njit
 from .embed import cell_encoder
 from .genes import gene_table, protein_coding
 from .model import ScembConfig, ScembForMaskedLM
-from .peers import check_sizes, layers_in, Peer, fill, local_folder, read_json, read_pickle, read_weights
-from .tokenize import SPECIAL, Encoder, TokenizerSettings, Vocabulary, _TOP, _mix64, _tie_keys, kernel_arrays
+from scemb.peers import (
+    check_sizes,
+    layers_in,
+    Peer,
+    fill,
+    local_folder,
+    read_json,
+    read_pickle,
+    read_weights,
+)
+from scemb.tokenize import (
+    SPECIAL,
+    Encoder,
+    TokenizerSettings,
+    Vocabulary,
+    _TOP,
+    _mix64,
+    _tie_keys,
+    kernel_arrays,
+)
 
 # %% ../nbs/18a_geneformer.ipynb #f4db2180
-SIZES = {"V1-10M": dict(version=1, layers=6, width=256, heads=4), "V2-104M": dict(version=2, layers=12, width=768, heads=12)} # As published
+SIZES = {
+    "V1-10M": dict(version=1, layers=6, width=256, heads=4),
+    "V2-104M": dict(version=2, layers=12, width=768, heads=12),
+}  # As published
+
 
 def toy_geneformer(
-    folder,                      # To make
-    version:int=1,               # 1: 2,048 genes; 2: 4,096 tokens with <cls> and <eos>
-    layers:int=2, width:int=32, heads:int=2,
-    genes=None,                  # Ensembl ids of its vocabulary; None: the protein-coding genes
-    context:int|None=None,       # Tokens; None: as published
-    safe:bool=True,              # safetensors; otherwise a file of torch.save
-    seed:int=0,
-)->Path:                         # The folder
-    "Write a Geneformer folder with random weights and random medians, in the published file formats."
+    folder,  # To make
+    version: int = 1,  # 1: 2,048 genes; 2: 4,096 tokens with <cls> and <eos>
+    layers: int = 2,
+    width: int = 32,
+    heads: int = 2,
+    genes=None,  # Ensembl ids of its vocabulary; None: the protein-coding genes
+    context: int | None = None,  # Tokens; None: as published
+    safe: bool = True,  # safetensors; otherwise a file of torch.save
+    seed: int = 0,
+) -> Path:  # The folder
+    """Write a Geneformer folder with random weights and random medians, in the published file
+    formats."""
     from transformers import BertConfig, BertForMaskedLM
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); rng = np.random.default_rng(seed); torch.manual_seed(seed)
-    table = gene_table().iloc[protein_coding()] if genes is None else gene_table().set_index("ensembl_id", drop=False).reindex(list(genes))
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    table = (
+        gene_table().iloc[protein_coding()]
+        if genes is None
+        else gene_table().set_index("ensembl_id", drop=False).reindex(list(genes))
+    )
     genes = list(table.ensembl_id) if genes is None else list(genes)
     special = ("<pad>", "<mask>") + (("<cls>", "<eos>") if version == 2 else ())
     tokens = {name: i for i, name in enumerate([*special, *genes])}
-    net = BertForMaskedLM(BertConfig(vocab_size=len(tokens), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=width*(2 if version == 1 else 4), hidden_act="relu",
-        max_position_embeddings=context or (2048 if version == 1 else 4096), type_vocab_size=2, initializer_range=.1, hidden_dropout_prob=.02, attention_probs_dropout_prob=.02))
+    net = BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokens),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=width * (2 if version == 1 else 4),
+            hidden_act="relu",
+            max_position_embeddings=context or (2048 if version == 1 else 4096),
+            type_vocab_size=2,
+            initializer_range=0.1,
+            hidden_dropout_prob=0.02,
+            attention_probs_dropout_prob=0.02,
+        )
+    )
     net.save_pretrained(folder)
-    if not safe: torch.save(net.state_dict(), folder/"pytorch_model.bin"); (folder/"model.safetensors").unlink()
-    kind = "_gc30M" if version == 1 else "_gc104M"; medians = np.exp(rng.normal(.7, .6, len(genes))).round(6) # the last bits of exp differ between processors
+    if not safe:
+        torch.save(net.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    kind = "_gc30M" if version == 1 else "_gc104M"
+    medians = np.exp(rng.normal(0.7, 0.6, len(genes))).round(
+        6
+    )  # the last bits of exp differ between processors
     names = {s: g for s, g in zip(table.symbol, genes) if isinstance(s, str) and s}
-    for name, d in (("token_dictionary", tokens), ("gene_median_dictionary", dict(zip(genes, medians))), ("gene_name_id_dict", names)):
-        (folder/f"{name}{kind}.pkl").write_bytes(pickle.dumps(d))
+    for name, d in (
+        ("token_dictionary", tokens),
+        ("gene_median_dictionary", dict(zip(genes, medians))),
+        ("gene_name_id_dict", names),
+    ):
+        (folder / f"{name}{kind}.pkl").write_bytes(pickle.dumps(d))
     return folder
 
 # %% ../nbs/18a_geneformer.ipynb #6f8ff298
 def dictionaries(
-    folder,        # Of the weights
-    n_tokens:int,  # Tokens that the weights have
-    where=None,    # Folder of the dictionaries; None: the places where they are published
-)->tuple:          # (name -> token, gene -> median, other name -> gene)
+    folder,  # Of the weights
+    n_tokens: int,  # Tokens that the weights have
+    where=None,  # Folder of the dictionaries; None: the places where they are published
+) -> tuple:  # (name -> token, gene -> median, other name -> gene)
     "Read Geneformer's dictionaries, those that belong to the weights."
-    folder, inside = Path(folder), ("", "geneformer", "geneformer/gene_dictionaries_30m", "gene_dictionaries_30m")
-    places = [Path(where)] if where else [folder/i for i in inside] + [folder.parent/i for i in inside]
+    folder, inside = (
+        Path(folder),
+        ("", "geneformer", "geneformer/gene_dictionaries_30m", "gene_dictionaries_30m"),
+    )
+    places = (
+        [Path(where)]
+        if where
+        else [folder / i for i in inside] + [folder.parent / i for i in inside]
+    )
     paths = [p for place in places for p in sorted(place.glob("token_dictionary*.pkl"))]
-    if not paths: raise FileNotFoundError(f"{folder} has no token_dictionary*.pkl, nor have the folders around it. Geneformer's repository holds it in `geneformer/`; pass that folder as dictionaries=.")
-    read = {p: read_pickle(p) for p in paths}; fit = [p for p, t in read.items() if _size(t, p) == n_tokens]
-    if not fit: raise ValueError(f"The weights in {folder} have {n_tokens:,} tokens, but {' and '.join(f'{p.name} has {_size(t, p):,}' for p, t in read.items())}: another vocabulary. Pass the folder of theirs as dictionaries=.")
-    kind = fit[0].stem.removeprefix("token_dictionary"); beside = lambda name: fit[0].with_name(f"{name}{kind}.pkl")
-    if not beside("gene_median_dictionary").exists(): raise FileNotFoundError(f"{beside('gene_median_dictionary')} is missing; without gene medians there is no order of genes.")
-    medians = read_pickle(beside("gene_median_dictionary")); other = {}
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder} has no token_dictionary*.pkl, nor have the folders around it. "
+            "Geneformer's repository holds it in `geneformer/`; pass that folder as "
+            "dictionaries=."
+        )
+    read = {p: read_pickle(p) for p in paths}
+    fit = [p for p, t in read.items() if _size(t, p) == n_tokens]
+    if not fit:
+        raise ValueError(
+            f"The weights in {folder} have {n_tokens:,} tokens, but "
+            f"{' and '.join(f'{p.name} has {_size(t, p):,}' for p, t in read.items())}: another "
+            "vocabulary. Pass the folder of theirs as dictionaries=."
+        )
+    kind = fit[0].stem.removeprefix("token_dictionary")
+
+    def beside(name):
+        return fit[0].with_name(f"{name}{kind}.pkl")
+
+    if not beside("gene_median_dictionary").exists():
+        raise FileNotFoundError(
+            f"{beside('gene_median_dictionary')} is missing; without gene medians there is no "
+            "order of genes."
+        )
+    medians = read_pickle(beside("gene_median_dictionary"))
+    other = {}
     bad = [g for g, m in medians.items() if not isinstance(m, (int, float)) or not m > 0]
-    if bad: raise ValueError(f"{beside('gene_median_dictionary')} gives {bad[0]!r} the median {medians[bad[0]]!r}; a positive number is needed.")
-    for name in ("ensembl_mapping_dict", "gene_name_id_dict"): other |= read_pickle(beside(name)) if beside(name).exists() else {}
+    if bad:
+        raise ValueError(
+            f"{beside('gene_median_dictionary')} gives {bad[0]!r} the median "
+            f"{medians[bad[0]]!r}; a positive number is needed."
+        )
+    for name in ("ensembl_mapping_dict", "gene_name_id_dict"):
+        other |= read_pickle(beside(name)) if beside(name).exists() else {}
     return read[fit[0]], medians, other
 
-def _size(tokens, path): # number of tokens of a dictionary, which must be 0, 1, 2, ...
-    if sorted(tokens.values(), key=str) != sorted(range(len(tokens)), key=str) or not {"<pad>", "<mask>"} <= set(tokens): raise ValueError(f"{path} is no token dictionary: its tokens must be 0 to {len(tokens) - 1}, with <pad> and <mask> among them.")
+
+def _size(tokens, path):  # number of tokens of a dictionary, which must be 0, 1, 2, ...
+    if sorted(tokens.values(), key=str) != sorted(range(len(tokens)), key=str) or not {
+        "<pad>",
+        "<mask>",
+    } <= set(tokens):
+        raise ValueError(
+            f"{path} is no token dictionary: its tokens must be 0 to {len(tokens) - 1}, with "
+            "<pad> and <mask> among them."
+        )
     return len(tokens)
 
 # %% ../nbs/18a_geneformer.ipynb #fb648130
 def geneformer_vocabulary(
-    tokens:dict,  # Name -> its token
-    medians:dict, # Gene -> median
-)->tuple:         # (our Vocabulary, its number of each of our tokens (V,), -1 = it has none)
-    "Geneformer's genes in our layout, in the order of its numbers; a gene without a median has no order and is left out."
+    tokens: dict,  # Name -> its token
+    medians: dict,  # Gene -> median
+) -> tuple:  # (our Vocabulary, its number of each of our tokens (V,), -1 = it has none)
+    """Geneformer's genes in our layout, in the order of its numbers; a gene without a median has no
+    order and is left out."""
     genes = sorted((g for g in tokens if g in medians), key=tokens.get)
     special = [tokens.get(s, -1) for s in (*SPECIAL[:3], "<eos>")]
-    return Vocabulary(tuple(genes), tuple(float(medians[g]) for g in genes)), np.array(special + [tokens[g] for g in genes])
+    return Vocabulary(tuple(genes), tuple(float(medians[g]) for g in genes)), np.array(
+        special + [tokens[g] for g in genes]
+    )
+
 
 def geneformer_net(
-    config:dict,     # Of its config.json
-    weights:dict,    # Its state dictionary
-    ids:np.ndarray,  # Its number of each of our tokens
-    source="",       # For messages
-)->ScembForMaskedLM:
+    config: dict,  # Of its config.json
+    weights: dict,  # Its state dictionary
+    ids: np.ndarray,  # Its number of each of our tokens
+    source="",  # For messages
+) -> ScembForMaskedLM:
     "Its weights in our encoder."
-    if config.get("model_type") != "bert" or config.get("position_embedding_type", "absolute") != "absolute": raise ValueError(f"{source} is a {config.get('model_type')!r} model with {config.get('position_embedding_type', 'absolute')} positions; Geneformer is a BERT with absolute ones.")
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "max_position_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
-    if missing := [n for n in names if n not in config]: raise ValueError(f"{source}: config.json does not say {missing}.")
-    w = {k if k.startswith(("bert.", "cls.")) else f"bert.{k}": v.float() for k, v in weights.items()}
-    placed = lambda x, fallback: torch.where(torch.from_numpy(ids < 0).reshape(-1, *[1]*(x.ndim - 1)), torch.full((), fallback), x[torch.from_numpy(ids.clip(0))])
-    word, types = "bert.embeddings.word_embeddings.weight", "bert.embeddings.token_type_embeddings.weight"
-    if word not in w or types not in w: raise ValueError(f"{source} lacks {word if word not in w else types}; these are no weights of a BERT.")
-    size = lambda key, axis: next((x.shape[axis] for name, x in w.items() if name.endswith(key)), None)
-    check_sizes(source, [
-        ("num_hidden_layers", config["num_hidden_layers"], layers_in(w)), ("hidden_size", config["hidden_size"], w[word].shape[1]),
-        ("intermediate_size", config["intermediate_size"], size("layer.0.intermediate.dense.weight", 0)),
-        ("max_position_embeddings", config["max_position_embeddings"], size("position_embeddings.weight", 0))])
-    w[word], w[types] = placed(w[word], 0.), w[types][:1].repeat(2, 1)
-    for k in ("cls.predictions.bias", "cls.predictions.decoder.bias"): w |= {k: placed(w[k], -100.)} if k in w else {}
+    if (
+        config.get("model_type") != "bert"
+        or config.get("position_embedding_type", "absolute") != "absolute"
+    ):
+        raise ValueError(
+            f"{source} is a {config.get('model_type')!r} model with "
+            f"{config.get('position_embedding_type', 'absolute')} positions; Geneformer is a "
+            "BERT with absolute ones."
+        )
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "max_position_embeddings",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "layer_norm_eps",
+    )
+    if missing := [n for n in names if n not in config]:
+        raise ValueError(f"{source}: config.json does not say {missing}.")
+    w = {
+        k if k.startswith(("bert.", "cls.")) else f"bert.{k}": v.float() for k, v in weights.items()
+    }
+
+    def placed(x, fallback):
+        return torch.where(
+            torch.from_numpy(ids < 0).reshape(-1, *[1] * (x.ndim - 1)),
+            torch.full((), fallback),
+            x[torch.from_numpy(ids.clip(0))],
+        )
+
+    word, types = (
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight",
+    )
+    if word not in w or types not in w:
+        raise ValueError(
+            f"{source} lacks {word if word not in w else types}; these are no weights of a BERT."
+        )
+
+    def size(key, axis):
+        return next((x.shape[axis] for name, x in w.items() if name.endswith(key)), None)
+
+    check_sizes(
+        source,
+        [
+            ("num_hidden_layers", config["num_hidden_layers"], layers_in(w)),
+            ("hidden_size", config["hidden_size"], w[word].shape[1]),
+            (
+                "intermediate_size",
+                config["intermediate_size"],
+                size("layer.0.intermediate.dense.weight", 0),
+            ),
+            (
+                "max_position_embeddings",
+                config["max_position_embeddings"],
+                size("position_embeddings.weight", 0),
+            ),
+        ],
+    )
+    w[word], w[types] = placed(w[word], 0.0), w[types][:1].repeat(2, 1)
+    for k in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+        w |= {k: placed(w[k], -100.0)} if k in w else {}
     w["cls.predictions.decoder.weight"] = w[word]
-    net = ScembForMaskedLM(ScembConfig(vocab_size=len(ids), type_vocab_size=2, **{n: config[n] for n in names})).eval()
+    net = ScembForMaskedLM(
+        ScembConfig(vocab_size=len(ids), type_vocab_size=2, **{n: config[n] for n in names})
+    ).eval()
     fill(net, w, source, () if "cls.predictions.bias" in w else ("cls.",))
     return net
 
 # %% ../nbs/18a_geneformer.ipynb #ae868404
 @njit(nogil=True)
-def _sorted_by_value(item, spare, m, top): # items (distance below _TOP << 16 | gene) -> the array that holds them, highest value first; top: the smallest distance
+def _sorted_by_value(
+    item,
+    spare,
+    m,
+    top,
+    # items (distance below _TOP << 16 | gene) -> the array that holds them, highest value first;
+    # top: the smallest distance
+):
     span = np.uint64(0)
-    for i in range(m): span = max(span, (item[i] >> np.uint64(16)) - top)
+    for i in range(m):
+        span = max(span, (item[i] >> np.uint64(16)) - top)
     shift = np.uint64(0)
     while shift == 0 or (span >> shift) > 0:
-        at = np.zeros(1024, np.int64); place = np.int64(0)
-        for i in range(m): at[(((item[i] >> np.uint64(16)) - top) >> shift) & np.uint64(1023)] += 1
-        for d in range(1024): n = at[d]; at[d] = place; place += n
+        at = np.zeros(1024, np.int64)
+        place = np.int64(0)
+        for i in range(m):
+            at[(((item[i] >> np.uint64(16)) - top) >> shift) & np.uint64(1023)] += 1
+        for d in range(1024):
+            n = at[d]
+            at[d] = place
+            place += n
         for i in range(m):
             d = (((item[i] >> np.uint64(16)) - top) >> shift) & np.uint64(1023)
-            spare[at[d]] = item[i]; at[d] += 1
+            spare[at[d]] = item[i]
+            at[d] += 1
         item, spare = spare, item
         shift += np.uint64(10)
     return item
 
+
 @njit(nogil=True)
-def _untie(item, m, key, gene, order): # put each group of equal values into the order of its keys
+def _untie(item, m, key, gene, order):  # put each group of equal values into the order of its keys
     i = 0
     while i < m - 1:
-        if item[i] >> np.uint64(16) != item[i + 1] >> np.uint64(16): i += 1; continue
+        if item[i] >> np.uint64(16) != item[i + 1] >> np.uint64(16):
+            i += 1
+            continue
         n = 2
-        while i + n < m and item[i + n] >> np.uint64(16) == item[i] >> np.uint64(16): n += 1
+        while i + n < m and item[i + n] >> np.uint64(16) == item[i] >> np.uint64(16):
+            n += 1
         high = (item[i] >> np.uint64(16)) << np.uint64(16)
-        for k in range(n): gene[k] = np.int64(item[i + k] & np.uint64(0xFFFF))
+        for k in range(n):
+            gene[k] = np.int64(item[i + k] & np.uint64(0xFFFF))
         _tie_keys(gene, n, key, order)
-        for rank, k in enumerate(np.argsort(order[:n])): item[i + rank] = high | np.uint64(gene[k])
+        for rank, k in enumerate(np.argsort(order[:n])):
+            item[i + rank] = high | np.uint64(gene[k])
         i += n
 
 # %% ../nbs/18a_geneformer.ipynb #096b3b54
-@njit(nogil=True) # not kept on disk: numba would not see when a function of another module inside it changes
-def _by_median(indptr, indices, data, token, mixed, scale, seed, limit, genes, offsets, detected, total, cut):
-    "Genes of each cell of a CSR chunk by count/median, highest first; returns how many tokens there are."
+@njit(
+    nogil=True
+)  # not kept on disk: numba would not see when a function of another module inside it changes
+def _by_median(
+    indptr, indices, data, token, mixed, scale, seed, limit, genes, offsets, detected, total, cut
+):
+    """Genes of each cell of a CSR chunk by count/median, highest first; returns how many tokens
+    there are."""
     size, at = 1, 0
-    for c in range(indptr.size - 1): size = max(size, indptr[c + 1] - indptr[c] + 1)
-    item, spare, gene, order, count = np.empty(size, np.uint64), np.empty(size, np.uint64), np.empty(size, np.int64), np.empty(size, np.int64), np.zeros(65_536, np.int64)
-    as_float = np.empty(1, np.float32); as_int = as_float.view(np.int32)              # positive floats order like their bits
+    for c in range(indptr.size - 1):
+        size = max(size, indptr[c + 1] - indptr[c] + 1)
+    item, spare, gene, order, count = (
+        np.empty(size, np.uint64),
+        np.empty(size, np.uint64),
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+        np.zeros(65_536, np.int64),
+    )
+    as_float = np.empty(1, np.float32)
+    as_int = as_float.view(np.int32)  # positive floats order like their bits
     for c in range(indptr.size - 1):
         m, h, sum_of_counts, top = 0, np.uint64(0), np.int64(0), np.uint64(_TOP)
         for j in range(indptr[c], indptr[c + 1]):
-            column = np.uint32(indices[j]); t, v = token[column], data[j]
-            if t < 0 or v <= 0: continue
-            as_float[0] = v*scale[t]; below = np.uint64(_TOP - as_int[0])
-            item[m] = (below << np.uint64(16)) | np.uint64(t); top = min(top, below)
-            sum_of_counts += v; h += mixed[column]; m += 1
+            column = np.uint32(indices[j])
+            t, v = token[column], data[j]
+            if t < 0 or v <= 0:
+                continue
+            as_float[0] = v * scale[t]
+            below = np.uint64(_TOP - as_int[0])
+            item[m] = (below << np.uint64(16)) | np.uint64(t)
+            top = min(top, below)
+            sum_of_counts += v
+            h += mixed[column]
+            m += 1
         ordered = _sorted_by_value(item, spare, m, top) if m else item
         _untie(ordered, m, _mix64(h) ^ seed, order, gene)
         kept = sum_of_counts
         if m > limit:
             for j in range(indptr[c], indptr[c + 1]):
-                if token[indices[j]] >= 0: count[token[indices[j]]] = data[j]
-            for i in range(limit, m): kept -= count[ordered[i] & np.uint64(0xFFFF)]
-        for i in range(min(m, limit)): genes[at + i] = ordered[i] & np.uint64(0xFFFF)
+                if token[indices[j]] >= 0:
+                    count[token[indices[j]]] = data[j]
+            for i in range(limit, m):
+                kept -= count[ordered[i] & np.uint64(0xFFFF)]
+        for i in range(min(m, limit)):
+            genes[at + i] = ordered[i] & np.uint64(0xFFFF)
         at += min(m, limit)
         offsets[c + 1], detected[c], total[c], cut[c] = at, m, sum_of_counts, sum_of_counts - kept
     return at
 
+
 class MedianEncoder(Encoder):
-    "Counts of a chunk of cells -> genes by count/median. Made and called like our `Encoder`, for settings with one bin."
-    def __call__(self, chunk)->dict: # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut, rescued
+    """Counts of a chunk of cells -> genes by count/median. Made and called like our `Encoder`, for
+    settings with one bin."""
+
+    def __call__(
+        self,
+        chunk,
+        # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut,
+        # rescued
+    ) -> dict:
         s = self.settings
-        if s.n_bins != 1 or s.ties != "hash" or s.scale != "median" or self.protected.any(): return super().__call__(chunk)
-        if self.shared: chunk = self._summed(chunk)
-        n = chunk.shape[0]; bound = int(np.minimum(np.diff(chunk.indptr), s.max_len).sum())
-        out = dict(genes=np.empty(bound, np.uint16), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32), total=np.empty(n, np.int64), cut=np.empty(n, np.int64))
-        size = _by_median(*kernel_arrays(chunk), self.token, self.mixed, self.scale, self.seed, s.max_len, *out.values())
-        return {**out, "genes": out["genes"][:size], "bins": np.ones(size, np.uint8), "rescued": np.zeros(n, np.int32)}
+        if s.n_bins != 1 or s.ties != "hash" or s.scale != "median" or self.protected.any():
+            return super().__call__(chunk)
+        if self.shared:
+            chunk = self._summed(chunk)
+        n = chunk.shape[0]
+        bound = int(np.minimum(np.diff(chunk.indptr), s.max_len).sum())
+        out = dict(
+            genes=np.empty(bound, np.uint16),
+            offsets=np.zeros(n + 1, np.int64),
+            detected=np.empty(n, np.int32),
+            total=np.empty(n, np.int64),
+            cut=np.empty(n, np.int64),
+        )
+        size = _by_median(
+            *kernel_arrays(chunk),
+            self.token,
+            self.mixed,
+            self.scale,
+            self.seed,
+            s.max_len,
+            *out.values(),
+        )
+        return {
+            **out,
+            "genes": out["genes"][:size],
+            "bins": np.ones(size, np.uint8),
+            "rescued": np.zeros(n, np.int32),
+        }
 
 # %% ../nbs/18a_geneformer.ipynb #f20fe6ba
 class GeneformerPeer(Peer):
     "A `Peer` whose cells are genes in the order of count/median."
-    def tokenizer(self, counts): return MedianEncoder(self.tokens_of(counts)[0], self.vocabulary, self.settings)
+
+    def tokenizer(self, counts):
+        return MedianEncoder(self.tokens_of(counts)[0], self.vocabulary, self.settings)
+
 
 def Geneformer(
-    path,                       # Its folder, or its name in the Hugging Face cache; nothing is downloaded
-    pooling:str="mean",         # "mean" over genes; "cls": the state of <cls> (V2)
-    layer:int=-1,               # -1: the second-to-last layer, 0: the last (its own numbers)
-    dictionaries_in=None,       # Folder of the dictionaries, where they are not beside the weights
-    max_len:int|None=None,      # Genes a cell at most; None: as many as it takes
-    device:str|None=None, precision:str="fp32", token_budget:int|None=None, # See `cell_encoder`
-    seed:int=0,                 # Of the order of ties
-)->Peer:
+    path,  # Its folder, or its name in the Hugging Face cache; nothing is downloaded
+    pooling: str = "mean",  # "mean" over genes; "cls": the state of <cls> (V2)
+    layer: int = -1,  # -1: the second-to-last layer, 0: the last (its own numbers)
+    dictionaries_in=None,  # Folder of the dictionaries, where they are not beside the weights
+    max_len: int | None = None,  # Genes a cell at most; None: as many as it takes
+    device: str | None = None,
+    precision: str = "fp32",
+    token_budget: int | None = None,  # See `cell_encoder`
+    seed: int = 0,  # Of the order of ties
+) -> Peer:
     "Open a Geneformer folder for embedding."
-    folder = local_folder(path); weights = next((folder/f for f in ("model.safetensors", "pytorch_model.bin") if (folder/f).exists()), None)
-    if not (folder/"config.json").exists() or weights is None: raise FileNotFoundError(f"{path} is no Geneformer folder: {'config.json' if weights else 'model.safetensors (or pytorch_model.bin)'} is missing.")
-    config = read_json(folder/"config.json"); read = read_weights(weights)
-    rows = next((v.shape[0] for k, v in read.items() if k.endswith("embeddings.word_embeddings.weight")), config.get("vocab_size"))
-    if rows != config.get("vocab_size"): raise ValueError(f"{path}: the weights have {rows:,} tokens and config.json says {config.get('vocab_size')}. They belong to different models.")
+    folder = local_folder(path)
+    weights = next(
+        (folder / f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).exists()),
+        None,
+    )
+    if not (folder / "config.json").exists() or weights is None:
+        raise FileNotFoundError(
+            f"{path} is no Geneformer folder: "
+            f"{'config.json' if weights else 'model.safetensors (or pytorch_model.bin)'} is "
+            "missing."
+        )
+    config = read_json(folder / "config.json")
+    read = read_weights(weights)
+    rows = next(
+        (v.shape[0] for k, v in read.items() if k.endswith("embeddings.word_embeddings.weight")),
+        config.get("vocab_size"),
+    )
+    if rows != config.get("vocab_size"):
+        raise ValueError(
+            f"{path}: the weights have {rows:,} tokens and config.json says "
+            f"{config.get('vocab_size')}. They belong to different models."
+        )
     tokens, medians, other = dictionaries(folder, rows, dictionaries_in)
     framed = "<cls>" in tokens and "<eos>" in tokens
-    if pooling not in ("mean", "cls") or (pooling == "cls" and not framed): raise ValueError(f"pooling={pooling!r}; choose 'mean'{' or cls' if framed else ', because this Geneformer (V1) has no <cls>'}.")
-    if layer not in (-1, 0): raise ValueError(f"layer={layer}; choose -1, the second-to-last layer, or 0, the last.")
-    vocabulary, ids = geneformer_vocabulary(tokens, medians); net = geneformer_net(config, read, ids, str(path))
-    room = net.config.max_position_embeddings - 2*framed
-    if (max_len or 1) > room: raise ValueError(f"max_len={max_len}, but this Geneformer takes {room:,} genes; lower max_len.")
-    e = cell_encoder((net, vocabulary, TokenizerSettings(max_len=room, n_bins=1, scale="median")), "mean12", max_len, device, precision, token_budget, seed)
+    if pooling not in ("mean", "cls") or (pooling == "cls" and not framed):
+        raise ValueError(
+            f"pooling={pooling!r}; choose "
+            f"'mean'{' or cls' if framed else ', because this Geneformer (V1) has no <cls>'}."
+        )
+    if layer not in (-1, 0):
+        raise ValueError(f"layer={layer}; choose -1, the second-to-last layer, or 0, the last.")
+    vocabulary, ids = geneformer_vocabulary(tokens, medians)
+    net = geneformer_net(config, read, ids, str(path))
+    room = net.config.max_position_embeddings - 2 * framed
+    if (max_len or 1) > room:
+        raise ValueError(
+            f"max_len={max_len}, but this Geneformer takes {room:,} genes; lower max_len."
+        )
+    e = cell_encoder(
+        (net, vocabulary, TokenizerSettings(max_len=room, n_bins=1, scale="median")),
+        "mean12",
+        max_len,
+        device,
+        precision,
+        token_budget,
+        seed,
+    )
     known = {g: i for i, g in enumerate(vocabulary.genes, len(SPECIAL))}
-    return GeneformerPeer(e.net, vocabulary, e.settings, pooling, precision, e.token_budget, f"Geneformer {Path(path).name}", known, {n: known[g] for n, g in other.items() if isinstance(g, str) and g in known}, ids,
-                (2,) if framed else (), (3,) if framed else (), net.config.num_hidden_layers + layer)
+    return GeneformerPeer(
+        e.net,
+        vocabulary,
+        e.settings,
+        pooling,
+        precision,
+        e.token_budget,
+        f"Geneformer {Path(path).name}",
+        known,
+        {n: known[g] for n, g in other.items() if isinstance(g, str) and g in known},
+        ids,
+        (2,) if framed else (),
+        (3,) if framed else (),
+        net.config.num_hidden_layers + layer,
+    )

@@ -21,84 +21,154 @@ from .stats import finite
 @dataclass(frozen=True, eq=False, repr=False)
 class Edges:
     "Undirected links between genes, each once."
-    pairs: np.ndarray   # Rows of `gene_table`, the smaller first, int32, shape (edges, 2)
+
+    pairs: np.ndarray  # Rows of `gene_table`, the smaller first, int32, shape (edges, 2)
     weight: np.ndarray  # Of each link, float32, shape (edges,)
-    source: str         # Where they come from
-    report: dict        # What became of the rows: rows, unknown, self_loops, duplicates, edges, genes
-    unknown: tuple = () # Names that are no known gene, the first twenty
-    def __len__(self): return len(self.pairs)
-    def near(self, symbol, n=6): # symbol -> Series: symbols of its strongest neighbours -> weight
+    source: str  # Where they come from
+    report: dict  # What became of the rows: rows, unknown, self_loops, duplicates, edges, genes
+    unknown: tuple = ()  # Names that are no known gene, the first twenty
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def near(self, symbol, n=6):  # symbol -> Series: symbols of its strongest neighbours -> weight
         "The neighbours of a gene."
-        g = map_genes([symbol]).rows[0]; at = (self.pairs == g).any(1); other = self.pairs[at].sum(1) - g
+        g = map_genes([symbol]).rows[0]
+        at = (self.pairs == g).any(1)
+        other = self.pairs[at].sum(1) - g
         return pd.Series(self.weight[at], gene_table().symbol.to_numpy()[other]).nlargest(n)
+
     def __repr__(self):
         r = self.report
-        return (f"{self.source}: {r['edges']:,} links of {r['genes']:,} genes from {r['rows']:,} rows "
-                f"({r['unknown']:,} with an unknown gene, {r['self_loops']:,} self-loops, {r['duplicates']:,} repeats)")
+        return (
+            f"{self.source}: {r['edges']:,} links of {r['genes']:,} genes from {r['rows']:,} rows "
+            f"({r['unknown']:,} with an unknown gene, {r['self_loops']:,} self-loops, "
+            f"{r['duplicates']:,} repeats)"
+        )
+
 
 def edges_from_table(
-    table,                  # DataFrame with a row a pair
-    a:str="a",              # Column of the first gene
-    b:str="b",              # Column of the second
-    weight:str|None=None,   # Column of weights, kept at their largest where a pair is repeated; None: 1
-    source:str="table",     # Name of the source
-    minimum:float=.3,       # Smallest fraction of names that must be human genes we know
-)->Edges:
+    table,  # DataFrame with a row a pair
+    a: str = "a",  # Column of the first gene
+    b: str = "b",  # Column of the second
+    weight: str
+    | None = None,  # Column of weights, kept at their largest where a pair is repeated; None: 1
+    source: str = "table",  # Name of the source
+    minimum: float = 0.3,  # Smallest fraction of names that must be human genes we know
+) -> Edges:
     "Links from a table of pairs, cleaned and counted."
     wanted = [c for c in (a, b, weight) if c is not None]
-    if missing := [c for c in wanted if c not in table]: raise ValueError(f"The edge table has no column {missing[0]!r}; it has {list(table)}. Name its columns with a=, b= and weight=.")
+    if missing := [c for c in wanted if c not in table]:
+        raise ValueError(
+            f"The edge table has no column {missing[0]!r}; it has {list(table)}. Name its "
+            "columns with a=, b= and weight=."
+        )
     ends = [table[c].astype(str).to_numpy(object) for c in (a, b)]
     names = pd.unique(np.concatenate(ends))
     found = check_overlap(map_genes(names, duplicates="sum"), minimum)
     row = pd.Series(found.rows, names)
     u, v = (row[e].to_numpy() for e in ends)
-    w = np.ones(len(table)) if weight is None else finite(table[weight], f"weight column {weight!r}")
-    known = (u >= 0) & (v >= 0); loop = known & (u == v); keep = known & ~loop
-    best = pd.DataFrame(dict(u=np.minimum(u, v), v=np.maximum(u, v), w=w))[keep].groupby(["u", "v"], sort=True).w.max()
-    if best.empty: raise ValueError(f"No link is left of the {len(table):,} rows of {source}: {(~known).sum():,} name an unknown gene and {loop.sum():,} link a gene to itself.")
+    w = (
+        np.ones(len(table))
+        if weight is None
+        else finite(table[weight], f"weight column {weight!r}")
+    )
+    known = (u >= 0) & (v >= 0)
+    loop = known & (u == v)
+    keep = known & ~loop
+    best = (
+        pd.DataFrame(dict(u=np.minimum(u, v), v=np.maximum(u, v), w=w))[keep]
+        .groupby(["u", "v"], sort=True)
+        .w.max()
+    )
+    if best.empty:
+        raise ValueError(
+            f"No link is left of the {len(table):,} rows of {source}: {(~known).sum():,} name an "
+            f"unknown gene and {loop.sum():,} link a gene to itself."
+        )
     pairs = np.array(best.index.tolist(), np.int32)
-    report = dict(rows=len(table), unknown=int((~known).sum()), self_loops=int(loop.sum()), duplicates=int(keep.sum() - len(best)), edges=len(best), genes=len(np.unique(pairs)))
-    return Edges(pairs, best.to_numpy(np.float32), source, report, tuple(names[found.rows < 0][:20]))
+    report = dict(
+        rows=len(table),
+        unknown=int((~known).sum()),
+        self_loops=int(loop.sum()),
+        duplicates=int(keep.sum() - len(best)),
+        edges=len(best),
+        genes=len(np.unique(pairs)),
+    )
+    return Edges(
+        pairs, best.to_numpy(np.float32), source, report, tuple(names[found.rows < 0][:20])
+    )
 
 # %% ../nbs/13_genegraph.ipynb #bc6b0bf5
 def alias_notes(
-    names,           # Names of genes or targets; "A+B" is two
-    warn:bool=True,  # Say it aloud; the notes are returned in any case
-)->dict:             # Name -> note, for the names that are a gene only through an alias
+    names,  # Names of genes or targets; "A+B" is two
+    warn: bool = True,  # Say it aloud; the notes are returned in any case
+) -> dict:  # Name -> note, for the names that are a gene only through an alias
     "Names that are no current symbol and no Ensembl id, with the gene that each is taken for."
-    parts = list(dict.fromkeys(p for n in names for p in str(n).split("+"))); plain = plain_names(parts)[0]
-    rows, outcome = find_names(plain); genes = gene_table()
-    taken = {p: genes.symbol[r] or genes.ensembl_id[r] for p, q, r, o in zip(parts, plain, rows, outcome) if o == "alias" and q != genes.ncbi_symbol[r]}
+    parts = list(dict.fromkeys(p for n in names for p in str(n).split("+")))
+    plain = plain_names(parts)[0]
+    rows, outcome = find_names(plain)
+    genes = gene_table()
+    taken = {
+        p: genes.symbol[r] or genes.ensembl_id[r]
+        for p, q, r, o in zip(parts, plain, rows, outcome)
+        if o == "alias" and q != genes.ncbi_symbol[r]
+    }
     if taken and warn:
-        shown = ", ".join(f"{p} (read as {s})" for p, s in list(taken.items())[:8]) + (f" and {len(taken) - 8} more" if len(taken) > 8 else "")
-        warnings.warn(f"{len(taken)} of {len(parts)} names are a gene only by an old alias: {shown}. If the gene is meant, write its symbol; "
-                      "if something else is meant, such as an enhancer, give it a name that is no gene's, or leave it out.", stacklevel=2)
-    return {n: "; ".join(f"{p} is an old alias, read as {taken[p]}" for p in str(n).split("+") if p in taken) for n in names if set(str(n).split("+")) & set(taken)}
+        shown = ", ".join(f"{p} (read as {s})" for p, s in list(taken.items())[:8]) + (
+            f" and {len(taken) - 8} more" if len(taken) > 8 else ""
+        )
+        warnings.warn(
+            f"{len(taken)} of {len(parts)} names are a gene only by an old alias: {shown}. If "
+            "the gene is meant, write its symbol; "
+            "if something else is meant, such as an enhancer, give it a name that is no gene's, "
+            "or leave it out.",
+            stacklevel=2,
+        )
+    return {
+        n: "; ".join(
+            f"{p} is an old alias, read as {taken[p]}" for p in str(n).split("+") if p in taken
+        )
+        for n in names
+        if set(str(n).split("+")) & set(taken)
+    }
 
 # %% ../nbs/13_genegraph.ipynb #2bbde602
-ROOTS = ("GO:0008150", "GO:0003674", "GO:0005575") # process, function, component: every gene has them
+ROOTS = (
+    "GO:0008150",
+    "GO:0003674",
+    "GO:0005575",
+)  # process, function, component: every gene has them
+
 
 def term_ancestors(
-    parents,                        # DataFrame: go_id, parent, rel
-    relations=("isa", "part of"),   # Relations along which an annotation passes on
-)->tuple:                           # Index of terms, bool matrix (terms, terms): row has column as itself or an ancestor
+    parents,  # DataFrame: go_id, parent, rel
+    relations=("isa", "part of"),  # Relations along which an annotation passes on
+) -> tuple:  # Index of terms, bool matrix (terms, terms): row has column as itself or an ancestor
     "Close the ontology upwards."
     p = parents[parents.rel.isin(relations)]
     terms = pd.Index(np.unique(np.concatenate([p.go_id, p.parent]).astype(str)))
-    reach = sp.csr_matrix((np.ones(len(p), bool), (terms.get_indexer(p.go_id), terms.get_indexer(p.parent))), (len(terms),)*2) + sp.eye(len(terms), dtype=bool, format="csr")
-    while (further := (reach @ reach).astype(bool)).nnz > reach.nnz: reach = further
+    reach = sp.csr_matrix(
+        (np.ones(len(p), bool), (terms.get_indexer(p.go_id), terms.get_indexer(p.parent))),
+        (len(terms),) * 2,
+    ) + sp.eye(len(terms), dtype=bool, format="csr")
+    while (further := (reach @ reach).astype(bool)).nnz > reach.nnz:
+        reach = further
     return terms, reach
 
+
 def term_sets(
-    gene2go,                        # DataFrame: symbol, go_id, evidence
-    parents,                        # As for `term_ancestors`
-    leave_out=("IEA", "ND"),        # Evidence codes that do not count
-)->tuple:                           # Rows of `gene_table`, bool matrix (genes, terms)
+    gene2go,  # DataFrame: symbol, go_id, evidence
+    parents,  # As for `term_ancestors`
+    leave_out=("IEA", "ND"),  # Evidence codes that do not count
+) -> tuple:  # Rows of `gene_table`, bool matrix (genes, terms)
     "Terms of each gene, ancestors included, the three roots not."
     terms, reach = term_ancestors(parents)
     held = gene2go[~gene2go.evidence.isin(leave_out)]
     names = pd.unique(held.symbol.astype(str))
-    row = pd.Series(map_genes(names, duplicates="sum").rows, names)[held.symbol.astype(str)].to_numpy()
+    row = pd.Series(map_genes(names, duplicates="sum").rows, names)[
+        held.symbol.astype(str)
+    ].to_numpy()
     term = terms.get_indexer(held.go_id)
     row, term = row[ok := (row >= 0) & (term >= 0)], term[ok]
     genes, gene = np.unique(row, return_inverse=True)
@@ -109,113 +179,193 @@ def term_sets(
 
 # %% ../nbs/13_genegraph.ipynb #4203f6f9
 def jaccard_neighbours(
-    held,                  # Bool matrix (genes, terms)
-    n_neighbours:int=20,   # Kept for each gene
-    frequent:int=1000,     # A term of more genes than these goes through the dense product
-    block:int=512,         # Genes at a time
-)->tuple:                  # first (links,), second (links,), Jaccard index (links,); each pair once
+    held,  # Bool matrix (genes, terms)
+    n_neighbours: int = 20,  # Kept for each gene
+    frequent: int = 1000,  # A term of more genes than these goes through the dense product
+    block: int = 512,  # Genes at a time
+) -> tuple:  # first (links,), second (links,), Jaccard index (links,); each pair once
     "The most similar genes of each gene by the Jaccard index of their sets."
-    n = held.shape[0]; k = min(n_neighbours, n - 1)
+    n = held.shape[0]
+    k = min(n_neighbours, n - 1)
     x, many = held.astype(np.float32), np.asarray(held.sum(0)).ravel() > frequent
     dense, rare = np.ascontiguousarray(x[:, many].toarray()), x[:, ~many].tocsr()
-    size, shuffled, found = np.asarray(x.sum(1)).ravel(), np.random.default_rng(0).permutation(n).astype(np.float32), []
+    size, shuffled, found = (
+        np.asarray(x.sum(1)).ravel(),
+        np.random.default_rng(0).permutation(n).astype(np.float32),
+        [],
+    )
     for a in range(0, n, block):
         here = np.arange(a, min(a + block, n))
         both = dense[here] @ dense.T + (rare[here] @ rare.T).toarray()
-        likeness = both/(size[here, None] + size - both)
+        likeness = both / (size[here, None] + size - both)
         likeness[np.arange(len(here)), here] = -1
         # Equally like genes stand in a shuffled order. In single precision the small number would
         # vanish beside the likeness, and numpy would choose otherwise on another processor.
-        small = np.float32(1e-5)*((shuffled[here, None] + shuffled) % n)/n
+        small = np.float32(1e-5) * ((shuffled[here, None] + shuffled) % n) / n
         order = likeness.astype(np.float64) + small
         top = np.argpartition(-order, k - 1, axis=1)[:, :k]
-        found.append(np.stack([np.repeat(here, k), top.ravel(), np.take_along_axis(likeness, top, 1).ravel()]))
+        found.append(
+            np.stack(
+                [np.repeat(here, k), top.ravel(), np.take_along_axis(likeness, top, 1).ravel()]
+            )
+        )
     i, j, likeness = np.concatenate(found, 1)
-    links = pd.DataFrame(dict(i=np.minimum(i, j).astype(int), j=np.maximum(i, j).astype(int), w=likeness))
+    links = pd.DataFrame(
+        dict(i=np.minimum(i, j).astype(int), j=np.maximum(i, j).astype(int), w=likeness)
+    )
     best = links[links.w > 0].groupby(["i", "j"], sort=True).w.first()
     first, second = np.array(best.index.tolist()).T
     return first, second, best.to_numpy(np.float32)
 
 # %% ../nbs/13_genegraph.ipynb #3022a2e5
 @lru_cache
-def go_edges(
-)->Edges: # Weight: Jaccard index of propagated terms, evidence IEA left out
+def go_edges() -> Edges:  # Weight: Jaccard index of propagated terms, evidence IEA left out
     "Links of like genes by the Gene Ontology, from the package."
-    t = pd.read_parquet(ASSETS/"go_neighbours.parquet")
-    return edges_from_table(t.assign(weight=t.weight/1000), weight="weight", source="GO")
+    t = pd.read_parquet(ASSETS / "go_neighbours.parquet")
+    return edges_from_table(t.assign(weight=t.weight / 1000), weight="weight", source="GO")
+
 
 def built_go_edges(
-    n_neighbours:int=20, # Kept for each gene
-):                       # DataFrame: a, b (Ensembl ids), weight (thousandths)
+    n_neighbours: int = 20,  # Kept for each gene
+):  # DataFrame: a, b (Ensembl ids), weight (thousandths)
     "The same, built anew from the ontology's own tables."
-    read = lambda f: pd.read_csv(locate("gene_ontology", f), sep="\t", dtype=str)
-    rows, held = term_sets(read("human_gene2go.orgHs.3.16.tsv.gz"), read("go_parents.GOdb.3.16.tsv.gz"))
+
+    def read(f):
+        return pd.read_csv(locate("gene_ontology", f), sep="\t", dtype=str)
+
+    rows, held = term_sets(
+        read("human_gene2go.orgHs.3.16.tsv.gz"), read("go_parents.GOdb.3.16.tsv.gz")
+    )
     i, j, likeness = jaccard_neighbours(held, n_neighbours)
     ids = gene_table().ensembl_id.to_numpy()[rows]
-    return pd.DataFrame(dict(a=pd.Categorical(ids[i]), b=pd.Categorical(ids[j]), weight=np.rint(1000*likeness).astype(np.int16)))
+    return pd.DataFrame(
+        dict(
+            a=pd.Categorical(ids[i]),
+            b=pd.Categorical(ids[j]),
+            weight=np.rint(1000 * likeness).astype(np.int16),
+        )
+    )
 
 # %% ../nbs/13_genegraph.ipynb #8bc38367
-def string_edges(
-)->Edges: # Weight 1
+def string_edges() -> Edges:  # Weight 1
     "Protein-protein links of STRING, the tenth with the highest confidence."
-    return edges_from_table(pd.read_csv(locate("string_ppi", "string_top10pct_human.ensembl.tsv.gz"), sep="\t"), source="STRING")
+    return edges_from_table(
+        pd.read_csv(locate("string_ppi", "string_top10pct_human.ensembl.tsv.gz"), sep="\t"),
+        source="STRING",
+    )
 
-def ligand_receptor_edges(
-)->Edges: # Weight 1
+
+def ligand_receptor_edges() -> Edges:  # Weight 1
     "Ligand-receptor pairs of the sixteen human resources that liana collects."
     t = pd.read_csv(locate("liana_resource"))
-    t = t[t.resource != "mouseconsensus"].drop_duplicates(["source_genesymbol", "target_genesymbol"])
-    split = lambda c: t[c].astype(str).str.split("_")
-    pairs = pd.DataFrame(dict(a=split("source_genesymbol"), b=split("target_genesymbol"))).explode("a").explode("b")
+    t = t[t.resource != "mouseconsensus"].drop_duplicates(
+        ["source_genesymbol", "target_genesymbol"]
+    )
+
+    def split(c):
+        return t[c].astype(str).str.split("_")
+
+    pairs = (
+        pd.DataFrame(dict(a=split("source_genesymbol"), b=split("target_genesymbol")))
+        .explode("a")
+        .explode("b")
+    )
     return edges_from_table(pairs, source="ligand-receptor")
 
 # %% ../nbs/13_genegraph.ipynb #c35197c4
 @dataclass(frozen=True, eq=False, repr=False)
 class GeneGraph:
     "Genes and their links."
-    rows: np.ndarray    # Rows of `gene_table`, ascending, shape (n,)
-    pairs: np.ndarray   # Nodes, the smaller first, int64, shape (edges, 2)
+
+    rows: np.ndarray  # Rows of `gene_table`, ascending, shape (n,)
+    pairs: np.ndarray  # Nodes, the smaller first, int64, shape (edges, 2)
     weight: np.ndarray  # Of each link, shape (edges,)
     source: np.ndarray  # Of each link; two sources are joined by a plus sign
+
     @property
-    def n_genes(self): return len(self.rows)
+    def n_genes(self):
+        return len(self.rows)
+
     @property
-    def genes(self): return gene_table().ensembl_id.to_numpy()[self.rows]
+    def genes(self):
+        return gene_table().ensembl_id.to_numpy()[self.rows]
+
     @property
-    def symbols(self): return gene_table().symbol.to_numpy()[self.rows]
+    def symbols(self):
+        return gene_table().symbol.to_numpy()[self.rows]
+
     @property
-    def degree(self): return np.bincount(self.pairs.ravel(), minlength=self.n_genes)
+    def degree(self):
+        return np.bincount(self.pairs.ravel(), minlength=self.n_genes)
+
     @property
-    def isolated(self): return self.genes[self.degree == 0]
-    def nodes(self, rows): # rows of `gene_table` -> nodes, -1 where a gene is not in the graph
+    def isolated(self):
+        return self.genes[self.degree == 0]
+
+    def nodes(self, rows):  # rows of `gene_table` -> nodes, -1 where a gene is not in the graph
         "Where genes stand in the graph."
         at = np.searchsorted(self.rows, rows).clip(max=self.n_genes - 1)
         return np.where((self.rows[at] == rows) & (np.asarray(rows) >= 0), at, -1)
+
     def __repr__(self):
         by = ", ".join(f"{k} {n:,}" for k, n in pd.Series(self.source).value_counts().items())
-        return f"{self.n_genes:,} genes, {len(self.pairs):,} links ({by}), {len(self.isolated):,} isolated genes"
+        return (
+            f"{self.n_genes:,} genes, {len(self.pairs):,} links ({by}), "
+            f"{len(self.isolated):,} isolated genes"
+        )
+
 
 def gene_graph(
-    edges,       # `Edges`, or a list of them
-    genes=None,  # Names of the genes wanted, isolated ones included; None: every gene that has a link
-)->GeneGraph:
+    edges,  # `Edges`, or a list of them
+    # Names of the genes wanted, isolated ones included; None: every gene that has a link
+    genes=None,
+) -> GeneGraph:
     "Join sources into one graph."
     edges = [edges] if isinstance(edges, Edges) else list(edges)
-    if not edges: raise ValueError("No source was given; start from go_edges().")
-    t = pd.concat([pd.DataFrame(dict(u=e.pairs[:, 0], v=e.pairs[:, 1], w=e.weight, s=e.source)) for e in edges])
-    rows = np.unique(t[["u", "v"]] if genes is None else map_genes(list(genes), duplicates="sum").rows); rows = rows[rows >= 0]
-    if not len(rows): raise ValueError(f"None of the {len(list(genes))} genes is known; use HGNC symbols or Ensembl ids.")
-    t = t[t.u.isin(rows) & t.v.isin(rows)].groupby(["u", "v"], sort=True).agg(w=("w", "max"), s=("s", "+".join)).reset_index()
-    return GeneGraph(rows.astype(np.int32), np.searchsorted(rows, t[["u", "v"]].to_numpy()), t.w.to_numpy(np.float32), t.s.to_numpy(object))
+    if not edges:
+        raise ValueError("No source was given; start from go_edges().")
+    t = pd.concat(
+        [
+            pd.DataFrame(dict(u=e.pairs[:, 0], v=e.pairs[:, 1], w=e.weight, s=e.source))
+            for e in edges
+        ]
+    )
+    rows = np.unique(
+        t[["u", "v"]] if genes is None else map_genes(list(genes), duplicates="sum").rows
+    )
+    rows = rows[rows >= 0]
+    if not len(rows):
+        raise ValueError(
+            f"None of the {len(list(genes))} genes is known; use HGNC symbols or Ensembl ids."
+        )
+    t = (
+        t[t.u.isin(rows) & t.v.isin(rows)]
+        .groupby(["u", "v"], sort=True)
+        .agg(w=("w", "max"), s=("s", "+".join))
+        .reset_index()
+    )
+    return GeneGraph(
+        rows.astype(np.int32),
+        np.searchsorted(rows, t[["u", "v"]].to_numpy()),
+        t.w.to_numpy(np.float32),
+        t.s.to_numpy(object),
+    )
 
 # %% ../nbs/13_genegraph.ipynb #e5a19d26
 def to_pyg(
-    graph:GeneGraph,
-    x=None,          # Features, shape (n, D)
-):                   # torch_geometric Data: x, edge_index (both directions), edge_attr, rows
+    graph: GeneGraph,
+    x=None,  # Features, shape (n, D)
+):  # torch_geometric Data: x, edge_index (both directions), edge_attr, rows
     "The graph as torch-geometric reads it."
     import torch
     from torch_geometric.data import Data
+
     index = torch.from_numpy(np.concatenate([graph.pairs, graph.pairs[:, ::-1]]).T.copy())
     weight = torch.from_numpy(np.tile(graph.weight, 2))[:, None]
-    return Data(x=None if x is None else torch.as_tensor(x, dtype=torch.float32), edge_index=index, edge_attr=weight, rows=torch.from_numpy(graph.rows), num_nodes=graph.n_genes)
+    return Data(
+        x=None if x is None else torch.as_tensor(x, dtype=torch.float32),
+        edge_index=index,
+        edge_attr=weight,
+        rows=torch.from_numpy(graph.rows),
+        num_nodes=graph.n_genes,
+    )

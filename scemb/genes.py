@@ -17,19 +17,24 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 # %% ../nbs/00_genes.ipynb #4ffda79c
-ASSETS = Path(__file__).parent/"assets" if "__file__" in globals() else Path("../scemb/assets")
+ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../scemb/assets")
 
 # %% ../nbs/00_genes.ipynb #c94c2dc7
 @lru_cache
-def gene_table(
-)->pd.DataFrame: # ensembl_id, symbol, ncbi_symbol, aliases ('|'-joined), chromosome, biotype, entrez_id (0: none)
-    "The human genes, a row each, ordered by Ensembl id. One copy serves all callers: do not write into it."
-    return pd.read_parquet(ASSETS/"genes.parquet")
+def gene_table() -> (
+    pd.DataFrame
+    # ensembl_id, symbol, ncbi_symbol, aliases ('|'-joined), chromosome, biotype, entrez_id (0:
+    # none)
+):
+    """The human genes, a row each, ordered by Ensembl id. One copy serves all callers: do not write
+    into it."""
+    return pd.read_parquet(ASSETS / "genes.parquet")
 
 # %% ../nbs/00_genes.ipynb #7a527054
 @lru_cache
-def protein_coding(
-)->np.ndarray: # Rows of `gene_table`, ascending, so ordered by Ensembl id; read-only
+def protein_coding() -> (
+    np.ndarray
+):  # Rows of `gene_table`, ascending, so ordered by Ensembl id; read-only
     "The rows that make the model's vocabulary: protein-coding genes."
     rows = np.flatnonzero(gene_table()["biotype"] == "protein_coding").astype(np.int32)
     rows.setflags(write=False)
@@ -37,15 +42,20 @@ def protein_coding(
 
 # %% ../nbs/00_genes.ipynb #04830803
 @lru_cache
-def name_table(
-)->tuple: # (Series name -> row, Series name -> step 0-3, dict of ambiguous alias -> rows)
+def name_table() -> (
+    tuple
+):  # (Series name -> row, Series name -> step 0-3, dict of ambiguous alias -> rows)
     "Every known name and the row it stands for."
     genes = gene_table()
     rows = np.arange(len(genes), dtype=np.int32)
     order = np.lexsort((genes.ensembl_id, genes.entrez_id == 0, genes.biotype != "protein_coding"))
     aliases = genes.aliases.str.split("|").explode()
-    steps = [pd.Series(rows, genes.ensembl_id), pd.Series(rows[order], genes.symbol.iloc[order]),
-             pd.Series(rows, genes.ncbi_symbol), pd.Series(aliases.index.astype(np.int32), aliases.values)]
+    steps = [
+        pd.Series(rows, genes.ensembl_id),
+        pd.Series(rows[order], genes.symbol.iloc[order]),
+        pd.Series(rows, genes.ncbi_symbol),
+        pd.Series(aliases.index.astype(np.int32), aliases.values),
+    ]
     names = pd.concat(steps)
     step = np.repeat(range(4), [len(s) for s in steps])
     keep = (names.index != "") & ~((step < 3) & names.index.duplicated())
@@ -61,25 +71,40 @@ def name_table(
 # %% ../nbs/00_genes.ipynb #a7c2b584
 ENSEMBL = re.compile(r"^ENSG[R0](\d{10})(?:\.\d+)?(?:_PAR_Y)?(?:\.\d+)?$")
 
+
 def plain_names(
-    names, # Gene names: list, array, Index or Series
-)->tuple:  # (object array of names without Ensembl version, bool array: the Y copy of a gene on both sex chromosomes)
+    names,  # Gene names: list, array, Index or Series
+    # (object array of names without Ensembl version, bool array: the Y copy of a gene on both sex
+    # chromosomes)
+) -> tuple:
     "Strip the version of Ensembl ids and mark Y twins (`_PAR_Y`, or `ENSGR` in old files)."
     if isinstance(names, (str, bytes)) or np.ndim(names) != 1:
         raise TypeError("Gene names must be a list of names, such as adata.var_names.")
-    plain = np.array([n if isinstance(n, str) else n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in names], dtype=object)
+    plain = np.array(
+        [
+            n
+            if isinstance(n, str)
+            else n.decode("utf-8", "replace")
+            if isinstance(n, bytes)
+            else str(n)
+            for n in names
+        ],
+        dtype=object,
+    )
     twin = np.zeros(len(plain), bool)
     for i, name in enumerate(plain):
-        if len(name) == 15 and name.startswith("ENSG0"): continue       # an id without version: nothing to strip
+        if len(name) == 15 and name.startswith("ENSG0"):
+            continue  # an id without version: nothing to strip
         if name.startswith("ENSG") and (hit := ENSEMBL.match(name)):
             plain[i], twin[i] = f"ENSG0{hit[1]}", name.startswith("ENSGR") or "_PAR_Y" in name
-        else: plain[i] = name.strip()
+        else:
+            plain[i] = name.strip()
     return plain, twin
 
 # %% ../nbs/00_genes.ipynb #b9e65dab
 def is_mitochondrial(
-    names, # Gene names of any kind
-)->np.ndarray: # bool, shape (len(names),)
+    names,  # Gene names of any kind
+) -> np.ndarray:  # bool, shape (len(names),)
     "Which names are genes of the mitochondrial genome, whatever the spelling."
     known, _, _ = name_table()
     row = known.reindex(plain_names(names)[0], fill_value=-1).to_numpy()
@@ -87,124 +112,181 @@ def is_mitochondrial(
 
 # %% ../nbs/00_genes.ipynb #84d0fa14
 def guess_identifiers(
-    names, # Gene names of any kind
-)->str:    # 'Ensembl (human)', 'human symbols', 'mouse symbols', 'mouse Ensembl (ENSMUSG...)', 'Entrez', 'numbers', ...
+    names,  # Gene names of any kind
+    # 'Ensembl (human)', 'human symbols', 'mouse symbols', 'mouse Ensembl (ENSMUSG...)', 'Entrez',
+    # 'numbers', ...
+) -> str:
     "Say what most of the names look like."
     plain = pd.Series(plain_names(names)[0], dtype=object)
-    if plain.empty: return "unknown"
+    if plain.empty:
+        return "unknown"
     known = name_table()[0].index
     digits = plain.str.fullmatch(r"\d+(\.0)?")
-    if digits.mean() > .5:
+    if digits.mean() > 0.5:
         numbers = plain[digits].astype(float).to_numpy()
         run = len(numbers) == 1 or (np.diff(numbers) == 1).all()
-        return "Entrez" if not run and np.isin(numbers, gene_table()["entrez_id"]).mean() > .5 else "numbers"
+        return (
+            "Entrez"
+            if not run and np.isin(numbers, gene_table()["entrez_id"]).mean() > 0.5
+            else "numbers"
+        )
     share = {
         "Ensembl (human)": plain.str.match(r"ENSG\d"),
         "mouse Ensembl (ENSMUSG...)": plain.str.match(r"ENSMUSG\d"),
         "Ensembl transcripts (ENST...)": plain.str.match(r"ENST\d"),
         "Ensembl of another species": plain.str.match(r"ENS(?!MUS)[A-Z]{3,4}G\d"),
         "human symbols": plain.isin(known) & ~plain.str.startswith("ENSG"),
-        "mouse symbols": plain.str.match(r"(mt-)?[A-Z][a-z]*[a-z0-9-]*$") & ~plain.isin(known) & plain.str.upper().isin(known),
-        "symbols in lower case": plain.str.match(r"[a-z0-9-]+$") & ~plain.str.match(r"mt-[A-Z]") & plain.str.upper().isin(known),
+        "mouse symbols": plain.str.match(r"(mt-)?[A-Z][a-z]*[a-z0-9-]*$")
+        & ~plain.isin(known)
+        & plain.str.upper().isin(known),
+        "symbols in lower case": plain.str.match(r"[a-z0-9-]+$")
+        & ~plain.str.match(r"mt-[A-Z]")
+        & plain.str.upper().isin(known),
     }
     best, hits = max(share.items(), key=lambda kind: kind[1].mean())
-    return best if hits.mean() > .3 else "unknown"
+    return best if hits.mean() > 0.3 else "unknown"
 
 # %% ../nbs/00_genes.ipynb #9cda0412
 OUTCOMES = ("mapped", "alias", "ambiguous", "duplicated", "lost")
 
+
 @dataclass(frozen=True, eq=False, repr=False)
 class GeneMap:
     "Which row of `gene_table` each name stands for, and why some stand for none."
-    names: np.ndarray   # The names as given, shape (n,)
-    rows: np.ndarray    # int32 rows of `gene_table`, -1 = not used, shape (n,)
-    outcome: np.ndarray # One of `OUTCOMES` a name, shape (n,)
+
+    names: np.ndarray  # The names as given, shape (n,)
+    rows: np.ndarray  # int32 rows of `gene_table`, -1 = not used, shape (n,)
+    outcome: np.ndarray  # One of `OUTCOMES` a name, shape (n,)
     claims: np.ndarray  # Like `rows`, but kept for duplicated names too
     summed: np.ndarray  # bool: the name shares its row with another, so that their counts add up
-    counts: np.ndarray|None=None # Total counts a name, where given
+    counts: np.ndarray | None = None  # Total counts a name, where given
 
     @property
-    def n_mapped(self)->int: return int((self.rows >= 0).sum())
+    def n_mapped(self) -> int:
+        return int((self.rows >= 0).sum())
+
     @property
-    def counts_lost(self)->float|None: return None if self.counts is None else share(self.counts, self.rows < 0)
+    def counts_lost(self) -> float | None:
+        return None if self.counts is None else share(self.counts, self.rows < 0)
+
     @property
-    def mapped(self)->pd.DataFrame: return name_frame(self, self.outcome == "mapped")
+    def mapped(self) -> pd.DataFrame:
+        return name_frame(self, self.outcome == "mapped")
+
     @property
-    def through_alias(self)->pd.DataFrame: return name_frame(self, self.outcome == "alias")
+    def through_alias(self) -> pd.DataFrame:
+        return name_frame(self, self.outcome == "alias")
+
     @property
-    def lost(self)->pd.DataFrame: return name_frame(self, self.outcome == "lost")[["name"]]
+    def lost(self) -> pd.DataFrame:
+        return name_frame(self, self.outcome == "lost")[["name"]]
+
     @property
-    def duplicates(self)->pd.DataFrame:
-        "Names whose gene another name claims too: aliases that were dropped, and names whose counts are summed."
+    def duplicates(self) -> pd.DataFrame:
+        """Names whose gene another name claims too: aliases that were dropped, and names whose
+        counts are summed."""
         return name_frame(self, (self.outcome == "duplicated") | self.summed)
+
     @property
-    def ambiguous(self)->pd.DataFrame:
+    def ambiguous(self) -> pd.DataFrame:
         "Aliases of several genes, with the symbols of the candidates."
         frame = name_frame(self, self.outcome == "ambiguous")[["name"]]
         known, symbol = name_table()[2], gene_table()["symbol"]
-        return frame.assign(candidates=[", ".join(symbol.iloc[known[n]]) for n in plain_names(frame["name"])[0]])
-    def __rich__(self): return rich_report(self)
-    def __repr__(self)->str: return text_report(self)
-    def _repr_html_(self)->str: return html_report(self)
+        return frame.assign(
+            candidates=[", ".join(symbol.iloc[known[n]]) for n in plain_names(frame["name"])[0]]
+        )
+
+    def __rich__(self):
+        return rich_report(self)
+
+    def __repr__(self) -> str:
+        return text_report(self)
+
+    def _repr_html_(self) -> str:
+        return html_report(self)
 
 # %% ../nbs/00_genes.ipynb #7fe87e84
 def share(
-    counts:np.ndarray, # Totals, shape (n,)
-    which:np.ndarray,  # bool, shape (n,)
-)->float: # Fraction of all counts on the chosen entries; 0 when there are none
+    counts: np.ndarray,  # Totals, shape (n,)
+    which: np.ndarray,  # bool, shape (n,)
+) -> float:  # Fraction of all counts on the chosen entries; 0 when there are none
     "The part of the counts that the chosen names hold."
-    return float(counts[which].sum()/total) if (total := counts.sum()) else 0.
+    return float(counts[which].sum() / total) if (total := counts.sum()) else 0.0
+
 
 def name_frame(
-    gene_map:GeneMap,
-    which:np.ndarray, # bool, shape (n,)
-)->pd.DataFrame: # name, ensembl_id, symbol, used; most counts first where counts are known
+    gene_map: GeneMap,
+    which: np.ndarray,  # bool, shape (n,)
+) -> pd.DataFrame:  # name, ensembl_id, symbol, used; most counts first where counts are known
     "The chosen names with the gene that each claims."
     at = np.flatnonzero(which)
-    if gene_map.counts is not None: at = at[np.argsort(-gene_map.counts[at], kind="stable")]
-    genes = gene_table()[["ensembl_id", "symbol"]].reindex(gene_map.claims[at]).fillna("").reset_index(drop=True)
+    if gene_map.counts is not None:
+        at = at[np.argsort(-gene_map.counts[at], kind="stable")]
+    genes = (
+        gene_table()[["ensembl_id", "symbol"]]
+        .reindex(gene_map.claims[at])
+        .fillna("")
+        .reset_index(drop=True)
+    )
     genes.insert(0, "name", gene_map.names[at])
     return genes.assign(used=gene_map.rows[at] >= 0)
 
+
 def summary(
-    gene_map:GeneMap,
-)->pd.DataFrame: # outcome, names, counts (fraction, where counts are known), examples
+    gene_map: GeneMap,
+) -> pd.DataFrame:  # outcome, names, counts (fraction, where counts are known), examples
     "A row an outcome, with three examples: the ones with most counts, where counts are known."
     rows = []
     for outcome in OUTCOMES:
         which = gene_map.outcome == outcome
         frame = gene_map.ambiguous if outcome == "ambiguous" else name_frame(gene_map, which)
         meaning = frame["candidates" if outcome == "ambiguous" else "symbol"][:3]
-        examples = [f"{n} -> {m.replace(', ', ' or ')}" if m and m != n else n for n, m in zip(frame["name"], meaning)]
+        examples = [
+            f"{n} -> {m.replace(', ', ' or ')}" if m and m != n else n
+            for n, m in zip(frame["name"], meaning)
+        ]
         part = {} if gene_map.counts is None else {"counts": share(gene_map.counts, which)}
-        rows.append({"outcome": outcome, "names": int(which.sum()), **part, "examples": ", ".join(examples)})
+        rows.append(
+            {"outcome": outcome, "names": int(which.sum()), **part, "examples": ", ".join(examples)}
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/00_genes.ipynb #26a28d28
 def rich_report(
-    gene_map:GeneMap,
-): # A `rich` table
+    gene_map: GeneMap,
+):  # A `rich` table
     "What became of the names, for a terminal."
     from rich.table import Table
+
     table = Table(title=f"{gene_map.n_mapped:,} of {len(gene_map.names):,} gene names used")
     rows = summary(gene_map)
-    for column in rows: table.add_column(column, justify="right" if column in ("names", "counts") else "left")
+    for column in rows:
+        table.add_column(column, justify="right" if column in ("names", "counts") else "left")
     for row in rows.to_dict("records"):
-        table.add_row(*(f"{v:.2%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()))
+        table.add_row(
+            *(
+                f"{v:.2%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v
+                for v in row.values()
+            )
+        )
     return table
 
+
 def text_report(
-    gene_map:GeneMap,
-)->str:
+    gene_map: GeneMap,
+) -> str:
     "The same as plain text."
     from rich.console import Console
+
     console = Console(width=110, color_system=None, force_jupyter=False)
-    with console.capture() as text: console.print(rich_report(gene_map))
+    with console.capture() as text:
+        console.print(rich_report(gene_map))
     return text.get().rstrip()
 
+
 def html_report(
-    gene_map:GeneMap,
-)->str:
+    gene_map: GeneMap,
+) -> str:
     "The same for a notebook."
     rows = summary(gene_map)
     form = {"names": "{:,}".format, "counts": "{:.2%}".format}
@@ -213,37 +295,50 @@ def html_report(
 
 # %% ../nbs/00_genes.ipynb #e21f929b
 def find_names(
-    plain:np.ndarray, # Names without version, shape (n,)
-)->tuple: # (int32 rows or -1, outcome), each of shape (n,)
+    plain: np.ndarray,  # Names without version, shape (n,)
+) -> tuple:  # (int32 rows or -1, outcome), each of shape (n,)
     "Look each name up on its own."
     known, step, candidates = name_table()
     at = known.index.get_indexer(plain)
-    r_spelling = {i: n.replace(".", "-") for i, n in enumerate(plain) if at[i] < 0 and "." in n and n not in candidates}
+    r_spelling = {
+        i: n.replace(".", "-")
+        for i, n in enumerate(plain)
+        if at[i] < 0 and "." in n and n not in candidates
+    }
     symbols = set(step.index[step.isin([1, 2])]) if r_spelling else set()
-    r_spelling = {i: n for i, n in r_spelling.items()
-                  if n in symbols and not ((copy := re.match(r"(.+)\.\d+$", plain[i])) and copy[1] in symbols)}
+    r_spelling = {
+        i: n
+        for i, n in r_spelling.items()
+        if n in symbols and not ((copy := re.match(r"(.+)\.\d+$", plain[i])) and copy[1] in symbols)
+    }
     at[list(r_spelling)] = known.index.get_indexer(list(r_spelling.values()))
     rows = np.where(at >= 0, known.to_numpy()[at], -1).astype(np.int32)
-    outcome = np.where(at < 0, "lost", np.where(step.to_numpy()[at] < 2, "mapped", "alias")).astype("U10")
+    outcome = np.where(at < 0, "lost", np.where(step.to_numpy()[at] < 2, "mapped", "alias")).astype(
+        "U10"
+    )
     outcome[list(r_spelling)] = "alias"
     outcome[pd.Index(plain).isin(candidates)] = "ambiguous"
     return rows, outcome
 
 # %% ../nbs/00_genes.ipynb #5e625268
 def map_genes(
-    names,                   # Ensembl ids (any version), symbols or aliases, mixed as they come
-    counts=None,             # Total counts a name, shape (n,): adds the fraction of counts lost
-    symbols=None,            # A second name for each, e.g. a `var` column, tried where the first is unknown
-    duplicates:str="error",  # One gene given twice by exact name: "error", or "sum" to keep both names
-)->GeneMap:
+    names,  # Ensembl ids (any version), symbols or aliases, mixed as they come
+    counts=None,  # Total counts a name, shape (n,): adds the fraction of counts lost
+    symbols=None,  # A second name for each, e.g. a `var` column, tried where the first is unknown
+    # One gene given twice by exact name: "error", or "sum" to keep both names
+    duplicates: str = "error",
+) -> GeneMap:
     "Find the row of `gene_table` for each name; nothing is guessed and nothing is lost silently."
-    if duplicates not in ("error", "sum"): raise ValueError(f"duplicates is {duplicates!r}; it must be 'error' or 'sum'.")
+    if duplicates not in ("error", "sum"):
+        raise ValueError(f"duplicates is {duplicates!r}; it must be 'error' or 'sum'.")
     plain, twin = plain_names(names)
-    if counts is not None: counts = one_total_a_name(counts, len(plain))
+    if counts is not None:
+        counts = one_total_a_name(counts, len(plain))
     rows, outcome = find_names(plain)
     if symbols is not None:
         second, twin2 = plain_names(symbols)
-        if len(second) != len(plain): raise ValueError(f"symbols has {len(second):,} entries for {len(plain):,} names.")
+        if len(second) != len(plain):
+            raise ValueError(f"symbols has {len(second):,} entries for {len(plain):,} names.")
         unknown = rows < 0
         rows[unknown], again = find_names(second[unknown])
         better = np.where(again == "mapped", "alias", again)
@@ -254,80 +349,139 @@ def map_genes(
     clash = alias & (np.isin(rows, rows[exact]) | np.isin(rows, taken.index[taken > 1]))
     rows[clash], outcome[clash] = -1, "duplicated"
     once = pd.Series(rows).duplicated(keep=False).to_numpy() & (rows >= 0)
-    repeated = once & ~twin & pd.Series(np.where(twin, -1 - np.arange(len(rows)), rows)).duplicated(keep=False).to_numpy()
+    repeated = (
+        once
+        & ~twin
+        & pd.Series(np.where(twin, -1 - np.arange(len(rows)), rows))
+        .duplicated(keep=False)
+        .to_numpy()
+    )
     names = np.asarray(names, dtype=object)
-    if duplicates == "error" and repeated.any(): raise ValueError(repeated_names(names[repeated], rows[repeated]))
+    if duplicates == "error" and repeated.any():
+        raise ValueError(repeated_names(names[repeated], rows[repeated]))
     return GeneMap(names, rows, outcome, claims, once, counts)
 
 # %% ../nbs/00_genes.ipynb #783c7def
 def one_total_a_name(
-    counts, # Anything with n numbers
-    n:int,  # Number of names
-)->np.ndarray: # float64, shape (n,)
+    counts,  # Anything with n numbers
+    n: int,  # Number of names
+) -> np.ndarray:  # float64, shape (n,)
     "Check the totals that come with the names."
     counts = np.asarray(counts, dtype=float).ravel()
-    if len(counts) != n: raise ValueError(f"counts has {len(counts):,} entries for {n:,} names; give one total a name.")
-    if not (counts >= 0).all(): raise ValueError("counts holds negative or missing totals; give raw counts summed over cells.")
+    if len(counts) != n:
+        raise ValueError(
+            f"counts has {len(counts):,} entries for {n:,} names; give one total a name."
+        )
+    if not (counts >= 0).all():
+        raise ValueError(
+            "counts holds negative or missing totals; give raw counts summed over cells."
+        )
     return counts
 
+
 def repeated_names(
-    names:np.ndarray, # Names that share a gene, shape (n,)
-    rows:np.ndarray,  # Their rows
-)->str:
+    names: np.ndarray,  # Names that share a gene, shape (n,)
+    rows: np.ndarray,  # Their rows
+) -> str:
     "Say which names share a gene, and the way out."
     genes = pd.Series(names).groupby(rows, sort=False).agg(list)
-    shown = "; ".join(f"{gene_table()['symbol'][row]}: {', '.join(map(repr, ns[:3]))}" for row, ns in genes.head(5).items())
-    return (f"{len(genes):,} {'gene has' if len(genes) == 1 else 'genes have'} more than one name here ({shown}). Each gene may be named once. "
-            "Pass Ensembl ids, if a column of var holds them, or add the counts of such names up with duplicates='sum'.")
+    shown = "; ".join(
+        f"{gene_table()['symbol'][row]}: {', '.join(map(repr, ns[:3]))}"
+        for row, ns in genes.head(5).items()
+    )
+    return (
+        f"{len(genes):,} {'gene has' if len(genes) == 1 else 'genes have'} more than one name "
+        f"here ({shown}). Each gene may be named once. "
+        "Pass Ensembl ids, if a column of var holds them, or add the counts of such names up "
+        "with duplicates='sum'."
+    )
 
 # %% ../nbs/00_genes.ipynb #89c64cf5
 WAY_OUT = {
-    "mouse symbols": "Map them to human one-to-one orthologues first; this model knows human genes only.",
-    "mouse Ensembl (ENSMUSG...)": "Map them to human one-to-one orthologues first; this model knows human genes only.",
-    "Ensembl of another species": "Map them to human one-to-one orthologues first; this model knows human genes only.",
+    "mouse symbols": "Map them to human one-to-one orthologues first; this model knows human "
+    "genes only.",
+    "mouse Ensembl (ENSMUSG...)": "Map them to human one-to-one orthologues first; this model "
+    "knows human genes only.",
+    "Ensembl of another species": "Map them to human one-to-one orthologues first; this model "
+    "knows human genes only.",
     "Ensembl transcripts (ENST...)": "Sum the transcripts of each gene and name the genes.",
     "Entrez": "Replace them by symbols: gene_table() has a column entrez_id.",
-    "numbers": "The gene names may stand in a column of var, or the matrix may be transposed (genes x cells).",
+    "numbers": "The gene names may stand in a column of var, or the matrix may be transposed "
+    "(genes x cells).",
     "symbols in lower case": "Write human symbols in upper case, if the sample is human.",
 }
 
+
 def check_overlap(
-    gene_map:GeneMap,
-    minimum:float=.3, # Smallest fraction of names that must be used
-)->GeneMap: # The same map, so that calls can be chained
+    gene_map: GeneMap,
+    minimum: float = 0.3,  # Smallest fraction of names that must be used
+) -> GeneMap:  # The same map, so that calls can be chained
     "Refuse a list of names of which too few are human genes."
     n, used = len(gene_map.names), gene_map.n_mapped
-    if n and used and used >= minimum*n: return gene_map
+    if n and used and used >= minimum * n:
+        return gene_map
     kind = guess_identifiers(gene_map.names)
-    ours = gene_table().set_index("symbol")["ensembl_id"].loc[["INS", "ACTB", "CD3D", "GFAP", "MT-ND1"]]
+    ours = (
+        gene_table()
+        .set_index("symbol")["ensembl_id"]
+        .loc[["INS", "ACTB", "CD3D", "GFAP", "MT-ND1"]]
+    )
     theirs = [str(name) for name in gene_map.names[gene_map.rows < 0][:5]]
-    lines = [f"  {a:<28} {s} or {e}" for a, (s, e) in zip(theirs + [""]*(5 - len(theirs)), ours.items())]
-    raise ValueError("\n".join([
-        f"{used:,} of {n:,} gene names are human genes that we know; at least {minimum:.0%} must be.",
-        f"  {'yours':<28} ours", *lines, f"Yours look like: {kind}. "
-        + WAY_OUT.get(kind, "Name the genes by human Ensembl ids (ENSG...) or symbols; they may stand in a column of var.")]))
+    lines = [
+        f"  {a:<28} {s} or {e}"
+        for a, (s, e) in zip(theirs + [""] * (5 - len(theirs)), ours.items())
+    ]
+    raise ValueError(
+        "\n".join(
+            [
+                f"{used:,} of {n:,} gene names are human genes that we know; at least "
+                f"{minimum:.0%} must be.",
+                f"  {'yours':<28} ours",
+                *lines,
+                f"Yours look like: {kind}. "
+                + WAY_OUT.get(
+                    kind,
+                    "Name the genes by human Ensembl ids (ENSG...) or symbols; they may stand in "
+                    "a column of var.",
+                ),
+            ]
+        )
+    )
 
 # %% ../nbs/00_genes.ipynb #42df8763
-AROUND = re.compile(r"^(?:(?:GRCh3[78]|hg19|hg38|GRCm3[89]|mm10|mm39)_+)?(?:b(['\"])(?P<inner>.*)\1|(?P<rest>.*))$")
+AROUND = re.compile(
+    r"^(?:(?:GRCh3[78]|hg19|hg38|GRCm3[89]|mm10|mm39)_+)?(?:b(['\"])(?P<inner>.*)\1|(?P<rest>.*))$"
+)
+
 
 def stripped_names(
-    names, # Gene names of any kind
-)->np.ndarray: # Without "GRCh38_" in front and b'' around them; genes of mouse genomes keep theirs
+    names,  # Gene names of any kind
+    # Without "GRCh38_" in front and b'' around them; genes of mouse genomes keep theirs
+) -> np.ndarray:
     "Take off what a program has put around gene names."
     plain = []
     for name in plain_names(names)[0]:
         hit = AROUND.match(name)
         mouse = name.startswith(("mm10_", "mm39_", "GRCm38_", "GRCm39_"))
-        plain.append(name if mouse or not hit else hit["inner"] if hit["inner"] is not None else hit["rest"])
+        plain.append(
+            name if mouse or not hit else hit["inner"] if hit["inner"] is not None else hit["rest"]
+        )
     return np.array(plain, dtype=object)
 
+
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-DATE = re.compile(r"^(?:(?P<day>\d{1,2})-(?P<month>[A-Za-z]{3})|(?P<month2>[A-Za-z]{3})-(?P<day2>\d{1,2})|\d{4}-(?P<m>\d\d)-(?P<d>\d\d)(?: 00:00:00)?)$")
-SERIAL = re.compile(r"^[34]\d{4}(?:\.0)?$") # days since 1900, as a spreadsheet stores a date
+DATE = re.compile(
+    r"^(?:(?P<day>\d{1,2})-(?P<month>[A-Za-z]{3})"  # 1-Mar
+    r"|(?P<month2>[A-Za-z]{3})-(?P<day2>\d{1,2})"  # Mar-1
+    r"|\d{4}-(?P<m>\d\d)-(?P<d>\d\d)(?: 00:00:00)?)$"  # 2001-03-01 00:00:00
+)
+SERIAL = re.compile(r"^[34]\d{4}(?:\.0)?$")  # days since 1900, as a spreadsheet stores a date
 OF_MONTH = {3: ("MARCHF{}", "MTARC{}"), 9: ("SEPTIN{}",), 12: ("DELEC{}",), 10: ("POU5F1",)}
 
-def _date_of(name): # -> (month, day), or None
+
+def _date_of(name):  # -> (month, day), or None
     import datetime
+
     if SERIAL.match(name):
         date = datetime.date(1899, 12, 30) + datetime.timedelta(days=int(float(name)))
         return date.month, date.day
@@ -339,13 +493,14 @@ def _date_of(name): # -> (month, day), or None
     month = (hit["month"] or hit["month2"]).lower()
     return (MONTHS.index(month) + 1, int(hit["day"] or hit["day2"])) if month in MONTHS else None
 
+
 def odd_names(
-    names,         # Gene names of any kind
-)->pd.DataFrame:   # name, kind (date, prefix, bytes), candidates (symbols, with commas between)
+    names,  # Gene names of any kind
+) -> pd.DataFrame:  # name, kind (date, prefix, bytes), candidates (symbols, with commas between)
     "Names that a program has changed, with the genes that they may have been."
     known = set(gene_table()["symbol"])
     plain = plain_names(names)[0]
-    numbers = np.mean([n.replace(".0", "").isdigit() for n in plain]) > .5 if len(plain) else False
+    numbers = np.mean([n.replace(".0", "").isdigit() for n in plain]) > 0.5 if len(plain) else False
     rows = []
     for name in plain:
         if name.startswith("ENSG"):
@@ -357,12 +512,15 @@ def odd_names(
             rows.append((name, "date", ", ".join(s for s in found if s in known)))
         elif name[:2] in ("b'", 'b"') or re.match(r"(GRCh3[78]|hg19|hg38)_", name):
             inner = stripped_names([name])[0]
-            rows.append((name, "bytes" if name[:1] == "b" else "prefix", inner if inner in known else ""))
+            rows.append(
+                (name, "bytes" if name[:1] == "b" else "prefix", inner if inner in known else "")
+            )
     return pd.DataFrame(rows, columns=["name", "kind", "candidates"])
 
+
 def name_hint(
-    name:str, # A gene name that stands for no gene
-)->str:       # The name, with the genes that it may mean
+    name: str,  # A gene name that stands for no gene
+) -> str:  # The name, with the genes that it may mean
     "Say what an unknown gene name may be."
     plain = str(plain_names([name])[0][0])
     known, _, candidates = name_table()
@@ -376,12 +534,15 @@ def name_hint(
         return f"{name} (perhaps {plain.upper()})"
     return str(name)
 
+
 def ids_of_genes(
-    names, # Symbols, aliases or Ensembl ids
-)->list:   # Ensembl ids
+    names,  # Symbols, aliases or Ensembl ids
+) -> list:  # Ensembl ids
     "Ensembl ids of genes that somebody names; an unknown one is refused with what it may mean."
     rows = map_genes(list(names), duplicates="sum").rows
     unknown = [name_hint(n) for n, r in zip(names, rows) if r < 0]
     if unknown:
-        raise ValueError(f"No gene is called {', '.join(unknown[:8])}. Use HGNC symbols or Ensembl ids.")
+        raise ValueError(
+            f"No gene is called {', '.join(unknown[:8])}. Use HGNC symbols or Ensembl ids."
+        )
     return [gene_table()["ensembl_id"].iloc[r] for r in rows]

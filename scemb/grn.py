@@ -21,168 +21,334 @@ from .links import link_metrics, rank_scores
 @dataclass(frozen=True, eq=False, repr=False)
 class GeneNetwork:
     "Weights between genes."
-    rows: np.ndarray      # Rows of `gene_table`, shape (n,)
-    weight: np.ndarray    # From row to column, shape (n, n); NaN where unknown; the diagonal is not used
+
+    rows: np.ndarray  # Rows of `gene_table`, shape (n,)
+    weight: (
+        np.ndarray
+    )  # From row to column, shape (n, n); NaN where unknown; the diagonal is not used
     method: str
     cell_type: str = "all"
     n_cells: int = 0
+
     @property
-    def symbols(self): return gene_table().symbol.to_numpy()[self.rows]
-    def both_ways(self): return np.fmax(self.weight, self.weight.T) # an undirected link has the larger of its two weights
-    def __repr__(self): return f"{self.method} network of {len(self.rows)} genes, {self.cell_type}, {self.n_cells:,} cells"
+    def symbols(self):
+        return gene_table().symbol.to_numpy()[self.rows]
+
+    def both_ways(self):
+        return np.fmax(
+            self.weight, self.weight.T
+        )  # an undirected link has the larger of its two weights
+
+    def __repr__(self):
+        return (
+            f"{self.method} network of {len(self.rows)} genes, {self.cell_type}, "
+            f"{self.n_cells:,} cells"
+        )
+
 
 def edge_table(
-    network:GeneNetwork,
-    n_edges:int|None=None,  # The strongest; None: all
-    directed:bool=False,    # Both directions apart
-):                          # DataFrame: source, target (symbols), weight, method, cell_type; strongest first
+    network: GeneNetwork,
+    n_edges: int | None = None,  # The strongest; None: all
+    directed: bool = False,  # Both directions apart
+):  # DataFrame: source, target (symbols), weight, method, cell_type; strongest first
     "The links of a network."
     w = network.weight if directed else network.both_ways()
     i, j = np.nonzero(~np.eye(len(w), dtype=bool)) if directed else np.triu_indices(len(w), 1)
-    ok = np.isfinite(w[i, j]); i, j = i[ok], j[ok]
-    order = np.argsort(-w[i, j], kind="stable")[:n_edges]; name = network.symbols
-    return pd.DataFrame(dict(source=name[i[order]], target=name[j[order]], weight=w[i[order], j[order]], method=network.method, cell_type=network.cell_type))
+    ok = np.isfinite(w[i, j])
+    i, j = i[ok], j[ok]
+    order = np.argsort(-w[i, j], kind="stable")[:n_edges]
+    name = network.symbols
+    return pd.DataFrame(
+        dict(
+            source=name[i[order]],
+            target=name[j[order]],
+            weight=w[i[order], j[order]],
+            method=network.method,
+            cell_type=network.cell_type,
+        )
+    )
+
 
 def write_graphml(
     edges,  # DataFrame: source, target, weight and other columns
-    path,   # File to write
-    nodes=None, # DataFrame indexed by gene: columns become attributes of the nodes
-    directed:bool=False,
+    path,  # File to write
+    nodes=None,  # DataFrame indexed by gene: columns become attributes of the nodes
+    directed: bool = False,
 ):
     "Write links for Cytoscape, Gephi or igraph."
     import networkx as nx
-    graph = nx.from_pandas_edgelist(edges, "source", "target", [c for c in edges if c not in ("source", "target")], nx.DiGraph if directed else nx.Graph)
-    if nodes is not None: nx.set_node_attributes(graph, {g: {k: v.item() if hasattr(v, "item") else v for k, v in r.items()} for g, r in nodes.to_dict("index").items() if g in graph})
+
+    graph = nx.from_pandas_edgelist(
+        edges,
+        "source",
+        "target",
+        [c for c in edges if c not in ("source", "target")],
+        nx.DiGraph if directed else nx.Graph,
+    )
+    if nodes is not None:
+        nx.set_node_attributes(
+            graph,
+            {
+                g: {k: v.item() if hasattr(v, "item") else v for k, v in r.items()}
+                for g, r in nodes.to_dict("index").items()
+                if g in graph
+            },
+        )
     nx.write_graphml(graph, path)
 
 # %% ../nbs/16_grn.ipynb #c44d67d3
 def expression_of(
-    adata, genes,       # AnnData with raw counts; names
-    layer:str|None=None,
-)->tuple:               # Rows of `gene_table`, log-normalised expression (cells, genes)
+    adata,
+    genes,  # AnnData with raw counts; names
+    layer: str | None = None,
+) -> tuple:  # Rows of `gene_table`, log-normalised expression (cells, genes)
     "Log-normalised counts of chosen genes; a gene that was not measured is refused by name."
     _, matrix, var = find_counts(adata, layer)
-    rows = map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows; wanted = map_genes(list(genes), duplicates="sum").rows
+    rows = map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows
+    wanted = map_genes(list(genes), duplicates="sum").rows
     at = {int(r): k for k, r in enumerate(rows) if r >= 0}
-    if absent := [str(g) for g, r in zip(genes, wanted) if r not in at]: raise ValueError(f"{len(absent)} of {len(wanted)} genes are not measured here: {', '.join(absent[:8])}. Leave them out, or choose genes with `network_genes`.")
-    x = matrix[:]; total = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
+    if absent := [str(g) for g, r in zip(genes, wanted) if r not in at]:
+        raise ValueError(
+            f"{len(absent)} of {len(wanted)} genes are not measured here: "
+            f"{', '.join(absent[:8])}. Leave them out, or choose genes with `network_genes`."
+        )
+    x = matrix[:]
+    total = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
     part = x[:, [at[int(r)] for r in wanted]]
-    return wanted, np.log1p((part.toarray() if hasattr(part, "toarray") else np.asarray(part))/total[:, None]*1e4)
+    return wanted, np.log1p(
+        (part.toarray() if hasattr(part, "toarray") else np.asarray(part)) / total[:, None] * 1e4
+    )
+
 
 def network_genes(
     adata,
-    n:int=150,               # Genes wanted
-    always=(),               # Names taken first, where they are detected, for example transcription factors
-    min_detected:float=.1,   # Smallest share of cells with the gene
-    layer:str|None=None,
-)->list:                     # Ensembl ids
+    n: int = 150,  # Genes wanted
+    always=(),  # Names taken first, where they are detected, for example transcription factors
+    min_detected: float = 0.1,  # Smallest share of cells with the gene
+    layer: str | None = None,
+) -> list:  # Ensembl ids
     "Genes that vary and that enough cells express."
     _, matrix, var = find_counts(adata, layer)
     rows = map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows
-    x = matrix[:]; x = x.toarray() if hasattr(x, "toarray") else np.asarray(x)
-    seen, log = (x > 0).mean(0), np.log1p(x/np.maximum(x.sum(1, keepdims=True), 1)*1e4)
-    ok = (seen >= min_detected) & (rows >= 0) & (gene_table().biotype.to_numpy()[rows] == "protein_coding")
-    mean = log.mean(0); spread = np.where(ok & (mean > 0), log.var(0)/np.maximum(mean, 1e-9), -1)
-    first = np.isin(rows, map_genes(list(always), duplicates="sum").rows) & ok if len(always) else np.zeros(len(rows), bool)
-    order = np.lexsort((-spread, ~first)); order = order[ok[order]][:n]
+    x = matrix[:]
+    x = x.toarray() if hasattr(x, "toarray") else np.asarray(x)
+    seen, log = (x > 0).mean(0), np.log1p(x / np.maximum(x.sum(1, keepdims=True), 1) * 1e4)
+    ok = (
+        (seen >= min_detected)
+        & (rows >= 0)
+        & (gene_table().biotype.to_numpy()[rows] == "protein_coding")
+    )
+    mean = log.mean(0)
+    spread = np.where(ok & (mean > 0), log.var(0) / np.maximum(mean, 1e-9), -1)
+    first = (
+        np.isin(rows, map_genes(list(always), duplicates="sum").rows) & ok
+        if len(always)
+        else np.zeros(len(rows), bool)
+    )
+    order = np.lexsort((-spread, ~first))
+    order = order[ok[order]][:n]
     return list(gene_table().ensembl_id.to_numpy()[np.unique(rows[order])])
 
-def correlation_network(adata, genes, cell_type="all", layer=None): # -> GeneNetwork; absolute Pearson correlation
+
+def correlation_network(
+    adata, genes, cell_type="all", layer=None
+):  # -> GeneNetwork; absolute Pearson correlation
     "Co-expression."
     rows, x = expression_of(adata, genes, layer)
-    with np.errstate(invalid="ignore", divide="ignore"): w = np.abs(np.corrcoef(x.T))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        w = np.abs(np.corrcoef(x.T))
     return GeneNetwork(rows, np.nan_to_num(w), "Pearson", cell_type, len(x))
 
 # %% ../nbs/16_grn.ipynb #92dcbcb3
 def tree_network(
-    adata, genes, regulators=None,   # Names of the genes that may regulate; None: all
-    n_trees:int=50, cell_type:str="all", layer:str|None=None, seed:int=0,
-)->GeneNetwork:                      # Importance of the row for the column
+    adata,
+    genes,
+    regulators=None,  # Names of the genes that may regulate; None: all
+    n_trees: int = 50,
+    cell_type: str = "all",
+    layer: str | None = None,
+    seed: int = 0,
+) -> GeneNetwork:  # Importance of the row for the column
     "GENIE3: how much each gene helps a forest of random trees to foretell another."
     from sklearn.ensemble import ExtraTreesRegressor
-    rows, x = expression_of(adata, genes, layer); x = (x - x.mean(0))/(x.std(0) + 1e-9)
-    may = np.ones(len(rows), bool) if regulators is None else np.isin(rows, map_genes(list(regulators), duplicates="sum").rows)
-    w = np.zeros((len(rows),)*2)
+
+    rows, x = expression_of(adata, genes, layer)
+    x = (x - x.mean(0)) / (x.std(0) + 1e-9)
+    may = (
+        np.ones(len(rows), bool)
+        if regulators is None
+        else np.isin(rows, map_genes(list(regulators), duplicates="sum").rows)
+    )
+    w = np.zeros((len(rows),) * 2)
     for j in range(len(rows)):
         inputs = np.flatnonzero(may & (np.arange(len(rows)) != j))
-        w[inputs, j] = ExtraTreesRegressor(n_trees, max_features="sqrt", min_samples_leaf=5, random_state=seed).fit(x[:, inputs], x[:, j]).feature_importances_
+        w[inputs, j] = (
+            ExtraTreesRegressor(n_trees, max_features="sqrt", min_samples_leaf=5, random_state=seed)
+            .fit(x[:, inputs], x[:, j])
+            .feature_importances_
+        )
     return GeneNetwork(rows, w, "trees (GENIE3)", cell_type, len(x))
 
 # %% ../nbs/16_grn.ipynb #83020b58
 def attention_networks(
-    adata, genes, model="scemb-small", cell_type:str="all", **settings, # Of `attention_map`
-)->dict:            # (layer, head) -> GeneNetwork, attention from row to column in multiples of an even share
+    adata,
+    genes,
+    model="scemb-small",
+    cell_type: str = "all",
+    **settings,  # Of `attention_map`
+    # (layer, head) -> GeneNetwork, attention from row to column in multiples of an even share
+) -> dict:
     "One network a head."
     from scemb.gene_embeddings import attention_map
-    found = attention_map(adata, list(genes), model, **settings); rows = map_genes(list(genes), duplicates="sum").rows
-    return {(l + 1, h + 1): GeneNetwork(rows, found.weight[l, h], f"attention {l + 1}.{h + 1}", cell_type, adata.n_obs) for l in range(found.weight.shape[0]) for h in range(found.weight.shape[1])}
+
+    found = attention_map(adata, list(genes), model, **settings)
+    rows = map_genes(list(genes), duplicates="sum").rows
+    return {
+        (layer + 1, head + 1): GeneNetwork(
+            rows,
+            found.weight[layer, head],
+            f"attention {layer + 1}.{head + 1}",
+            cell_type,
+            adata.n_obs,
+        )
+        for layer in range(found.weight.shape[0])
+        for head in range(found.weight.shape[1])
+    }
+
 
 def context_network(
-    adata, genes, model="scemb-small", cell_type:str="all", **settings, # Of `gene_embeddings`
-)->GeneNetwork:     # Cosine of centred vectors; NaN for genes that no cell holds
+    adata,
+    genes,
+    model="scemb-small",
+    cell_type: str = "all",
+    **settings,  # Of `gene_embeddings`
+) -> GeneNetwork:  # Cosine of centred vectors; NaN for genes that no cell holds
     "Likeness of gene vectors in context."
     from scemb.gene_embeddings import gene_embeddings
-    out, rows = gene_embeddings(adata, model, list(genes), **settings), map_genes(list(genes), duplicates="sum").rows
+
+    out, rows = (
+        gene_embeddings(adata, model, list(genes), **settings),
+        map_genes(list(genes), duplicates="sum").rows,
+    )
     at = pd.Index(out.obs.gene).get_indexer(gene_table().ensembl_id.to_numpy()[rows])
-    x = np.where((at >= 0)[:, None], np.asarray(out.X)[np.maximum(at, 0)], np.nan).astype(float); x = x - np.nanmean(x, 0)
-    x = x/np.linalg.norm(x, axis=1, keepdims=True)
+    x = np.where((at >= 0)[:, None], np.asarray(out.X)[np.maximum(at, 0)], np.nan).astype(float)
+    x = x - np.nanmean(x, 0)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
     return GeneNetwork(rows, x @ x.T, "context vectors", cell_type, adata.n_obs)
 
+
 def vector_network(
-    rows, vectors,  # Rows of `gene_table`; shape (n, D)
-    method:str="input vectors", cell_type:str="all",
-)->GeneNetwork:     # Cosine of centred vectors, no cells seen
+    rows,
+    vectors,  # Rows of `gene_table`; shape (n, D)
+    method: str = "input vectors",
+    cell_type: str = "all",
+) -> GeneNetwork:  # Cosine of centred vectors, no cells seen
     "Likeness of the model's input vectors: what context adds must be more than this."
-    x = np.asarray(vectors, float); x = x - np.nanmean(x, 0); x = x/np.linalg.norm(x, axis=1, keepdims=True)
+    x = np.asarray(vectors, float)
+    x = x - np.nanmean(x, 0)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
     return GeneNetwork(np.asarray(rows), x @ x.T, method, cell_type)
 
 # %% ../nbs/16_grn.ipynb #8db7363c
 def judged_pairs(
-    rows:np.ndarray,   # Of the network
-    known:Edges,       # Links taken as true
-    fraction:float=.5, # Of links and non-links for training
-    seed:int=0,
-)->tuple:              # Dict "train", "test" of (pairs (m, 2), truth (m,)); positions in `rows`
+    rows: np.ndarray,  # Of the network
+    known: Edges,  # Links taken as true
+    fraction: float = 0.5,  # Of links and non-links for training
+    seed: int = 0,
+) -> tuple:  # Dict "train", "test" of (pairs (m, 2), truth (m,)); positions in `rows`
     "Split links and non-links of the network's genes."
     place = {int(r): k for k, r in enumerate(rows)}
-    true = np.array([(place[a], place[b]) for a, b in known.pairs.tolist() if a in place and b in place]).reshape(-1, 2)
-    if len(true) < 20: raise ValueError(f"{known.source} holds {len(true)} links among these {len(rows)} genes, wanted at least 20: take more genes or another source.")
-    linked = np.unique(true); i, j = np.triu_indices(len(linked), 1)
-    pairs = np.stack([linked[i], linked[j]], 1); truth = np.isin(pairs.min(1)*len(rows) + pairs.max(1), true.min(1)*len(rows) + true.max(1))
+    true = np.array(
+        [(place[a], place[b]) for a, b in known.pairs.tolist() if a in place and b in place]
+    ).reshape(-1, 2)
+    if len(true) < 20:
+        raise ValueError(
+            f"{known.source} holds {len(true)} links among these {len(rows)} genes, wanted at "
+            "least 20: take more genes or another source."
+        )
+    linked = np.unique(true)
+    i, j = np.triu_indices(len(linked), 1)
+    pairs = np.stack([linked[i], linked[j]], 1)
+    truth = np.isin(pairs.min(1) * len(rows) + pairs.max(1), true.min(1) * len(rows) + true.max(1))
     part = np.random.default_rng(seed).random(len(pairs)) < fraction
     return {name: (pairs[at], truth[at]) for name, at in (("train", part), ("test", ~part))}
 
+
 def network_scores(
-    network:GeneNetwork, pairs:np.ndarray, truth:np.ndarray, # From `judged_pairs`
-    n_boot:int=100, seed:int=0,
-)->list:            # Rows: method, cell_type, metric, value, ci_low, ci_high, n, chance
+    network: GeneNetwork,
+    pairs: np.ndarray,
+    truth: np.ndarray,  # From `judged_pairs`
+    n_boot: int = 100,
+    seed: int = 0,
+) -> list:  # Rows: method, cell_type, metric, value, ci_low, ci_high, n, chance
     "AUROC, average precision and early precision of a network."
     w = network.both_ways()[pairs[:, 0], pairs[:, 1]]
     w = rank_scores(w)
     rows = link_metrics(w[truth], w[~truth], pairs[truth], pairs[~truth], n_boot, seed)
     share = float(truth.mean())
-    return [dict(method=network.method, cell_type=network.cell_type, **r, chance=.5 if r["metric"] == "AUROC" else share) for r in rows]
+    return [
+        dict(
+            method=network.method,
+            cell_type=network.cell_type,
+            **r,
+            chance=0.5 if r["metric"] == "AUROC" else share,
+        )
+        for r in rows
+    ]
+
 
 def chosen_heads(
-    heads:dict,       # From `attention_networks`
-    pairs, truth,     # The training part
-    n:int=3,          # Heads that are averaged
-)->tuple:             # GeneNetwork of their mean ranks, list of (layer, head, AUROC in training)
+    heads: dict,  # From `attention_networks`
+    pairs,
+    truth,  # The training part
+    n: int = 3,  # Heads that are averaged
+) -> tuple:  # GeneNetwork of their mean ranks, list of (layer, head, AUROC in training)
     "Choose the heads that tell the training links best, and average them."
-    auroc = {k: link_metrics(*(w[truth], w[~truth], pairs[truth], pairs[~truth]), 0)[0]["value"] for k, w in ((k, rank_scores(g.both_ways()[pairs[:, 0], pairs[:, 1]])) for k, g in heads.items())}
-    best = sorted(auroc, key=lambda k: (-auroc[k], k))[:n]; one = heads[best[0]]
-    rank = lambda g: rank_scores(g.both_ways().ravel()).reshape(g.weight.shape)
-    return GeneNetwork(one.rows, np.mean([rank(heads[k]) for k in best], 0), "attention, chosen heads", one.cell_type, one.n_cells), [(*k, round(auroc[k], 3)) for k in best]
+    auroc = {
+        k: link_metrics(*(w[truth], w[~truth], pairs[truth], pairs[~truth]), 0)[0]["value"]
+        for k, w in (
+            (k, rank_scores(g.both_ways()[pairs[:, 0], pairs[:, 1]])) for k, g in heads.items()
+        )
+    }
+    best = sorted(auroc, key=lambda k: (-auroc[k], k))[:n]
+    one = heads[best[0]]
+
+    def rank(g):
+        return rank_scores(g.both_ways().ravel()).reshape(g.weight.shape)
+
+    return GeneNetwork(
+        one.rows,
+        np.mean([rank(heads[k]) for k in best], 0),
+        "attention, chosen heads",
+        one.cell_type,
+        one.n_cells,
+    ), [(*k, round(auroc[k], 3)) for k in best]
 
 # %% ../nbs/16_grn.ipynb #b4628a6c
 def hubs_and_modules(
-    edges,           # From `edge_table`
-    seed:int=0,
-):                   # DataFrame, a row a gene: degree, strength, module (1: the largest), hubs first
+    edges,  # From `edge_table`
+    seed: int = 0,
+):  # DataFrame, a row a gene: degree, strength, module (1: the largest), hubs first
     "Degree and module of each gene."
     import networkx as nx
+
     graph = nx.from_pandas_edgelist(edges, "source", "target", "weight")
-    modules = sorted(nx.community.louvain_communities(graph, weight="weight", seed=seed), key=lambda m: (-len(m), min(m)))
+    modules = sorted(
+        nx.community.louvain_communities(graph, weight="weight", seed=seed),
+        key=lambda m: (-len(m), min(m)),
+    )
     of = {g: k + 1 for k, m in enumerate(modules) for g in m}
-    t = pd.DataFrame([dict(gene=g, degree=graph.degree(g), strength=graph.degree(g, weight="weight"), module=of[g]) for g in graph])
-    return t.sort_values(["degree", "strength", "gene"], ascending=[False, False, True], ignore_index=True)
+    t = pd.DataFrame(
+        [
+            dict(
+                gene=g,
+                degree=graph.degree(g),
+                strength=graph.degree(g, weight="weight"),
+                module=of[g],
+            )
+            for g in graph
+        ]
+    )
+    return t.sort_values(
+        ["degree", "strength", "gene"], ascending=[False, False, True], ignore_index=True
+    )

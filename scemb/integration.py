@@ -13,100 +13,182 @@ from .benchmark import _row, usable
 
 # %% ../nbs/17a_integration.ipynb #fd823a5c
 def half_samples(
-    labels, batch,      # Cell types and batches, shape (cells,)
-    n:int=20,           # Samples
-    max_cells:int=3000, # Cells a sample at most
-    seed:int=0,
-)->list:                # Sorted cell numbers; the same number of each type and batch in each
+    labels,
+    batch,  # Cell types and batches, shape (cells,)
+    n: int = 20,  # Samples
+    max_cells: int = 3000,  # Cells a sample at most
+    seed: int = 0,
+) -> list:  # Sorted cell numbers; the same number of each type and batch in each
     "Stratified samples of half of the cells, without replacement."
-    strata = np.unique(np.char.add(np.char.add(np.asarray(labels).astype(str), "\n"), np.asarray(batch).astype(str)), return_inverse=True)[1]
+    strata = np.unique(
+        np.char.add(
+            np.char.add(np.asarray(labels).astype(str), "\n"), np.asarray(batch).astype(str)
+        ),
+        return_inverse=True,
+    )[1]
     rows = [np.flatnonzero(strata == s) for s in range(strata.max() + 1)]
-    share = min(.5, max_cells/len(strata))
-    take = [int(np.floor(len(r)*share + .5)) for r in rows]
-    draw = lambda rng: np.sort(np.concatenate([rng.permutation(r)[:k] for r, k in zip(rows, take)]))
+    share = min(0.5, max_cells / len(strata))
+    take = [int(np.floor(len(r) * share + 0.5)) for r in rows]
+
+    def draw(rng):
+        return np.sort(np.concatenate([rng.permutation(r)[:k] for r, k in zip(rows, take)]))
+
     return [draw(np.random.default_rng([seed, i])) for i in range(n)]
 
 # %% ../nbs/17a_integration.ipynb #60989e4b
 def batch_mixing_entropy(
-    neighbours:np.ndarray, # Cell numbers of the neighbours, shape (cells, k)
-    batch,                 # Shape (cells,)
-)->float:                  # 0: batches apart; 1: mixed as they come
+    neighbours: np.ndarray,  # Cell numbers of the neighbours, shape (cells, k)
+    batch,  # Shape (cells,)
+) -> float:  # 0: batches apart; 1: mixed as they come
     "Mean entropy of the batches around a cell, as a share of their overall entropy."
     names, code = np.unique(np.asarray(batch).astype(str), return_inverse=True)
-    entropy = lambda p: -(p*np.log(np.where(p > 0, p, 1))).sum(-1)
+
+    def entropy(p):
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
     share = np.stack([(code[neighbours] == b).mean(1) for b in range(len(names))], 1)
-    return float(entropy(share).mean()/entropy(np.bincount(code)/len(code)))
+    return float(entropy(share).mean() / entropy(np.bincount(code) / len(code)))
 
 # %% ../nbs/17a_integration.ipynb #16c62956
-def _batch_test(neighbours, batches, n): # batches of the neighbours (cells, k), of the cells (cells,) -> chi-square statistics, p-values
+def _batch_test(neighbours, batches, n):
+    # batches of the neighbours (cells, k), of the cells (cells,) -> chi-square statistics, p-values
     from scipy.stats import chi2
-    k, expected = neighbours.shape[1], np.bincount(batches, minlength=n)/len(batches)
+
+    k, expected = neighbours.shape[1], np.bincount(batches, minlength=n) / len(batches)
     seen = np.stack([(neighbours == i).sum(1) for i in range(n)], 1)
-    statistic = ((seen - expected*k)**2/(expected*k)).sum(1)
+    statistic = ((seen - expected * k) ** 2 / (expected * k)).sum(1)
     return statistic, chi2.sf(statistic, n - 1)
 
-def kbet(near, batch, labels)->float: # NeighborsResults with 50 neighbours, codes of batches and labels
+
+def kbet(
+    near, batch, labels
+) -> float:  # NeighborsResults with 50 neighbours, codes of batches and labels
     "scib-metrics' KBET by label, with its chi-square test by scipy."
     import scib_metrics as sm
     from unittest.mock import patch
-    with patch("scib_metrics.metrics._kbet._kbet", _batch_test): return float(sm.kbet_per_label(near, batch, labels))
+
+    with patch("scib_metrics.metrics._kbet._kbet", _batch_test):
+        return float(sm.kbet_per_label(near, batch, labels))
 
 # %% ../nbs/17a_integration.ipynb #1e24b611
 BIO = ("isolated labels", "KMeans NMI", "KMeans ARI", "silhouette label", "cLISI")
 BATCH = ("BRAS", "iLISI", "KBET", "graph connectivity", "PCR comparison")
 
+
 def integration_metrics(
-    x:np.ndarray, labels, batch, # Embedding (cells, D), cell types and batches (cells,)
-    before:np.ndarray,           # PCA of the same cells before any integration, for PCR comparison
-    seed:int=0,
-)->dict:                         # Metric -> value from 0 to 1, higher is better; the ten, the mixing entropy and the means
+    x: np.ndarray,
+    labels,
+    batch,  # Embedding (cells, D), cell types and batches (cells,)
+    before: np.ndarray,  # PCA of the same cells before any integration, for PCR comparison
+    seed: int = 0,
+    # Metric -> value from 0 to 1, higher is better; the ten, the mixing entropy and the means
+) -> dict:
     "Score one embedding once."
-    try: import scib_metrics as sm; from scib_metrics.nearest_neighbors import NeighborsResults
-    except ImportError as e: raise ImportError("The integration metrics need scib-metrics: pip install 'scemb[bench]'") from e
+    try:
+        import scib_metrics as sm
+        from scib_metrics.nearest_neighbors import NeighborsResults
+    except ImportError as e:
+        raise ImportError(
+            "The integration metrics need scib-metrics: pip install 'scemb[bench]'"
+        ) from e
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.neighbors import NearestNeighbors
-    import contextlib, io, logging; logging.getLogger("scib_metrics").setLevel(logging.ERROR)
-    types, y = np.unique(np.asarray(labels).astype(str), return_inverse=True); b = np.unique(np.asarray(batch).astype(str), return_inverse=True)[1]
+    import contextlib, io, logging
+
+    logging.getLogger("scib_metrics").setLevel(logging.ERROR)
+    types, y = np.unique(np.asarray(labels).astype(str), return_inverse=True)
+    b = np.unique(np.asarray(batch).astype(str), return_inverse=True)[1]
     distance, index = NearestNeighbors(n_neighbors=min(90, len(x))).fit(x).kneighbors(x)
-    near = NeighborsResults(indices=index, distances=distance); at = lambda k: near.subset_neighbors(n=min(k, len(x)))
+    near = NeighborsResults(indices=index, distances=distance)
+
+    def at(k):
+        return near.subset_neighbors(n=min(k, len(x)))
+
     clusters = KMeans(len(types), n_init=1, random_state=seed).fit_predict(x)
     with contextlib.redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
-        out = {"isolated labels": sm.isolated_labels(x, y, b), "KMeans NMI": normalized_mutual_info_score(y, clusters), "KMeans ARI": adjusted_rand_score(y, clusters),
-            "silhouette label": sm.silhouette_label(x, y), "cLISI": sm.clisi_knn(near, y), "BRAS": sm.bras(x, y, b), "iLISI": sm.ilisi_knn(near, b),
-            "KBET": kbet(at(50), b, y), "graph connectivity": sm.graph_connectivity(at(15), y), "PCR comparison": sm.pcr_comparison(before, x, b, categorical=True),
-            "batch mixing entropy": batch_mixing_entropy(at(50).indices, b)}
+        out = {
+            "isolated labels": sm.isolated_labels(x, y, b),
+            "KMeans NMI": normalized_mutual_info_score(y, clusters),
+            "KMeans ARI": adjusted_rand_score(y, clusters),
+            "silhouette label": sm.silhouette_label(x, y),
+            "cLISI": sm.clisi_knn(near, y),
+            "BRAS": sm.bras(x, y, b),
+            "iLISI": sm.ilisi_knn(near, b),
+            "KBET": kbet(at(50), b, y),
+            "graph connectivity": sm.graph_connectivity(at(15), y),
+            "PCR comparison": sm.pcr_comparison(before, x, b, categorical=True),
+            "batch mixing entropy": batch_mixing_entropy(at(50).indices, b),
+        }
     out = {k: float(v) for k, v in out.items()}
     bio, mixed = np.nanmean([out[k] for k in BIO]), np.nanmean([out[k] for k in BATCH])
-    return out | {"bio conservation": float(bio), "batch correction": float(mixed), "total (.6 bio + .4 batch)": float(.6*bio + .4*mixed)}
+    return out | {
+        "bio conservation": float(bio),
+        "batch correction": float(mixed),
+        "total (.6 bio + .4 batch)": float(0.6 * bio + 0.4 * mixed),
+    }
 
 # %% ../nbs/17a_integration.ipynb #f0b35257
 def integration_draws(
-    embeddings,           # One array (cells, D), or a list of them, one a seed
-    labels, batch,        # Cell types and batches, shape (cells,)
-    before:np.ndarray,    # PCA of the same cells, shape (cells, D)
-    n_samples:int=20, max_cells:int=3000, seed:int=0, # See `half_samples`
-)->list:                  # A dict of metrics for each half-sample
+    embeddings,  # One array (cells, D), or a list of them, one a seed
+    labels,
+    batch,  # Cell types and batches, shape (cells,)
+    before: np.ndarray,  # PCA of the same cells, shape (cells, D)
+    n_samples: int = 20,
+    max_cells: int = 3000,
+    seed: int = 0,  # See `half_samples`
+) -> list:  # A dict of metrics for each half-sample
     "Score half-samples; sample i uses the embedding of seed i modulo their number."
     xs = embeddings if isinstance(embeddings, list) else [embeddings]
-    ok = usable(np.concatenate([x.sum(1, keepdims=True) for x in xs], 1), labels); place = np.flatnonzero(ok)
+    ok = usable(np.concatenate([x.sum(1, keepdims=True) for x in xs], 1), labels)
+    place = np.flatnonzero(ok)
     labels, batch = np.asarray(labels).astype(str)[ok], np.asarray(batch).astype(str)[ok]
-    if len(np.unique(batch)) < 2 or len(np.unique(labels)) < 2: raise ValueError(f"{len(np.unique(batch))} batches and {len(np.unique(labels))} labels among {ok.sum()} cells; integration needs at least two of each.")
-    return [integration_metrics(xs[i % len(xs)][place[d]], labels[d], batch[d], before[place[d]], seed + i) for i, d in enumerate(half_samples(labels, batch, n_samples, max_cells, seed))]
+    if len(np.unique(batch)) < 2 or len(np.unique(labels)) < 2:
+        raise ValueError(
+            f"{len(np.unique(batch))} batches and {len(np.unique(labels))} labels among "
+            f"{ok.sum()} cells; integration needs at least two of each."
+        )
+    return [
+        integration_metrics(
+            xs[i % len(xs)][place[d]], labels[d], batch[d], before[place[d]], seed + i
+        )
+        for i, d in enumerate(half_samples(labels, batch, n_samples, max_cells, seed))
+    ]
+
 
 def integration_scores(
-    draws,          # From `integration_draws`
-    method:str="",
-    n_cells:int=0,  # Cells of the whole
-)->list:            # Rows: mean over half-samples with the range that holds 95 % of them
+    draws,  # From `integration_draws`
+    method: str = "",
+    n_cells: int = 0,  # Cells of the whole
+) -> list:  # Rows: mean over half-samples with the range that holds 95 % of them
     "Half-samples into rows of the score table."
     rows = []
     for k in draws[0]:
-        v = np.array([d[k] for d in draws]); v = v[np.isfinite(v)]
-        low, high = np.quantile(v, [.025, .975]) if len(v) else (np.nan, np.nan)
-        rows.append(_row(method, k, v.mean() if len(v) else np.nan, low, high, n_cells, f"95 % of {len(v)} half-samples"))
+        v = np.array([d[k] for d in draws])
+        v = v[np.isfinite(v)]
+        low, high = np.quantile(v, [0.025, 0.975]) if len(v) else (np.nan, np.nan)
+        rows.append(
+            _row(
+                method,
+                k,
+                v.mean() if len(v) else np.nan,
+                low,
+                high,
+                n_cells,
+                f"95 % of {len(v)} half-samples",
+            )
+        )
     return rows
 
-def group_of(metric:str)->str: # "bio", "batch", "aggregate" or "other"
+
+def group_of(metric: str) -> str:  # "bio", "batch", "aggregate" or "other"
     "Which of the two goals a metric serves."
-    return "bio" if metric in BIO else "batch" if metric in BATCH + ("batch mixing entropy",) else "aggregate" if metric in ("bio conservation", "batch correction", "total (.6 bio + .4 batch)") else "other"
+    return (
+        "bio"
+        if metric in BIO
+        else "batch"
+        if metric in BATCH + ("batch mixing entropy",)
+        else "aggregate"
+        if metric in ("bio conservation", "batch correction", "total (.6 bio + .4 batch)")
+        else "other"
+    )

@@ -14,21 +14,37 @@ import numpy as np
 # %% ../nbs/08b_labels.ipynb #b5554930
 UNKNOWN = "unknown"
 MISSING = (
-    "", "-", "<na>", "ambiguous", "doublet", "doublets", "n/a", "na", "nan", "none",
-    "unassigned", UNKNOWN, "unlabeled", "unlabelled")
+    "",
+    "-",
+    "<na>",
+    "ambiguous",
+    "doublet",
+    "doublets",
+    "n/a",
+    "na",
+    "nan",
+    "none",
+    "unassigned",
+    UNKNOWN,
+    "unlabeled",
+    "unlabelled",
+)
+
 
 def plain_label(
-    name, # Of a class
-)->str:   # Without blanks around it, in small letters
-    "A name as it is compared with the names for \"no label\"."
+    name,  # Of a class
+) -> str:  # Without blanks around it, in small letters
+    'A name as it is compared with the names for "no label".'
     return str(name).strip().casefold()
 
+
 def has_label(
-    labels,     # Names of classes, shape (cells,)
-    missing=(), # Further names that mean "no label"
-)->np.ndarray:  # True where a cell has one, shape (cells,)
+    labels,  # Names of classes, shape (cells,)
+    missing=(),  # Further names that mean "no label"
+) -> np.ndarray:  # True where a cell has one, shape (cells,)
     "Tell cells with a label from cells without."
     import pandas as pd
+
     if isinstance(missing, str):
         raise ValueError(f"missing={missing!r} is one text; give a list of names, ({missing!r},).")
     labels = np.asarray(labels, dtype=object)
@@ -38,23 +54,28 @@ def has_label(
 
 # %% ../nbs/08b_labels.ipynb #f3589f10
 def manifest_missing(
-    name:str, # A data set, see `datasets.manifests`
-)->tuple:     # Names; empty where the manifest gives none
+    name: str,  # A data set, see `datasets.manifests`
+) -> tuple:  # Names; empty where the manifest gives none
     "What a data set writes where there is no label, by its manifest."
     from scemb.datasets import manifest
+
     word = manifest(name).missing_label
     return () if word is None else (word,)
 
 # %% ../nbs/08b_labels.ipynb #3966b6de
-CHECKED_FROM = 10 # Cells that a class needs to be checked
+CHECKED_FROM = 10  # Cells that a class needs to be checked
+
 
 def label_table(
-    obs,        # Table of the cells
-    label:str,  # Column with their labels
-    missing=(), # Further names that mean "no label"
-):              # DataFrame: label, cells, use ("learned", "learned, too few to check" or "left out"); most cells first
+    obs,  # Table of the cells
+    label: str,  # Column with their labels
+    missing=(),  # Further names that mean "no label"
+    # DataFrame: label, cells, use ("learned", "learned, too few to check" or "left out"); most
+    # cells first
+):
     "Say of each name in a column of labels what becomes of its cells."
     import pandas as pd
+
     if label not in obs:
         raise ValueError(f"obs has no column {label!r}; it has {list(obs.columns)}.")
     names = obs[label].astype(object).where(obs[label].notna(), "no value").astype(str)
@@ -70,12 +91,13 @@ def label_table(
 
 # %% ../nbs/08b_labels.ipynb #63c0c078
 def check_labels(
-    obs,        # Table of the cells
-    label:str,  # Column with their labels
-    missing=(), # Further names that mean "no label"
-)->None:
+    obs,  # Table of the cells
+    label: str,  # Column with their labels
+    missing=(),  # Further names that mean "no label"
+) -> None:
     "Refuse a column that holds no classes: fractions, or a value for each cell."
     import pandas as pd
+
     if label not in obs:
         raise ValueError(f"obs has no column {label!r}; it has {list(obs.columns)}.")
     values = obs[label]
@@ -84,21 +106,27 @@ def check_labels(
         fractions = numbers[numbers != np.round(numbers)]
         if len(fractions):
             raise ValueError(
-                f"obs[{label!r}] holds numbers with fractions ({fractions[0]:g}): a score is no label. "
-                "Cut it into classes first, for example with pandas.cut.")
+                f"obs[{label!r}] holds numbers with fractions ({fractions[0]:g}): a score is no "
+                "label. "
+                "Cut it into classes first, for example with pandas.cut."
+            )
     named = values[has_label(values, missing)].astype(str)
     cells = pd.Series(named).value_counts()
     alone = int((cells == 1).sum())
-    if alone >= 10 and alone > len(cells)/2 and alone > len(named)/2:
+    if alone >= 10 and alone > len(cells) / 2 and alone > len(named) / 2:
         raise ValueError(
-            f"obs[{label!r}] has {len(cells):,} different values in {len(named):,} cells, {alone:,} of them "
-            "in one cell only: these look like ids, not like classes. Name a column of cell types.")
+            f"obs[{label!r}] has {len(cells):,} different values in {len(named):,} cells, "
+            f"{alone:,} of them "
+            "in one cell only: these look like ids, not like classes. Name a column of cell types."
+        )
 
-SHOWN = 30 # Rows of a table of labels that are printed
+
+SHOWN = 30  # Rows of a table of labels that are printed
+
 
 def shown_labels(
-    table, # From `label_table`
-)->str:    # Lines
+    table,  # From `label_table`
+) -> str:  # Lines
     "A table of labels for people; the smallest of many classes are only counted."
     if len(table) <= SHOWN:
         return table.to_string(index=False)
@@ -111,14 +139,18 @@ def shown_labels(
         lines += f"\n... and {len(rest):,} smaller classes with {rest.cells.sum():,} cells"
     if len(left_out):
         n = left_out.cells.sum()
-        lines += f"\nleft out: {n:,} cells ({', '.join(left_out.label.head(8))}{' ...' if len(left_out) > 8 else ''})"
+        lines += (
+            f"\nleft out: {n:,} cells "
+            f"({', '.join(left_out.label.head(8))}{' ...' if len(left_out) > 8 else ''})"
+        )
     return lines
 
+
 def labelled(
-    obs,        # Table of the cells
-    label:str,  # Column with their labels
-    missing=(), # Further names that mean "no label"
-)->tuple:       # Mask of the labelled cells; names of the classes; class of each labelled cell
+    obs,  # Table of the cells
+    label: str,  # Column with their labels
+    missing=(),  # Further names that mean "no label"
+) -> tuple:  # Mask of the labelled cells; names of the classes; class of each labelled cell
     "Read labels, and say what is wrong with them."
     check_labels(obs, label, missing)
     table = label_table(obs, label, missing)
@@ -128,37 +160,45 @@ def labelled(
     if len(classes) < 2:
         raise ValueError(
             f"obs[{label!r}] has {len(classes)} classes among {ok.sum()} labelled of {len(ok)} "
-            "cells; at least two are needed.")
+            "cells; at least two are needed."
+        )
     left_out = table[table.use == "left out"]
     if len(left_out):
         counted = ", ".join(f"{row.label} {row.cells:,}" for row in left_out.itertuples())
         warnings.warn(
             f"{(~ok).sum():,} of {len(ok):,} cells have no label in obs[{label!r}] ({counted}); "
-            "they are left out.")
+            "they are left out."
+        )
     few = table[table.use == "learned, too few to check"]
     if len(few):
         counted = ", ".join(f"{row.label} {row.cells}" for row in few.itertuples())
         warnings.warn(
-            f"Classes with fewer than {CHECKED_FROM} cells are learned, but cannot be checked: {counted}.")
+            f"Classes with fewer than {CHECKED_FROM} cells are learned, but cannot be checked: "
+            f"{counted}."
+        )
     return ok, classes, y
 
 # %% ../nbs/08b_labels.ipynb #bcf18a9f
 def core_name(
-    name:str, # Of a class
-)->str:       # Letters and digits in small letters, without "cell" and "cells"
+    name: str,  # Of a class
+) -> str:  # Letters and digits in small letters, without "cell" and "cells"
     "What is left of a name when its spelling does not count."
     short = name.lower().replace("cells", "").replace("cell", "")
     return "".join(c for c in short if c.isalnum())
 
-def look_alike(a:str, b:str)->bool: # Names of two classes
+
+def look_alike(a: str, b: str) -> bool:  # Names of two classes
     "Whether two names may mean one type."
     import difflib
+
     a, b = core_name(a), core_name(b)
-    return a == b or difflib.SequenceMatcher(None, a, b).ratio() > .9
+    return a == b or difflib.SequenceMatcher(None, a, b).ratio() > 0.9
+
 
 def compare_names(
-    reference, query, # Names of classes
-)->dict:              # shared, only_reference, only_query; look_alikes: query name -> reference name
+    reference,
+    query,  # Names of classes
+) -> dict:  # shared, only_reference, only_query; look_alikes: query name -> reference name
     "Compare the class names of reference and query."
     reference = sorted(set(map(str, reference)))
     query = [name for name in sorted(set(map(str, query))) if has_label([name])[0]]
@@ -167,12 +207,17 @@ def compare_names(
     only_query = [name for name in query if name not in reference]
     alike = {q: r for q in only_query for r in only_reference if look_alike(q, r)}
     if not shared:
-        perhaps = f"Perhaps the same: {alike}; rename them first." if alike else "Rename them first."
+        perhaps = (
+            f"Perhaps the same: {alike}; rename them first." if alike else "Rename them first."
+        )
         raise ValueError(
             f"Reference and query share no class name: the reference has {reference[:6]}, "
-            f"the query {query[:6]}. {perhaps}")
+            f"the query {query[:6]}. {perhaps}"
+        )
     if alike:
         warnings.warn(
-            f"These names may mean the same class, but differ: {alike}. Rename them if they do.")
+            f"These names may mean the same class, but differ: {alike}. Rename them if they do."
+        )
     return dict(
-        shared=shared, only_reference=only_reference, only_query=only_query, look_alikes=alike)
+        shared=shared, only_reference=only_reference, only_query=only_query, look_alikes=alike
+    )

@@ -10,27 +10,33 @@ import numpy as np
 
 # %% ../nbs/05b_leak.ipynb #0dc9b614
 def order_adversary(
-    genes:np.ndarray,   # Flat tokens in rank order, shape (T,)
-    offsets:np.ndarray, # First token of each cell, shape (cells + 1,)
-    masked:np.ndarray,  # Boolean, shape (T,): hidden from the adversary
-    prior:np.ndarray,   # Probability of each token, shape (vocabulary,), positive for genes
-    weight:float=None,  # How far to trust the interval, 0-1; None fits it on these cells
-)->tuple:               # (negative log-likelihood of each masked token in nats, weight)
+    genes: np.ndarray,  # Flat tokens in rank order, shape (T,)
+    offsets: np.ndarray,  # First token of each cell, shape (cells + 1,)
+    masked: np.ndarray,  # Boolean, shape (T,): hidden from the adversary
+    prior: np.ndarray,  # Probability of each token, shape (vocabulary,), positive for genes
+    weight: float = None,  # How far to trust the interval, 0-1; None fits it on these cells
+) -> tuple:  # (negative log-likelihood of each masked token in nats, weight)
     "Predict masked genes from the vocabulary numbers of their visible neighbours alone."
     n, where = len(genes), np.flatnonzero(masked)
     cell = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     left = np.maximum.accumulate(np.where(masked, -1, np.arange(n)))[where]
     right = np.minimum.accumulate(np.where(masked, n, np.arange(n))[::-1])[::-1][where]
-    inside = lambda side: (side >= 0) & (side < n) & (cell[side.clip(0, n - 1)] == cell[where])
+
+    def inside(side):
+        return (side >= 0) & (side < n) & (cell[side.clip(0, n - 1)] == cell[where])
+
     low = np.where(inside(left), genes[left.clip(0)], 0).astype(np.int64)
     high = np.where(inside(right), genes[right.clip(max=n - 1)], len(prior)).astype(np.int64)
     total = np.concatenate([[0], np.cumsum(prior)])
     between, truth = total[high] - total[np.minimum(low + 1, high)], genes[where].astype(np.int64)
     told = (low < truth) & (truth < high) & (between > 0)
-    sharp = np.where(told, prior[truth]/np.where(between > 0, between, 1), 0.)
+    sharp = np.where(told, prior[truth] / np.where(between > 0, between, 1), 0.0)
     usable = (low < high) & (between > 0)
-    nll = lambda w: -np.log(np.where(usable, w*sharp + (1 - w)*prior[truth], prior[truth]))
+
+    def nll(w):
+        return -np.log(np.where(usable, w * sharp + (1 - w) * prior[truth], prior[truth]))
+
     if weight is None:
-        grid = np.concatenate([[0], np.geomspace(1e-3, .5, 20), 1 - np.geomspace(.4, 1e-4, 20)])
+        grid = np.concatenate([[0], np.geomspace(1e-3, 0.5, 20), 1 - np.geomspace(0.4, 1e-4, 20)])
         weight = float(grid[np.argmin([nll(w).mean() for w in grid])])
     return nll(weight), weight

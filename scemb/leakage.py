@@ -21,101 +21,193 @@ from .sources import open_counts
 
 # %% ../nbs/04d_leakage.ipynb #dd15b7fd
 def hashes_on(
-    source:Counts,
-    ids:np.ndarray,   # Ensembl ids to compare on
-    rows=None,        # bool, shape (cells,): only these
-)->tuple:             # (uint64 hashes, number of those genes that each cell expresses)
+    source: Counts,
+    ids: np.ndarray,  # Ensembl ids to compare on
+    rows=None,  # bool, shape (cells,): only these
+) -> tuple:  # (uint64 hashes, number of those genes that each cell expresses)
     "Hash each cell on the given genes only."
-    axis = gene_axis(source.genes); key = gene_keys(axis.ids, axis.exact & pd.Index(axis.ids).isin(ids))
+    axis = gene_axis(source.genes)
+    key = gene_keys(axis.ids, axis.exact & pd.Index(axis.ids).isin(ids))
     parts = [measure(chunk, axis, key) for _, chunk in source.chunks(2048)]
     h, n = (np.concatenate([p[k] for p in parts]) for k in ("hash", "n_hashed"))
     return (h, n) if rows is None else (h[rows], n[rows])
 
+
 @dataclass(frozen=True)
 class Leakage:
     "What a corpus and an evaluation set have in common."
-    table: pd.DataFrame  # A row a data set of the corpus: genes compared, cells compared and set aside, cells in common
-    rows: np.ndarray     # Rows of the evaluation set whose cells stand in the corpus
-    data_sets: list      # Names in common
-    donors: list         # Donors in common
-    n_cells: int         # Cells of the evaluation set
-    n_compared: int      # Cells with enough genes in at least one comparison
+
+    # A row a data set of the corpus: genes compared, cells compared and set aside, cells in common
+    table: pd.DataFrame
+    rows: np.ndarray  # Rows of the evaluation set whose cells stand in the corpus
+    data_sets: list  # Names in common
+    donors: list  # Donors in common
+    n_cells: int  # Cells of the evaluation set
+    n_compared: int  # Cells with enough genes in at least one comparison
+
     @property
-    def verdict(self)->str:
+    def verdict(self) -> str:
         "found, nothing compared, or independent."
         if len(self.rows) or self.data_sets or self.donors:
             return "found"
         return "independent" if self.n_compared else "nothing compared"
+
     @property
-    def clean(self): return self.verdict == "independent"
+    def clean(self):
+        return self.verdict == "independent"
 
     def __repr__(self):
         names = [
             f"data sets in common: {', '.join(self.data_sets) or 'none'}",
-            f"donors in common: {', '.join(self.donors) or 'none'}"]
+            f"donors in common: {', '.join(self.donors) or 'none'}",
+        ]
         set_aside = self.n_cells - self.n_compared
         if not self.n_compared:
-            return "\n".join([
-                f"not one of {self.n_cells:,} cells could be compared with any data set of the corpus (too few shared genes): "
-                "whether they stand in it is not known", *names])
-        n, share = len(self.rows), len(self.rows)/self.n_compared
-        found = f"{n:,} cells of {self.n_compared:,} compared stand in the corpus ({share:.2%})" if n else f"no cells of {self.n_compared:,} compared stand in the corpus"
-        return "\n".join([f"{found}; {set_aside:,} of {self.n_cells:,} could not be compared with any data set (too few shared genes)", *names])
+            return "\n".join(
+                [
+                    f"not one of {self.n_cells:,} cells could be compared with any data set of "
+                    "the corpus (too few shared genes): "
+                    "whether they stand in it is not known",
+                    *names,
+                ]
+            )
+        n, share = len(self.rows), len(self.rows) / self.n_compared
+        found = (
+            f"{n:,} cells of {self.n_compared:,} compared stand in the corpus ({share:.2%})"
+            if n
+            else f"no cells of {self.n_compared:,} compared stand in the corpus"
+        )
+        return "\n".join(
+            [
+                f"{found}; {set_aside:,} of {self.n_cells:,} could not be compared with any data "
+                "set (too few shared genes)",
+                *names,
+            ]
+        )
 
 # %% ../nbs/04d_leakage.ipynb #24f95533
 def leakage(
-    corpus,                  # Folder of a corpus
-    evaluation,              # AnnData or file to be judged on
-    rows=None,               # bool, shape (cells,): only these cells of it
-    data_set:str|None=None,  # Its name; default: obs.dataset_id, else the name of the file
-    donor_column:str|None=None, # Column of its donors; default: donor_id or donor, where there
-    min_genes:int=50,        # Fewest shared genes with a count for a cell to be compared
-    progress=None,           # Called with (data sets done, all)
-    layer=None,              # How the evaluation set is read, see `read_counts`
-)->Leakage:
+    corpus,  # Folder of a corpus
+    evaluation,  # AnnData or file to be judged on
+    rows=None,  # bool, shape (cells,): only these cells of it
+    data_set: str | None = None,  # Its name; default: obs.dataset_id, else the name of the file
+    donor_column: str
+    | None = None,  # Column of its donors; default: donor_id or donor, where there
+    min_genes: int = 50,  # Fewest shared genes with a count for a cell to be compared
+    progress=None,  # Called with (data sets done, all)
+    layer=None,  # How the evaluation set is read, see `read_counts`
+) -> Leakage:
     "Compare an evaluation set with a corpus."
     card, counts = read_corpus(corpus), _counts(evaluation, layer)
     obs = counts.adata.obs if rows is None else counts.adata.obs[rows]
-    mine = gene_axis(counts.genes); mine = mine.ids[mine.exact]
-    sets = list(dict.fromkeys(s["data_set"] for s in card["shards"])); lines, cache = [], {}
+    mine = gene_axis(counts.genes)
+    mine = mine.ids[mine.exact]
+    sets = list(dict.fromkeys(s["data_set"] for s in card["shards"]))
+    lines, cache = [], {}
     found, compared = np.zeros(len(obs), bool), np.zeros(len(obs), bool)
     for i, name in enumerate(sets):
-        shards = [open_counts(shard_path(corpus, s)) for s in card["shards"] if s["data_set"] == name]
-        var = shards[0].adata.var; shared = np.intersect1d(mine, var.index[var.measured & var.exact].astype(str))
-        if (mark := tuple(shared)) not in cache: cache = {mark: hashes_on(counts, shared, rows)}        # data sets of one source share their genes
-        h, n = cache[mark]; hits = np.zeros(len(h), bool)
+        shards = [
+            open_counts(shard_path(corpus, s)) for s in card["shards"] if s["data_set"] == name
+        ]
+        var = shards[0].adata.var
+        shared = np.intersect1d(mine, var.index[var.measured & var.exact].astype(str))
+        if (mark := tuple(shared)) not in cache:
+            cache = {
+                mark: hashes_on(counts, shared, rows)
+            }  # data sets of one source share their genes
+        h, n = cache[mark]
+        hits = np.zeros(len(h), bool)
         for shard in shards:
-            theirs, enough = hashes_on(shard, shared); hits |= np.isin(h, theirs[enough >= min_genes]) & (n >= min_genes)
+            theirs, enough = hashes_on(shard, shared)
+            hits |= np.isin(h, theirs[enough >= min_genes]) & (n >= min_genes)
             shard.close()
-        found |= hits; compared |= n >= min_genes
-        lines.append(dict(data_set=name, cells_in_corpus=sum(s["n_cells"] for s in card["shards"] if s["data_set"] == name), shared_genes=len(shared), compared=int((n >= min_genes).sum()), too_few_genes=int((n < min_genes).sum()), in_common=int(hits.sum())))
-        if progress: progress(i + 1, len(sets))
+        found |= hits
+        compared |= n >= min_genes
+        lines.append(
+            dict(
+                data_set=name,
+                cells_in_corpus=sum(s["n_cells"] for s in card["shards"] if s["data_set"] == name),
+                shared_genes=len(shared),
+                compared=int((n >= min_genes).sum()),
+                too_few_genes=int((n < min_genes).sum()),
+                in_common=int(hits.sum()),
+            )
+        )
+        if progress:
+            progress(i + 1, len(sets))
     at = np.arange(counts.n_cells) if rows is None else np.flatnonzero(rows)
-    return Leakage(pd.DataFrame(lines, columns=["data_set", "cells_in_corpus", "shared_genes", "compared", "too_few_genes", "in_common"]), at[found], sorted(_names(evaluation, obs, data_set) & set(sets)), sorted(_donors(obs, donor_column) & set(card["composition"]["donor_id"]) - {"unknown"}), len(obs), int(compared.sum()))
+    return Leakage(
+        pd.DataFrame(
+            lines,
+            columns=[
+                "data_set",
+                "cells_in_corpus",
+                "shared_genes",
+                "compared",
+                "too_few_genes",
+                "in_common",
+            ],
+        ),
+        at[found],
+        sorted(_names(evaluation, obs, data_set) & set(sets)),
+        sorted(_donors(obs, donor_column) & set(card["composition"]["donor_id"]) - {"unknown"}),
+        len(obs),
+        int(compared.sum()),
+    )
+
 
 def _counts(evaluation, layer):
     return read_counts(evaluation, layer, duplicates="sum")
 
-def _names(evaluation, obs, data_set): # names under which the evaluation set may stand in a corpus
-    if data_set: return {data_set}
-    if "dataset_id" in obs: return set(obs.dataset_id.astype(str))
-    return {Path(evaluation).name.removesuffix(Path(evaluation).suffix)} if isinstance(evaluation, (str, os.PathLike)) else set()
+
+def _names(evaluation, obs, data_set):  # names under which the evaluation set may stand in a corpus
+    if data_set:
+        return {data_set}
+    if "dataset_id" in obs:
+        return set(obs.dataset_id.astype(str))
+    return (
+        {Path(evaluation).name.removesuffix(Path(evaluation).suffix)}
+        if isinstance(evaluation, (str, os.PathLike))
+        else set()
+    )
+
 
 def _donors(obs, column):
-    if column and column not in obs: raise ValueError(f"obs has no column {column!r}; it has {', '.join(map(str, obs)) or 'none'}.")
+    if column and column not in obs:
+        raise ValueError(
+            f"obs has no column {column!r}; it has {', '.join(map(str, obs)) or 'none'}."
+        )
     column = column or next((c for c in ("donor_id", "donor") if c in obs), None)
     return set(obs[column].dropna().astype(str)) if column else set()
 
 # %% ../nbs/04d_leakage.ipynb #a6fbccc5
 def check_evaluations(
-    corpus,         # Folder of a corpus
-    evaluations,    # (name of a data set, value of one of its obs columns or None for all its cells), several
-)->pd.DataFrame:    # A row an evaluation set
+    corpus,  # Folder of a corpus
+    # (name of a data set, value of one of its obs columns or None for all its cells), several
+    evaluations,
+) -> pd.DataFrame:  # A row an evaluation set
     "Compare a corpus with several evaluation sets that have a manifest."
     lines = []
     for name, value in evaluations:
-        path = locate(name); columns = [c for c in manifest(name).obs.values() if c != "unknown"]
-        rows = None if value is None else (open_counts(path, duplicates="sum").adata.obs[columns].astype(str) == value).any(axis=1).to_numpy()
+        path = locate(name)
+        columns = [c for c in manifest(name).obs.values() if c != "unknown"]
+        rows = (
+            None
+            if value is None
+            else (open_counts(path, duplicates="sum").adata.obs[columns].astype(str) == value)
+            .any(axis=1)
+            .to_numpy()
+        )
         found = leakage(corpus, path, rows, data_set=name if value is None else f"{name}:{value}")
-        lines.append(dict(evaluation=name if value is None else f"{name}:{value}", cells=found.n_cells, compared=found.n_compared, shared_genes=int(found.table.shared_genes.max()), cells_in_common=len(found.rows), data_sets_in_common=len(found.data_sets), donors_in_common=len(found.donors)))
+        lines.append(
+            dict(
+                evaluation=name if value is None else f"{name}:{value}",
+                cells=found.n_cells,
+                compared=found.n_compared,
+                shared_genes=int(found.table.shared_genes.max()),
+                cells_in_common=len(found.rows),
+                data_sets_in_common=len(found.data_sets),
+                donors_in_common=len(found.donors),
+            )
+        )
     return pd.DataFrame(lines)

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from .finetune import CellModel
-from .fit import fit, fit_again, fit_temperature, predict, probabilities, split_labelled, trained_state
+from scemb.fit import (
+    fit,
+    fit_again,
+    fit_temperature,
+    predict,
+    probabilities,
+    split_labelled,
+    trained_state,
+)
 from .probe import Probed, probe_scores, probed, simple_rival
 from .progress import Pace, stage
 from .tokens import TokenSet
@@ -22,33 +30,38 @@ from .tokens import TokenSet
 @dataclass
 class Lesson:
     "Labelled cells, ready to learn from: those with a gene of the vocabulary."
-    adata: object              # Their AnnData
+
+    adata: object  # Their AnnData
     tokens: TokenSet
-    y: np.ndarray              # Classes, shape (cells,)
-    knowledge: np.ndarray|None # Vectors, shape (cells, length)
-    donors: np.ndarray|None    # Shape (cells,)
+    y: np.ndarray  # Classes, shape (cells,)
+    knowledge: np.ndarray | None  # Vectors, shape (cells, length)
+    donors: np.ndarray | None  # Shape (cells,)
 
 # %% ../nbs/11d_lesson.ipynb #991ae6d5
-AT_ONCE = 1024 # Cells read between two looks at the clock
+AT_ONCE = 1024  # Cells read between two looks at the clock
+
 
 def read_vectors(
-    model:CellModel, lesson:Lesson,
-    say,        # Called with a line
-    what:str,   # How the line begins
-)->np.ndarray:  # Vectors before the head, shape (cells, D)
+    model: CellModel,
+    lesson: Lesson,
+    say,  # Called with a line
+    what: str,  # How the line begins
+) -> np.ndarray:  # Vectors before the head, shape (cells, D)
     "Run the encoder over the labelled cells, and say how long it will take."
     cells, lengths = np.arange(len(lesson.y)), lesson.tokens.lengths
-    read = lambda some, progress=None: predict(
-        model, lesson.tokens, some, lesson.knowledge, True, progress=progress)
+
+    def read(some, progress=None):
+        return predict(model, lesson.tokens, some, lesson.knowledge, True, progress=progress)
+
     warm, timed, rest = np.split(cells, [16, 80])
     parts = [read(warm)]
     if len(timed):
         begin = time.perf_counter()
         parts.append(read(timed))
-        seconds = (time.perf_counter() - begin)*lengths[rest].sum()/max(1, lengths[timed].sum())
+        seconds = (time.perf_counter() - begin) * lengths[rest].sum() / max(1, lengths[timed].sum())
         say(f"{what}: about {max(1, seconds):.0f} s to read them")
     pace = Pace("cells read", say)
-    for some in np.array_split(rest, -(-len(rest)//AT_ONCE)) if len(rest) else ():
+    for some in np.array_split(rest, -(-len(rest) // AT_ONCE)) if len(rest) else ():
         first = int(some[0])
         parts.append(read(some, lambda done, first=first: pace(first + done, len(cells))))
     return np.concatenate(parts)
@@ -57,27 +70,38 @@ def read_vectors(
 @dataclass
 class Held:
     "Labelled cells that a model had not seen when it named them."
-    cells: np.ndarray   # Which of the lesson, shape (held-out cells,)
-    p: np.ndarray       # Calibrated probabilities, shape (held-out cells, classes)
-    temperature: float
-    how: str            # How they were held out
 
-def held_by_folds(found:Probed, donors)->Held:
+    cells: np.ndarray  # Which of the lesson, shape (held-out cells,)
+    p: np.ndarray  # Calibrated probabilities, shape (held-out cells, classes)
+    temperature: float
+    how: str  # How they were held out
+
+
+def held_by_folds(found: Probed, donors) -> Held:
     "All labelled cells, each named by a probe that had not seen it."
     by_donor = donors is not None and len(np.unique(donors)) >= 3
     rows = np.flatnonzero(found.checked)
     how = "in turn, whole donors" if by_donor else "in turn"
     return Held(rows, found.probabilities()[rows], found.temperature, how)
 
+
 def learn_probe(
-    model:CellModel, lesson:Lesson, v, # v: from `read_vectors`
-)->tuple:                              # `Held`; history, as from `fit`
+    model: CellModel,
+    lesson: Lesson,
+    v,  # v: from `read_vectors`
+) -> tuple:  # `Held`; history, as from `fit`
     "Give a model the probe's head."
     import torch
+
     s = model.settings
     found = probed(v, lesson.y, model.n_classes, lesson.donors, s.class_weight, s.seed)
     probe, head = found.probe, model.head
-    new = {head.mean: probe.mean, head.spread: probe.spread, head.out.weight: probe.weight, head.out.bias: probe.bias}
+    new = {
+        head.mean: probe.mean,
+        head.spread: probe.spread,
+        head.out.weight: probe.weight,
+        head.out.bias: probe.bias,
+    }
     with torch.no_grad():
         for place, value in new.items():
             place.copy_(torch.as_tensor(np.asarray(value), dtype=torch.float32))
@@ -88,7 +112,9 @@ def learn_probe(
     return held, [dict(epoch=0, loss=None, held_out=loss)]
 
 # %% ../nbs/11d_lesson.ipynb #7be10d07
-def learn_by_fit(model:CellModel, lesson:Lesson, say)->tuple: # `Held`; history, as from `fit`; whether it then learned from all
+def learn_by_fit(
+    model: CellModel, lesson: Lesson, say
+) -> tuple:  # `Held`; history, as from `fit`; whether it then learned from all
     "Train by steps; a part of the cells, or whole donors, is held out."
     s, y = model.settings, lesson.y
     train, cells = split_labelled(y, s.validation_share, s.seed, lesson.donors)
@@ -109,21 +135,27 @@ def learn_by_fit(model:CellModel, lesson:Lesson, say)->tuple: # `Held`; history,
     return Held(cells, probabilities(scores, temperature), temperature, how), history, again
 
 # %% ../nbs/11d_lesson.ipynb #c5f762ff
-def named_once(vectors, lesson:Lesson, cells, n_classes:int, settings)->np.ndarray: # cells held out once -> probabilities (cells, classes)
+def named_once(
+    vectors, lesson: Lesson, cells, n_classes: int, settings
+) -> np.ndarray:  # cells held out once -> probabilities (cells, classes)
     "A probe that learns from the other cells."
     train = np.setdiff1d(np.arange(len(lesson.y)), cells)
     donors = None if lesson.donors is None else lesson.donors[train]
     found = probed(
-        vectors[train], lesson.y[train], n_classes, donors, settings.class_weight, settings.seed)
+        vectors[train], lesson.y[train], n_classes, donors, settings.class_weight, settings.seed
+    )
     return probabilities(found.probe.scores(vectors[cells]), found.temperature)
 
-def rival_of(lesson:Lesson, held:Held, n_classes:int, settings, layer)->np.ndarray: # probabilities (held-out cells, classes)
+
+def rival_of(
+    lesson: Lesson, held: Held, n_classes: int, settings, layer
+) -> np.ndarray:  # probabilities (held-out cells, classes)
     "What 50 components of log counts say of the same held-out cells."
     from scemb.baselines import pca_embedding
+
     seed, power = settings.seed, settings.class_weight
     if held.how.startswith("in turn"):
-        rival = simple_rival(
-            lesson.adata, lesson.y, n_classes, lesson.donors, power, seed, layer)
+        rival = simple_rival(lesson.adata, lesson.y, n_classes, lesson.donors, power, seed, layer)
         return rival.probabilities()[held.cells]
     n_components = min(50, lesson.adata.n_obs - 2, lesson.adata.n_vars - 2)
     vectors = pca_embedding(lesson.adata, None, None, n_components, layer, seed)
@@ -131,19 +163,26 @@ def rival_of(lesson:Lesson, held:Held, n_classes:int, settings, layer)->np.ndarr
 
 # %% ../nbs/11d_lesson.ipynb #e88f1328
 def paired(
-    a, b, # A number for each cell, of two methods, shape (cells,)
-)->tuple: # Mean of a - b, and its standard error
+    a,
+    b,  # A number for each cell, of two methods, shape (cells,)
+) -> tuple:  # Mean of a - b, and its standard error
     "Compare two methods cell by cell."
     difference = np.asarray(a, float) - np.asarray(b, float)
-    return float(difference.mean()), float(difference.std(ddof=1)/np.sqrt(len(difference)))
+    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
-def likelier(p, other, y)->bool: # probabilities of two methods (cells, classes), classes of the cells
+
+def likelier(
+    p, other, y
+) -> bool:  # probabilities of two methods (cells, classes), classes of the cells
     "Whether the first is better beyond the standard error, and names no fewer cells rightly."
     own, rows = np.log(np.maximum(p, 1e-12)), np.arange(len(y))
     gain, error = paired(own[rows, y], np.log(np.maximum(other, 1e-12))[rows, y])
     return gain > error and (p.argmax(1) == y).sum() >= (other.argmax(1) == y).sum()
 
-def verdict(p, rival, y)->str: # probabilities of a way and of its rival (cells, classes), classes of the cells
+
+def verdict(
+    p, rival, y
+) -> str:  # probabilities of a way and of its rival (cells, classes), classes of the cells
     "Which of the two names more cells rightly, in words."
     gain, error = paired(p.argmax(1) == y, rival.argmax(1) == y)
     if abs(gain) <= error:

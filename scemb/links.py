@@ -13,160 +13,265 @@ from .genegraph import Edges, GeneGraph
 
 # %% ../nbs/13a_links.ipynb #063e354b
 def split_links(
-    graph:GeneGraph,
-    by:str="edge",        # "edge" or "gene"
-    fraction:float=.1,    # Of the links, or of the genes, that are hidden
-    seed:int=0,
-)->tuple:                 # Training pairs, test pairs, int64, shape (., 2)
+    graph: GeneGraph,
+    by: str = "edge",  # "edge" or "gene"
+    fraction: float = 0.1,  # Of the links, or of the genes, that are hidden
+    seed: int = 0,
+) -> tuple:  # Training pairs, test pairs, int64, shape (., 2)
     "Hide a part of the links."
-    if by not in ("edge", "gene"): raise ValueError(f"by is {by!r}, wanted 'edge' or 'gene'.")
-    if not 0 < fraction < 1: raise ValueError(f"fraction is {fraction}, wanted a number between 0 and 1.")
+    if by not in ("edge", "gene"):
+        raise ValueError(f"by is {by!r}, wanted 'edge' or 'gene'.")
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}, wanted a number between 0 and 1.")
     rng = np.random.default_rng(seed)
-    if by == "edge": hidden = rng.random(len(graph.pairs)) < fraction
+    if by == "edge":
+        hidden = rng.random(len(graph.pairs)) < fraction
     else:
         linked = np.flatnonzero(graph.degree)
-        gone = rng.choice(linked, max(1, round(fraction*len(linked))), replace=False)
+        gone = rng.choice(linked, max(1, round(fraction * len(linked))), replace=False)
         hidden = np.isin(graph.pairs, gone).any(1)
     return graph.pairs[~hidden], graph.pairs[hidden]
 
+
 def foreign_links(
-    graph:GeneGraph,  # Training graph
-    edges:Edges,      # Another source
-)->np.ndarray:        # Pairs of nodes with a link in `edges` and none in the graph
+    graph: GeneGraph,  # Training graph
+    edges: Edges,  # Another source
+) -> np.ndarray:  # Pairs of nodes with a link in `edges` and none in the graph
     "Links of another source between genes of the graph, shared ones removed."
     nodes = graph.nodes(edges.pairs)
     nodes = np.sort(nodes[(nodes >= 0).all(1) & (graph.degree[nodes] > 0).all(1)], 1)
     return nodes[~np.isin(pair_keys(nodes, graph.n_genes), pair_keys(graph.pairs, graph.n_genes))]
 
-def pair_keys(pairs, n): # (m, 2) nodes -> (m,) int64, the same for both orders of a pair
+
+def pair_keys(pairs, n):  # (m, 2) nodes -> (m,) int64, the same for both orders of a pair
     "One number a pair."
-    return np.minimum(pairs[:, 0], pairs[:, 1]).astype(np.int64)*n + np.maximum(pairs[:, 0], pairs[:, 1])
+    return np.minimum(pairs[:, 0], pairs[:, 1]).astype(np.int64) * n + np.maximum(
+        pairs[:, 0], pairs[:, 1]
+    )
 
 # %% ../nbs/13a_links.ipynb #1e3d4c47
 def negatives(
-    pairs:np.ndarray,    # True pairs, shape (m, 2)
-    n:int,               # Genes
-    known,               # Pair keys of all known links, which are never drawn
-    degree=None,         # Degrees in the training graph: matched negatives; None: uniform over `among`
-    among=None,          # Nodes to draw from; None: all (uniform), or those with a link (matched)
-    fixed=None,          # Nodes that stay in their pairs: the hidden genes of a split by gene
-    window:int=15,       # A matched gene stands at most so many places away in the order of degrees
-    seed:int=0,
-)->np.ndarray:           # Shape (m, 2)
+    pairs: np.ndarray,  # True pairs, shape (m, 2)
+    n: int,  # Genes
+    known,  # Pair keys of all known links, which are never drawn
+    degree=None,  # Degrees in the training graph: matched negatives; None: uniform over `among`
+    among=None,  # Nodes to draw from; None: all (uniform), or those with a link (matched)
+    fixed=None,  # Nodes that stay in their pairs: the hidden genes of a split by gene
+    window: int = 15,  # A matched gene stands at most so many places away in the order of degrees
+    seed: int = 0,
+) -> np.ndarray:  # Shape (m, 2)
     "Unlinked pairs, one for each true pair."
-    rng, known = np.random.default_rng(seed), np.asarray(known) if (np.diff(known) > 0).all() else np.unique(known)
-    linked = lambda p: known[np.searchsorted(known, keys := pair_keys(p, n)).clip(max=len(known) - 1)] == keys if len(known) else np.zeros(len(p), bool)
-    if among is None: among = np.arange(n) if degree is None else np.flatnonzero(degree)
+    rng, known = (
+        np.random.default_rng(seed),
+        np.asarray(known) if (np.diff(known) > 0).all() else np.unique(known),
+    )
+
+    def linked(p):
+        return (
+            known[np.searchsorted(known, keys := pair_keys(p, n)).clip(max=len(known) - 1)] == keys
+            if len(known)
+            else np.zeros(len(p), bool)
+        )
+
+    if among is None:
+        among = np.arange(n) if degree is None else np.flatnonzero(degree)
     if degree is not None:
         order = among[np.lexsort((rng.random(len(among)), degree[among]))]
-        place = np.searchsorted(degree[order], degree[pairs] + .5) - 1          # last gene of this degree
-        first = np.searchsorted(degree[order], degree[pairs] - .5)
-        place = (first + (place - first + 1)*rng.random(pairs.shape)).astype(int).clip(0, len(order) - 1)
-    out, bad, stay = np.array(pairs), np.ones(len(pairs), bool), np.isin(pairs, [] if fixed is None else fixed)
-    stay[:, 1] &= ~stay[:, 0]       # one end is always replaced
+        place = np.searchsorted(degree[order], degree[pairs] + 0.5) - 1  # last gene of this degree
+        first = np.searchsorted(degree[order], degree[pairs] - 0.5)
+        place = (
+            (first + (place - first + 1) * rng.random(pairs.shape))
+            .astype(int)
+            .clip(0, len(order) - 1)
+        )
+    out, bad, stay = (
+        np.array(pairs),
+        np.ones(len(pairs), bool),
+        np.isin(pairs, [] if fixed is None else fixed),
+    )
+    stay[:, 1] &= ~stay[:, 0]  # one end is always replaced
     for turn in range(100):
-        if not bad.any(): return out
-        w = window*(1 + turn//10)
-        drawn = rng.choice(among, (bad.sum(), 2)) if degree is None else order[(place[bad] + rng.integers(-w, w + 1, (bad.sum(), 2))).clip(0, len(order) - 1)]
+        if not bad.any():
+            return out
+        w = window * (1 + turn // 10)
+        drawn = (
+            rng.choice(among, (bad.sum(), 2))
+            if degree is None
+            else order[
+                (place[bad] + rng.integers(-w, w + 1, (bad.sum(), 2))).clip(0, len(order) - 1)
+            ]
+        )
         out[bad] = np.where(stay[bad], pairs[bad], drawn)
         bad = (out[:, 0] == out[:, 1]) | linked(out)
-    return out[~bad]    # in a nearly complete graph some pairs have no negative
+    return out[~bad]  # in a nearly complete graph some pairs have no negative
 
 # %% ../nbs/13a_links.ipynb #79e9b57c
-def adjacency(pairs, n): # (m, 2) nodes -> symmetric csr matrix (n, n) of float32
+def adjacency(pairs, n):  # (m, 2) nodes -> symmetric csr matrix (n, n) of float32
     "The links as a matrix."
     a = sp.csr_matrix((np.ones(len(pairs), np.float32), (pairs[:, 0], pairs[:, 1])), (n, n))
     return (a + a.T).tocsr()
 
+
 def spectral_vectors(
-    pairs:np.ndarray, # Training links
-    n:int,            # Genes
-    dim:int=64,
-    seed:int=0,
-)->np.ndarray:        # Shape (n, dim); zero for genes without a link
+    pairs: np.ndarray,  # Training links
+    n: int,  # Genes
+    dim: int = 64,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (n, dim); zero for genes without a link
     "Leading eigenvectors of the normalised adjacency, scaled by their eigenvalues."
     from scipy.sparse.linalg import eigsh
-    a = adjacency(pairs, n); d = np.asarray(a.sum(1)).ravel()
+
+    a = adjacency(pairs, n)
+    d = np.asarray(a.sum(1)).ravel()
     s = sp.diags(np.divide(1, np.sqrt(d), out=np.zeros(n), where=d > 0))
-    value, vector = eigsh((s @ a @ s).astype(np.float64), min(dim, n - 2), which="LA", v0=np.random.default_rng(seed).random(n), tol=1e-4)
-    return (vector*np.maximum(value, 0)).astype(np.float32)
+    value, vector = eigsh(
+        (s @ a @ s).astype(np.float64),
+        min(dim, n - 2),
+        which="LA",
+        v0=np.random.default_rng(seed).random(n),
+        tol=1e-4,
+    )
+    return (vector * np.maximum(value, 0)).astype(np.float32)
+
 
 def vector_scores(
-    vectors:np.ndarray, # Shape (n, D); NaN or zero rows for genes without a vector
-    pairs:np.ndarray,   # Shape (m, 2)
-)->np.ndarray:          # Cosine of the two genes; 0 where one has none
+    vectors: np.ndarray,  # Shape (n, D); NaN or zero rows for genes without a vector
+    pairs: np.ndarray,  # Shape (m, 2)
+) -> np.ndarray:  # Cosine of the two genes; 0 where one has none
     "Score pairs by the likeness of their vectors."
     v = np.nan_to_num(np.asarray(vectors, np.float32))
-    v = v/np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
-    return np.concatenate([(v[p[:, 0]]*v[p[:, 1]]).sum(1) for p in np.array_split(pairs, max(1, len(pairs)//4096))])
+    v = v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
+    return np.concatenate(
+        [
+            (v[p[:, 0]] * v[p[:, 1]]).sum(1)
+            for p in np.array_split(pairs, max(1, len(pairs) // 4096))
+        ]
+    )
+
 
 def simple_scores(
-    train:np.ndarray, # Training links
-    n:int,            # Genes
-    pairs:np.ndarray, # Pairs to score
-    dim:int=64,       # Of the spectral embedding
-)->dict:              # Name -> score (m,)
+    train: np.ndarray,  # Training links
+    n: int,  # Genes
+    pairs: np.ndarray,  # Pairs to score
+    dim: int = 64,  # Of the spectral embedding
+) -> dict:  # Name -> score (m,)
     "Scores that need no training."
-    a = adjacency(train, n); d = np.asarray(a.sum(1)).ravel()
+    a = adjacency(train, n)
+    d = np.asarray(a.sum(1)).ravel()
     rare = sp.diags(np.divide(1, np.log(d), out=np.zeros(n), where=d > 1).astype(np.float32))
-    shared = lambda x: np.asarray(a[pairs[:, 0]].multiply((x)[pairs[:, 1]]).sum(1)).ravel()
-    return {"degree product": d[pairs[:, 0]]*d[pairs[:, 1]], "common neighbours": shared(a), "Adamic-Adar": shared((a @ rare).tocsr()),
-            "spectral embedding": vector_scores(spectral_vectors(train, n, dim), pairs)}
+
+    def shared(x):
+        return np.asarray(a[pairs[:, 0]].multiply((x)[pairs[:, 1]]).sum(1)).ravel()
+
+    return {
+        "degree product": d[pairs[:, 0]] * d[pairs[:, 1]],
+        "common neighbours": shared(a),
+        "Adamic-Adar": shared((a @ rare).tocsr()),
+        "spectral embedding": vector_scores(spectral_vectors(train, n, dim), pairs),
+    }
 
 # %% ../nbs/13a_links.ipynb #4788ef5f
-def early_precision(truth, score, weight=None): # all (m,) -> share of true among the highest, as many as are true
+def early_precision(
+    truth, score, weight=None
+):  # all (m,) -> share of true among the highest, as many as are true
     "Precision among the first k, where k is the weight of the true pairs."
     w = np.ones(len(truth)) if weight is None else weight
-    order = np.argsort(-score, kind="stable"); before = np.cumsum(w[order]) - w[order]
-    k = (w*truth).sum(); part = np.clip(k - before, 0, w[order])
-    return float((part*truth[order]).sum()/k)
+    order = np.argsort(-score, kind="stable")
+    before = np.cumsum(w[order]) - w[order]
+    k = (w * truth).sum()
+    part = np.clip(k - before, 0, w[order])
+    return float((part * truth[order]).sum() / k)
 
-def rank_scores(scores): # (m,), NaN allowed -> ranks from 0 to 1; NaN takes the middle, as a pair of which nothing is known
+
+def rank_scores(
+    scores,
+    # (m,), NaN allowed -> ranks from 0 to 1; NaN takes the middle, as a pair of which nothing is
+    # known
+):
     "Scores as ranks."
     from scipy.stats import rankdata
-    ok = np.isfinite(scores); out = np.full(len(scores), .5)
-    out[ok] = (rankdata(scores[ok]) - .5)/max(1, ok.sum())
+
+    ok = np.isfinite(scores)
+    out = np.full(len(scores), 0.5)
+    out[ok] = (rankdata(scores[ok]) - 0.5) / max(1, ok.sum())
     return out
 
+
 def link_metrics(
-    true:np.ndarray,        # Scores of the true pairs
-    false:np.ndarray,       # Scores of the false pairs
-    true_pairs:np.ndarray,  # Shape (m, 2)
-    false_pairs:np.ndarray, # Shape (m', 2)
-    n_boot:int=100,         # Draws of genes for the interval; 0: none
-    seed:int=0,
-)->list:                    # Rows: metric, value, ci_low, ci_high, n (true pairs), unit
+    true: np.ndarray,  # Scores of the true pairs
+    false: np.ndarray,  # Scores of the false pairs
+    true_pairs: np.ndarray,  # Shape (m, 2)
+    false_pairs: np.ndarray,  # Shape (m', 2)
+    n_boot: int = 100,  # Draws of genes for the interval; 0: none
+    seed: int = 0,
+) -> list:  # Rows: metric, value, ci_low, ci_high, n (true pairs), unit
     "AUROC, average precision and early precision with intervals over genes."
     from sklearn.metrics import average_precision_score, roc_auc_score
+
     rng = np.random.default_rng(seed)
-    y, s, pairs = np.r_[np.ones(len(true)), np.zeros(len(false))], np.r_[true, false].astype(float), np.r_[true_pairs, false_pairs]
-    genes, ends = np.unique(pairs, return_inverse=True); ends = ends.reshape(pairs.shape)
-    jitter = rng.permutation(len(s))*1e-12*max(1, np.abs(s).max())        # ties are broken at random, not by order
-    measure = {"AUROC": roc_auc_score, "average precision": average_precision_score, "early precision": lambda t, x, sample_weight: early_precision(t, x, sample_weight)}
+    y, s, pairs = (
+        np.r_[np.ones(len(true)), np.zeros(len(false))],
+        np.r_[true, false].astype(float),
+        np.r_[true_pairs, false_pairs],
+    )
+    genes, ends = np.unique(pairs, return_inverse=True)
+    ends = ends.reshape(pairs.shape)
+    jitter = (
+        rng.permutation(len(s)) * 1e-12 * max(1, np.abs(s).max())
+    )  # ties are broken at random, not by order
+    measure = {
+        "AUROC": roc_auc_score,
+        "average precision": average_precision_score,
+        "early precision": lambda t, x, sample_weight: early_precision(t, x, sample_weight),
+    }
     draws = []
     for _ in range(n_boot):
         times = np.bincount(rng.integers(len(genes), size=len(genes)), minlength=len(genes))
-        w = (times[ends[:, 0]]*times[ends[:, 1]]).astype(float); at = w > 0
-        if 0 < y[at].sum() < at.sum(): draws.append([f(y[at], (s + jitter)[at], sample_weight=w[at]) for f in measure.values()])
-    low, high = np.quantile(draws, [.025, .975], axis=0) if draws else np.full((2, 3), np.nan)
-    return [dict(metric=name, value=float(f(y, s + jitter if name != "AUROC" else s, sample_weight=np.ones(len(y)))), ci_low=float(a), ci_high=float(b), n=len(true), unit="gene")
-            for (name, f), a, b in zip(measure.items(), low, high)]
+        w = (times[ends[:, 0]] * times[ends[:, 1]]).astype(float)
+        at = w > 0
+        if 0 < y[at].sum() < at.sum():
+            draws.append(
+                [f(y[at], (s + jitter)[at], sample_weight=w[at]) for f in measure.values()]
+            )
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0) if draws else np.full((2, 3), np.nan)
+    return [
+        dict(
+            metric=name,
+            value=float(f(y, s + jitter if name != "AUROC" else s, sample_weight=np.ones(len(y)))),
+            ci_low=float(a),
+            ci_high=float(b),
+            n=len(true),
+            unit="gene",
+        )
+        for (name, f), a, b in zip(measure.items(), low, high)
+    ]
 
 # %% ../nbs/13a_links.ipynb #d8967c69
 def score_links(
-    scorers:dict,       # Name -> function of pairs (m, 2) giving scores (m,)
-    pairs:np.ndarray,   # True pairs
-    n:int,              # Genes
-    known,              # Pair keys of all known links
-    degree:np.ndarray,  # In the training graph
-    fixed=None,         # Hidden genes, which stay in the false pairs; see `negatives`
-    most:int=5000,      # True pairs scored at most
-    n_boot:int=100, seed:int=0,
-):                      # DataFrame: method, negatives, metric, value, ci_low, ci_high, n, unit
+    scorers: dict,  # Name -> function of pairs (m, 2) giving scores (m,)
+    pairs: np.ndarray,  # True pairs
+    n: int,  # Genes
+    known,  # Pair keys of all known links
+    degree: np.ndarray,  # In the training graph
+    fixed=None,  # Hidden genes, which stay in the false pairs; see `negatives`
+    most: int = 5000,  # True pairs scored at most
+    n_boot: int = 100,
+    seed: int = 0,
+):  # DataFrame: method, negatives, metric, value, ci_low, ci_high, n, unit
     "Every score against uniform and against matched negatives."
-    if not len(pairs): raise ValueError("There is no link to foresee: the two sources share all their links, or no genes.")
+    if not len(pairs):
+        raise ValueError(
+            "There is no link to foresee: the two sources share all their links, or no genes."
+        )
     pairs = pairs[np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])]
     linked, rows = np.flatnonzero(degree), []
-    for kind, false in (("uniform", negatives(pairs, n, known, among=linked, fixed=fixed, seed=seed)), ("degree-matched", negatives(pairs, n, known, degree, fixed=fixed, seed=seed))):
-        for name, f in scorers.items(): rows += [dict(method=name, negatives=kind, **r) for r in link_metrics(f(pairs), f(false), pairs, false, n_boot, seed)]
+    for kind, false in (
+        ("uniform", negatives(pairs, n, known, among=linked, fixed=fixed, seed=seed)),
+        ("degree-matched", negatives(pairs, n, known, degree, fixed=fixed, seed=seed)),
+    ):
+        for name, f in scorers.items():
+            rows += [
+                dict(method=name, negatives=kind, **r)
+                for r in link_metrics(f(pairs), f(false), pairs, false, n_boot, seed)
+            ]
     return pd.DataFrame(rows)

@@ -11,190 +11,444 @@ import warnings
 
 import numpy as np, pandas as pd, scipy.sparse as sp
 
-from .correlate import Match, Shifts, StateShift, correlate, perturbation_shifts, state_shift, without_depth
+from scemb.correlate import (
+    Match,
+    Shifts,
+    StateShift,
+    correlate,
+    perturbation_shifts,
+    state_shift,
+    without_depth,
+)
 from .counts import as_reading, find_counts, gene_names, read_counts
 from .genegraph import alias_notes
 from .genes import gene_table, map_genes
 
 # %% ../nbs/15b_match.ipynb #a1b1f1de
 def shared_genes(
-    a, b,               # AnnData with raw counts
-    minimum:float=.3,   # Smallest share of the smaller file's genes that must be in the other
-    fewest:int=50,      # Smallest number of shared genes
-    layer:str|None=None,
-)->tuple:               # Both cut to the shared genes, counts in X, in one order, named by Ensembl id; dict: a, b, shared, share
+    a,
+    b,  # AnnData with raw counts
+    minimum: float = 0.3,  # Smallest share of the smaller file's genes that must be in the other
+    fewest: int = 50,  # Smallest number of shared genes
+    layer: str | None = None,
+    # Both cut to the shared genes, counts in X, in one order, named by Ensembl id; dict: a, b,
+    # shared, share
+) -> tuple:
     "Cut two files to the genes that both measured, or refuse."
     import anndata as ad
+
     found = [find_counts(x, layer) for x in (a, b)]
-    rows = [map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows for _, _, var in found]
-    both = np.intersect1d(*[r[r >= 0] for r in rows]); n = [len(np.unique(r[r >= 0])) for r in rows]
-    report = dict(a=n[0], b=n[1], shared=len(both), share=len(both)/max(1, min(n)))
+    rows = [
+        map_genes(gene_names(var, as_reading(layer)), duplicates="sum").rows for _, _, var in found
+    ]
+    both = np.intersect1d(*[r[r >= 0] for r in rows])
+    n = [len(np.unique(r[r >= 0])) for r in rows]
+    report = dict(a=n[0], b=n[1], shared=len(both), share=len(both) / max(1, min(n)))
     if len(both) < fewest or report["share"] < minimum:
-        raise ValueError(f"The files share {len(both):,} genes, {report['share']:.0%} of the smaller one ({n[0]:,} and {n[1]:,} genes); wanted at least {minimum:.0%} and {fewest}. "
-                         "Shifts in other genes cannot be compared: use sets that measured the same genes, or lower minimum and say so.")
+        raise ValueError(
+            f"The files share {len(both):,} genes, {report['share']:.0%} of the smaller one "
+            f"({n[0]:,} and {n[1]:,} genes); wanted at least {minimum:.0%} and {fewest}. "
+            "Shifts in other genes cannot be compared: use sets that measured the same genes, or "
+            "lower minimum and say so."
+        )
     ids = gene_table().ensembl_id.to_numpy()[both]
+
     def cut(x, matrix, r):
         columns = [int(np.flatnonzero(r == g)[0]) for g in both]
-        return ad.AnnData(sp.csr_matrix(matrix[:])[:, columns], obs=x.obs.copy(), var=pd.DataFrame(index=ids))
+        return ad.AnnData(
+            sp.csr_matrix(matrix[:])[:, columns], obs=x.obs.copy(), var=pd.DataFrame(index=ids)
+        )
+
     return cut(a, found[0][1], rows[0]), cut(b, found[1][1], rows[1]), report
 
 # %% ../nbs/15b_match.ipynb #9d6cb22b
-def column(adata, name, meaning): # values of an obs column, or a refusal that lists what there is
+def column(adata, name, meaning):  # values of an obs column, or a refusal that lists what there is
     "A column of obs."
-    if name not in adata.obs: raise ValueError(f"obs has no column {name!r} for the {meaning}; it has {', '.join(map(str, adata.obs.columns)) or 'none'}.")
+    if name not in adata.obs:
+        raise ValueError(
+            f"obs has no column {name!r} for the {meaning}; it has "
+            f"{', '.join(map(str, adata.obs.columns)) or 'none'}."
+        )
     return adata.obs[name]
 
-def depth_of(adata, layer=None): # counts of each cell
-    "Total counts of each cell."
-    return np.concatenate([np.asarray(c.sum(1)).ravel() for _, c in read_counts(adata, layer).chunks()]).astype(float)
 
-def vectors_of(adata, key): # obsm[key], or a refusal
+def depth_of(adata, layer=None):  # counts of each cell
+    "Total counts of each cell."
+    return np.concatenate(
+        [np.asarray(c.sum(1)).ravel() for _, c in read_counts(adata, layer).chunks()]
+    ).astype(float)
+
+
+def vectors_of(adata, key):  # obsm[key], or a refusal
     "The embedding of a file."
-    if key not in adata.obsm: raise ValueError(f"obsm has no {key!r}; it has {', '.join(adata.obsm) or 'nothing'}. Embed the cells first: scemb.embed.embed(adata).")
+    if key not in adata.obsm:
+        raise ValueError(
+            f"obsm has no {key!r}; it has {', '.join(adata.obsm) or 'nothing'}. Embed the cells "
+            "first: scemb.embed.embed(adata)."
+        )
     return np.asarray(adata.obsm[key], float)
 
+
 def donor_shift(
-    adata,                   # AnnData with an embedding
-    group:str,               # Column of the two states
-    case:str, control:str,   # Its two values; other cells are left out
-    donor:str|None,          # Column of donors; None: every cell is its own unit, and the result describes these cells only
-    key:str="X_scemb",       # Of obsm
-    batch:str|None=None, depth:bool=True, paired:bool=False, layer:str|None=None,
-)->StateShift:
+    adata,  # AnnData with an embedding
+    group: str,  # Column of the two states
+    case: str,
+    control: str,  # Its two values; other cells are left out
+    # Column of donors; None: every cell is its own unit, and the result describes these cells only
+    donor: str | None,
+    key: str = "X_scemb",  # Of obsm
+    batch: str | None = None,
+    depth: bool = True,
+    paired: bool = False,
+    layer: str | None = None,
+) -> StateShift:
     "The shift between two groups of an AnnData."
     values = column(adata, group, "groups").astype(str)
-    if lost := [v for v in (case, control) if v not in set(values)]: raise ValueError(f"obs[{group!r}] never is {lost[0]!r}; its values are {', '.join(sorted(set(values))[:8])}.")
-    x = vectors_of(adata, key); ok = np.isfinite(x).all(1); keep = values.isin([case, control]).to_numpy() & ok
-    if (gone := (~ok).sum()): warnings.warn(f"{gone} cells without an embedding (no counts in known genes) are left out.")
+    if lost := [v for v in (case, control) if v not in set(values)]:
+        raise ValueError(
+            f"obs[{group!r}] never is {lost[0]!r}; its values are "
+            f"{', '.join(sorted(set(values))[:8])}."
+        )
+    x = vectors_of(adata, key)
+    ok = np.isfinite(x).all(1)
+    keep = values.isin([case, control]).to_numpy() & ok
+    if gone := (~ok).sum():
+        warnings.warn(f"{gone} cells without an embedding (no counts in known genes) are left out.")
     part, x, sick = adata[keep], x[keep], (values[keep] == case).to_numpy()
-    units = part.obs_names.to_numpy() if donor is None else column(part, donor, "donors").astype(object).to_numpy()
-    of_batch = None if batch is None else column(part, batch, "batches").astype(str).to_numpy(); counts = depth_of(part, layer) if depth else None
-    if donor is None and depth: x, counts = without_depth(x, counts, sick), None      # a single cell has no slope of its own
-    return state_shift(x, sick, units, of_batch, counts, paired, "cell" if donor is None else "donor", f"{case} - {control}")
+    units = (
+        part.obs_names.to_numpy()
+        if donor is None
+        else column(part, donor, "donors").astype(object).to_numpy()
+    )
+    of_batch = None if batch is None else column(part, batch, "batches").astype(str).to_numpy()
+    counts = depth_of(part, layer) if depth else None
+    if donor is None and depth:
+        x, counts = without_depth(x, counts, sick), None  # a single cell has no slope of its own
+    return state_shift(
+        x,
+        sick,
+        units,
+        of_batch,
+        counts,
+        paired,
+        "cell" if donor is None else "donor",
+        f"{case} - {control}",
+    )
 
 # %% ../nbs/15b_match.ipynb #1abdcc21
 def screen_shifts(
-    adata,                   # AnnData of a screen with an embedding
-    target:str="target", guide:str="guide", control:str="non-targeting", # Columns, and the target of the controls
-    key:str="X_scemb", batch:str|None=None, depth:bool=True, min_cells:int=20, layer:str|None=None,
-)->Shifts:
+    adata,  # AnnData of a screen with an embedding
+    target: str = "target",
+    guide: str = "guide",
+    control: str = "non-targeting",  # Columns, and the target of the controls
+    key: str = "X_scemb",
+    batch: str | None = None,
+    depth: bool = True,
+    min_cells: int = 20,
+    layer: str | None = None,
+) -> Shifts:
     "Observed shifts of an AnnData; cells without a guide, or with two, are left out."
-    t, g, x = column(adata, target, "targets").astype(str).to_numpy(), column(adata, guide, "guides").astype(str).to_numpy(), vectors_of(adata, key)
-    keep = np.isfinite(x).all(1) & ~np.isin(t, ["", "none", "nan", "unassigned", "multiple"]) & ~np.char.count(t.astype(str), "+").astype(bool)
-    if "n_guides" in adata.obs: keep &= (adata.obs.n_guides == 1).to_numpy()
+    t, g, x = (
+        column(adata, target, "targets").astype(str).to_numpy(),
+        column(adata, guide, "guides").astype(str).to_numpy(),
+        vectors_of(adata, key),
+    )
+    keep = (
+        np.isfinite(x).all(1)
+        & ~np.isin(t, ["", "none", "nan", "unassigned", "multiple"])
+        & ~np.char.count(t.astype(str), "+").astype(bool)
+    )
+    if "n_guides" in adata.obs:
+        keep &= (adata.obs.n_guides == 1).to_numpy()
     part = adata[keep]
-    return perturbation_shifts(x[keep], t[keep], g[keep], control, None if batch is None else column(part, batch, "batches").astype(str).to_numpy(), depth_of(part, layer) if depth else None, min_cells)
+    return perturbation_shifts(
+        x[keep],
+        t[keep],
+        g[keep],
+        control,
+        None if batch is None else column(part, batch, "batches").astype(str).to_numpy(),
+        depth_of(part, layer) if depth else None,
+        min_cells,
+    )
 
 # %% ../nbs/15b_match.ipynb #4d86e624
 def matched_genes(
-    adata,           # Cells in which the genes will be perturbed
-    genes,           # Names of the targets
-    n:int=40,        # Random genes for each: its nearest in expression and detection among those drawn; under 40, no p below .05
-    pool:int=200,    # Genes drawn in all, so many perturbations does it cost
-    exclude=(),      # Names of genes never drawn, such as the rest of a list
-    layer:str|None=None, seed:int=0,
-)->dict:             # Target -> Ensembl ids; none where the target is not measured
+    adata,  # Cells in which the genes will be perturbed
+    genes,  # Names of the targets
+    # Random genes for each: its nearest in expression and detection among those drawn; under 40, no
+    # p below .05
+    n: int = 40,
+    pool: int = 200,  # Genes drawn in all, so many perturbations does it cost
+    exclude=(),  # Names of genes never drawn, such as the rest of a list
+    layer: str | None = None,
+    seed: int = 0,
+) -> dict:  # Target -> Ensembl ids; none where the target is not measured
     "Random genes like each target."
     rng, counts = np.random.default_rng(seed), read_counts(adata, layer)
-    rows, total, seen = counts.genes.rows, 0., 0.
-    for _, c in counts.chunks(): total, seen = total + np.asarray(c.sum(0)).ravel(), seen + np.asarray((c > 0).sum(0)).ravel()
-    used = np.flatnonzero((rows >= 0) & (seen > 0) & (gene_table().biotype.to_numpy()[rows] == "protein_coding"))
-    place = lambda v: np.argsort(np.argsort(v[used], kind="stable"), kind="stable")/len(used)
-    where = np.stack([place(total), place(seen)], 1); at = {int(r): k for k, r in enumerate(rows[used])}
-    wanted = map_genes(list(genes), duplicates="sum").rows; own = [at[r] for r in wanted if r in at]
-    barred = [at[r] for r in map_genes(list(exclude), duplicates="sum").rows if r in at] if len(exclude) else []
-    free = np.setdiff1d(np.arange(len(used)), [*own, *barred]); ids = gene_table().ensembl_id.to_numpy()
-    near = lambda k, among, m: among[np.argsort(((where[among] - where[k])**2).sum(1), kind="stable")[:m]]
-    if own: free = np.sort(rng.permutation(np.unique(np.concatenate([near(k, free, 2*n) for k in own])))[:pool])
-    return {name: list(ids[rows[used[near(at[r], free, n)]]]) if r in at else [] for name, r in zip(genes, wanted)}
+    rows, total, seen = counts.genes.rows, 0.0, 0.0
+    for _, c in counts.chunks():
+        total, seen = (
+            total + np.asarray(c.sum(0)).ravel(),
+            seen + np.asarray((c > 0).sum(0)).ravel(),
+        )
+    used = np.flatnonzero(
+        (rows >= 0) & (seen > 0) & (gene_table().biotype.to_numpy()[rows] == "protein_coding")
+    )
+
+    def place(v):
+        return np.argsort(np.argsort(v[used], kind="stable"), kind="stable") / len(used)
+
+    where = np.stack([place(total), place(seen)], 1)
+    at = {int(r): k for k, r in enumerate(rows[used])}
+    wanted = map_genes(list(genes), duplicates="sum").rows
+    own = [at[r] for r in wanted if r in at]
+    barred = (
+        [at[r] for r in map_genes(list(exclude), duplicates="sum").rows if r in at]
+        if len(exclude)
+        else []
+    )
+    free = np.setdiff1d(np.arange(len(used)), [*own, *barred])
+    ids = gene_table().ensembl_id.to_numpy()
+
+    def near(k, among, m):
+        return among[np.argsort(((where[among] - where[k]) ** 2).sum(1), kind="stable")[:m]]
+
+    if own:
+        free = np.sort(
+            rng.permutation(np.unique(np.concatenate([near(k, free, 2 * n) for k in own])))[:pool]
+        )
+    return {
+        name: list(ids[rows[used[near(at[r], free, n)]]]) if r in at else []
+        for name, r in zip(genes, wanted)
+    }
 
 # %% ../nbs/15b_match.ipynb #884ff1f7
 def predicted_shifts(
-    adata,                 # Cells to perturb: of the disease, of healthy donors, or both
-    genes,                 # Symbols or Ensembl ids; "A+B" for both at once
-    model="scemb-small",   # As for `embed`
-    kind:str="delete",     # As for `perturb`
-    n_matched:int=0,       # Random genes for each target; 0: none
-    pool:int=200,          # Random genes perturbed in all
-    centre:bool=True,      # Subtract the mean over all perturbed genes (ten at least): what removing any gene does
-    seed:int=0, **settings,# Of `perturb`
-)->tuple:                  # Shifts, dict target -> shifts of matched genes (or None), table of the engine
+    adata,  # Cells to perturb: of the disease, of healthy donors, or both
+    genes,  # Symbols or Ensembl ids; "A+B" for both at once
+    model="scemb-small",  # As for `embed`
+    kind: str = "delete",  # As for `perturb`
+    n_matched: int = 0,  # Random genes for each target; 0: none
+    pool: int = 200,  # Random genes perturbed in all
+    # Subtract the mean over all perturbed genes (ten at least): what removing any gene does
+    centre: bool = True,
+    seed: int = 0,
+    **settings,  # Of `perturb`
+) -> tuple:  # Shifts, dict target -> shifts of matched genes (or None), table of the engine
     "Shifts of in silico perturbations, and of random genes like them."
     from scemb.perturb import perturb
-    genes = list(dict.fromkeys(genes)); single = [g for g in genes if "+" not in g]
+
+    genes = list(dict.fromkeys(genes))
+    single = [g for g in genes if "+" not in g]
     like = matched_genes(adata, single, n_matched, pool, seed=seed) if n_matched else {}
     others = sorted({g for v in like.values() for g in v})
     out = perturb(adata, model, [*genes, *others], kind=kind, missing="nan", **settings)
     x, n = np.asarray(out.X, float), len(genes)
-    if centre and np.isfinite(x).all(1).sum() >= 10: x = x - np.nanmean(x, 0)
+    if centre and np.isfinite(x).all(1).sum() >= 10:
+        x = x - np.nanmean(x, 0)
     place = {g: n + k for k, g in enumerate(others)}
-    ok = lambda v: v[np.isfinite(v).all(1)]
-    matched = {t: ok(x[[place[g] for g in gs]]) if gs else None for t, gs in like.items()} if n_matched else None
-    return Shifts(np.array(genes, object), x[:n], source=f"predicted ({kind})", n_cells=out.obs.n_cells.to_numpy()[:n]), matched, out.obs.iloc[:n]
+
+    def ok(v):
+        return v[np.isfinite(v).all(1)]
+
+    matched = (
+        {t: ok(x[[place[g] for g in gs]]) if gs else None for t, gs in like.items()}
+        if n_matched
+        else None
+    )
+    return (
+        Shifts(
+            np.array(genes, object),
+            x[:n],
+            source=f"predicted ({kind})",
+            n_cells=out.obs.n_cells.to_numpy()[:n],
+        ),
+        matched,
+        out.obs.iloc[:n],
+    )
 
 # %% ../nbs/15b_match.ipynb #069ad58f
-AD_LOCI = ("CR1", "BIN1", "INPP5D", "HLA-DRB1", "TREM2", "CD2AP", "NYAP1", "EPHA1", "PTK2B", "CLU", "SPI1", "MS4A2", "PICALM", "SORL1", "FERMT2",
-           "SLC24A4", "ABCA7", "APOE", "CASS4", "ECHDC3", "ACE", "ADAM10", "ADAMTS1", "IQCK", "WWOX") # Kunkle et al. (2019) Nature Genetics 51:414-430, doi 10.1038/s41588-019-0358-2: 25 loci by their named gene
+AD_LOCI = (
+    "CR1",
+    "BIN1",
+    "INPP5D",
+    "HLA-DRB1",
+    "TREM2",
+    "CD2AP",
+    "NYAP1",
+    "EPHA1",
+    "PTK2B",
+    "CLU",
+    "SPI1",
+    "MS4A2",
+    "PICALM",
+    "SORL1",
+    "FERMT2",
+    "SLC24A4",
+    "ABCA7",
+    "APOE",
+    "CASS4",
+    "ECHDC3",
+    "ACE",
+    "ADAM10",
+    "ADAMTS1",
+    "IQCK",
+    "WWOX",
+    # Kunkle et al. (2019) Nature Genetics 51:414-430, doi 10.1038/s41588-019-0358-2: 25 loci by
+    # their named gene
+)
+
 
 def enrichment(
-    table:pd.DataFrame,  # Of a `Match`; its targets are the panel
-    genes,               # Names of the list
-)->pd.DataFrame:         # A row a test: test, in_list, panel, hits_in_list, hits, statistic, p, unknown (names that are no gene), note (names read through an alias)
+    table: pd.DataFrame,  # Of a `Match`; its targets are the panel
+    genes,  # Names of the list
+    # A row a test: test, in_list, panel, hits_in_list, hits, statistic, p, unknown (names that are
+    # no gene), note (names read through an alias)
+) -> pd.DataFrame:
     "Is a list hit more than the rest of the panel?"
     from scipy import stats
+
     genes = list(dict.fromkeys(genes))
-    if not genes: raise ValueError("The gene list is empty.")
-    rows = map_genes(genes, duplicates="sum").rows; unknown = [g for g, r in zip(genes, rows) if r < 0]
+    if not genes:
+        raise ValueError("The gene list is empty.")
+    rows = map_genes(genes, duplicates="sum").rows
+    unknown = [g for g, r in zip(genes, rows) if r < 0]
     targets = map_genes(table.target.astype(str), duplicates="sum").rows
     inside = np.isin(targets, rows[rows >= 0]) & (targets >= 0)
-    notes = alias_notes([*genes, *table.target.astype(str)]); known = dict(in_list=int(inside.sum()), panel=len(table), unknown=", ".join(map(str, unknown)), note="; ".join(dict.fromkeys(notes.values())))
-    if not 0 < inside.sum() < len(table): return pd.DataFrame([dict(test="none: the list holds none or all of the panel", statistic=np.nan, p=np.nan, **known)])
+    notes = alias_notes([*genes, *table.target.astype(str)])
+    known = dict(
+        in_list=int(inside.sum()),
+        panel=len(table),
+        unknown=", ".join(map(str, unknown)),
+        note="; ".join(dict.fromkeys(notes.values())),
+    )
+    if not 0 < inside.sum() < len(table):
+        return pd.DataFrame(
+            [
+                dict(
+                    test="none: the list holds none or all of the panel",
+                    statistic=np.nan,
+                    p=np.nan,
+                    **known,
+                )
+            ]
+        )
     hit = (table.call != "not told apart").to_numpy()
-    counts = [[(hit & inside).sum(), (~hit & inside).sum()], [(hit & ~inside).sum(), (~hit & ~inside).sum()]]
+    counts = [
+        [(hit & inside).sum(), (~hit & inside).sum()],
+        [(hit & ~inside).sum(), (~hit & ~inside).sum()],
+    ]
     fisher, size = stats.fisher_exact(counts, "greater"), table.cosine.abs().to_numpy()
-    ranks = stats.mannwhitneyu(size[inside], size[~inside], alternative="greater", method="exact" if len(table) < 200 else "auto")
-    auc = float(ranks.statistic/(inside.sum()*(~inside).sum()))
-    return pd.DataFrame([dict(test="called more often (Fisher, odds ratio)", hits_in_list=int(counts[0][0]), hits=int(hit.sum()), statistic=float(fisher.statistic), p=float(fisher.pvalue), **known),
-                         dict(test="larger |cosine| (rank, AUC)", statistic=auc, p=float(ranks.pvalue), **known)])
+    ranks = stats.mannwhitneyu(
+        size[inside],
+        size[~inside],
+        alternative="greater",
+        method="exact" if len(table) < 200 else "auto",
+    )
+    auc = float(ranks.statistic / (inside.sum() * (~inside).sum()))
+    return pd.DataFrame(
+        [
+            dict(
+                test="called more often (Fisher, odds ratio)",
+                hits_in_list=int(counts[0][0]),
+                hits=int(hit.sum()),
+                statistic=float(fisher.statistic),
+                p=float(fisher.pvalue),
+                **known,
+            ),
+            dict(test="larger |cosine| (rank, AUC)", statistic=auc, p=float(ranks.pvalue), **known),
+        ]
+    )
 
 # %% ../nbs/15b_match.ipynb #3ab3b0ad
 def pca_pair(
-    a, b,             # AnnData with the same genes in the same order (see `shared_genes`)
-    calm_a, calm_b,   # Bool masks of the control cells, on which it is fitted
-    key:str="X_pca", n_comps:int=30, layer:str|None=None,
-):                    # Writes obsm[key] of both
+    a,
+    b,  # AnnData with the same genes in the same order (see `shared_genes`)
+    calm_a,
+    calm_b,  # Bool masks of the control cells, on which it is fitted
+    key: str = "X_pca",
+    n_comps: int = 30,
+    layer: str | None = None,
+):  # Writes obsm[key] of both
     "One PCA of log-normalised counts for two files."
     import anndata as ad
     from scemb.baselines import pca_embedding
-    if list(a.var_names) != list(b.var_names): raise ValueError(f"The files have {a.n_vars:,} and {b.n_vars:,} genes in different order or number: cut them by shared_genes first.")
-    both = ad.AnnData(sp.vstack([sp.csr_matrix(find_counts(x, layer)[1][:]) for x in (a, b)]).tocsr(), var=a.var[[]])
-    x = pca_embedding(both, np.r_[np.asarray(calm_a, bool), np.asarray(calm_b, bool)], None, n_comps)
-    a.obsm[key], b.obsm[key] = x[:a.n_obs], x[a.n_obs:]
+
+    if list(a.var_names) != list(b.var_names):
+        raise ValueError(
+            f"The files have {a.n_vars:,} and {b.n_vars:,} genes in different order or number: "
+            "cut them by shared_genes first."
+        )
+    both = ad.AnnData(
+        sp.vstack([sp.csr_matrix(find_counts(x, layer)[1][:]) for x in (a, b)]).tocsr(),
+        var=a.var[[]],
+    )
+    x = pca_embedding(
+        both, np.r_[np.asarray(calm_a, bool), np.asarray(calm_b, bool)], None, n_comps
+    )
+    a.obsm[key], b.obsm[key] = x[: a.n_obs], x[a.n_obs :]
 
 # %% ../nbs/15b_match.ipynb #1013da43
 def match_files(
-    disease, screen,               # AnnData with raw counts
-    group:str, case:str, control:str, donor:str|None,
-    target:str="target", guide:str="guide", reference:str="non-targeting", # Of the screen
-    model="scemb-small",           # As for `embed`; "pca": `pca_pair`; None: use obsm[key] of both as it is
-    key:str="X_scemb", batch:str|None=None, screen_batch:str|None=None,
-    depth:bool=True, paired:bool=False, minimum:float=.3, min_cells:int=20, layer:str|None=None, seed:int=0,
-    say=lambda line: None, **settings, # Of `correlate`
-)->Match:
+    disease,
+    screen,  # AnnData with raw counts
+    group: str,
+    case: str,
+    control: str,
+    donor: str | None,
+    target: str = "target",
+    guide: str = "guide",
+    reference: str = "non-targeting",  # Of the screen
+    model="scemb-small",  # As for `embed`; "pca": `pca_pair`; None: use obsm[key] of both as it is
+    key: str = "X_scemb",
+    batch: str | None = None,
+    screen_batch: str | None = None,
+    depth: bool = True,
+    paired: bool = False,
+    minimum: float = 0.3,
+    min_cells: int = 20,
+    layer: str | None = None,
+    seed: int = 0,
+    say=lambda line: None,
+    **settings,  # Of `correlate`
+) -> Match:
     "From two AnnData to a match."
     for a, name in ((disease, group), (disease, donor), (screen, target), (screen, guide)):
-        if name is not None: column(a, name, "analysis")        # before any long work
+        if name is not None:
+            column(a, name, "analysis")  # before any long work
     for a, name, values in ((disease, group, (case, control)), (screen, target, (reference,))):
         there = a.obs[name].astype(str)
         for value in values:
-            if not (there == value).any(): raise ValueError(f"No cell has {name} = {value!r}; there are {', '.join(sorted(there.unique())[:8])}.")
+            if not (there == value).any():
+                raise ValueError(
+                    f"No cell has {name} = {value!r}; there are "
+                    f"{', '.join(sorted(there.unique())[:8])}."
+                )
     if model is not None:
-        disease, screen, overlap = shared_genes(disease, screen, minimum, layer=layer); layer = None
-        say(f"{overlap['shared']:,} shared genes, {overlap['share']:.0%} of the smaller file; embedding {disease.n_obs + screen.n_obs:,} cells")
-        if model == "pca": pca_pair(disease, screen, column(disease, group, "groups").astype(str) == control, column(screen, target, "targets").astype(str) == reference, key)
+        disease, screen, overlap = shared_genes(disease, screen, minimum, layer=layer)
+        layer = None
+        say(
+            f"{overlap['shared']:,} shared genes, {overlap['share']:.0%} of the smaller file; "
+            f"embedding {disease.n_obs + screen.n_obs:,} cells"
+        )
+        if model == "pca":
+            pca_pair(
+                disease,
+                screen,
+                column(disease, group, "groups").astype(str) == control,
+                column(screen, target, "targets").astype(str) == reference,
+                key,
+            )
         else:
             from scemb.embed import cell_encoder, embed
+
             encoder = cell_encoder(model, seed=seed)
-            for a in (disease, screen): embed(a, encoder, key=key)
+            for a in (disease, screen):
+                embed(a, encoder, key=key)
     state = donor_shift(disease, group, case, control, donor, key, batch, depth, paired, layer)
-    return correlate(state, screen_shifts(screen, target, guide, reference, key, screen_batch, depth, min_cells, layer), seed=seed, **settings)
+    return correlate(
+        state,
+        screen_shifts(screen, target, guide, reference, key, screen_batch, depth, min_cells, layer),
+        seed=seed,
+        **settings,
+    )

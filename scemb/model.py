@@ -17,7 +17,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
@@ -26,35 +32,64 @@ from .chunked_loss import hidden_gene_loss
 # %% ../nbs/06_model.ipynb #9e98eb16
 class ScembConfig(PreTrainedConfig):
     "Size and shape of the model; defaults from Hsieh et al., Methods, with BERT's names."
+
     model_type = "scemb"
 
-    def __init__(self,
-        vocab_size:int=20_000,                      # Tokens: 4 special ones and the genes; set from the vocabulary
-        hidden_size:int=768,                        # Width D
-        num_hidden_layers:int=12,                   # Layers
-        num_attention_heads:int=12,                 # Heads H; D must be a multiple
-        intermediate_size:int=3072,                 # Width of the feed-forward layer
-        hidden_act:str="gelu",                      # Activation
-        hidden_dropout_prob:float=.1,               # Dropout after embeddings, attention and feed-forward
-        attention_probs_dropout_prob:float=.1,      # Dropout on attention weights
-        max_position_embeddings:int=2048,           # Longest cell in tokens; position = rank
-        type_vocab_size:int=101,                    # Expression bins 1-100, and 0
-        initializer_range:float=.02,                # Standard deviation of initial weights
-        layer_norm_eps:float=1e-12,                 # As in BERT
-        pad_token_id:int=0, tie_word_embeddings:bool=True,
-        vocabulary_hash:str|None=None,              # Of the gene vocabulary that the weights belong to
-        **kwargs):
-        if hidden_size % num_attention_heads: raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}; change one of them.")
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size, self.hidden_act = num_attention_heads, intermediate_size, hidden_act
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
-        self.max_position_embeddings, self.type_vocab_size = max_position_embeddings, type_vocab_size
-        self.initializer_range, self.layer_norm_eps, self.vocabulary_hash = initializer_range, layer_norm_eps, vocabulary_hash
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+    def __init__(
+        self,
+        vocab_size: int = 20_000,  # Tokens: 4 special ones and the genes; set from the vocabulary
+        hidden_size: int = 768,  # Width D
+        num_hidden_layers: int = 12,  # Layers
+        num_attention_heads: int = 12,  # Heads H; D must be a multiple
+        intermediate_size: int = 3072,  # Width of the feed-forward layer
+        hidden_act: str = "gelu",  # Activation
+        hidden_dropout_prob: float = 0.1,  # Dropout after embeddings, attention and feed-forward
+        attention_probs_dropout_prob: float = 0.1,  # Dropout on attention weights
+        max_position_embeddings: int = 2048,  # Longest cell in tokens; position = rank
+        type_vocab_size: int = 101,  # Expression bins 1-100, and 0
+        initializer_range: float = 0.02,  # Standard deviation of initial weights
+        layer_norm_eps: float = 1e-12,  # As in BERT
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        vocabulary_hash: str | None = None,  # Of the gene vocabulary that the weights belong to
+        **kwargs,
+    ):
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} is not a multiple of "
+                f"num_attention_heads={num_attention_heads}; change one of them."
+            )
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = (
+            vocab_size,
+            hidden_size,
+            num_hidden_layers,
+        )
+        self.num_attention_heads, self.intermediate_size, self.hidden_act = (
+            num_attention_heads,
+            intermediate_size,
+            hidden_act,
+        )
+        self.hidden_dropout_prob, self.attention_probs_dropout_prob = (
+            hidden_dropout_prob,
+            attention_probs_dropout_prob,
+        )
+        self.max_position_embeddings, self.type_vocab_size = (
+            max_position_embeddings,
+            type_vocab_size,
+        )
+        self.initializer_range, self.layer_norm_eps, self.vocabulary_hash = (
+            initializer_range,
+            layer_norm_eps,
+            vocabulary_hash,
+        )
+        super().__init__(
+            pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+        )
 
 # %% ../nbs/06_model.ipynb #04e0f6f7
 class Embeddings(nn.Module):
     "Gene + bin + rank, summed and normalised."
+
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
@@ -64,8 +99,12 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, bins, position_ids): # each (B, L) -> (B, L, D)
-        x_BLD = self.word_embeddings(input_ids) + self.token_type_embeddings(bins) + self.position_embeddings(position_ids)
+    def forward(self, input_ids, bins, position_ids):  # each (B, L) -> (B, L, D)
+        x_BLD = (
+            self.word_embeddings(input_ids)
+            + self.token_type_embeddings(bins)
+            + self.position_embeddings(position_ids)
+        )
         return self.dropout(self.LayerNorm(x_BLD))
 
 # %% ../nbs/06_model.ipynb #ec54c3e5
@@ -73,15 +112,17 @@ class Embeddings(nn.Module):
 VARLEN = find_spec("torch.nn.attention.varlen") is not None
 FLASH = find_spec("flash_attn") is not None
 
+
 class Segments(NamedTuple):
     "Where the cells of an unpadded row lie, known to the host, so that no layer waits for a GPU."
-    cu: torch.Tensor     # (cells + 1,) int32: where each cell begins, and the end
-    longest: int         # Tokens of the longest cell
-    lengths: list|None   # Tokens of each cell; None on a GPU, where kernels need no list
-    flash: bool=False    # Whether the device has kernels for rows of cells
+
+    cu: torch.Tensor  # (cells + 1,) int32: where each cell begins, and the end
+    longest: int  # Tokens of the longest cell
+    lengths: list | None  # Tokens of each cell; None on a GPU, where kernels need no list
+    flash: bool = False  # Whether the device has kernels for rows of cells
 
     @classmethod
-    def of(cls, lengths, device="cpu"): # tokens of each cell (cells,), on the host -> Segments
+    def of(cls, lengths, device="cpu"):  # tokens of each cell (cells,), on the host -> Segments
         "Boundaries of cells whose lengths the host knows."
         lengths = [int(n) for n in lengths]
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -89,10 +130,12 @@ class Segments(NamedTuple):
         cu = ends.pin_memory().to(device, non_blocking=True) if on_gpu else ends.to(device)
         return cls(cu, max(lengths, default=0), None if on_gpu else lengths, has_flash(cu.device))
 
+
 def segments(
-    cu_seqlens,       # (cells + 1,) integers, or Segments
-    longest=None,     # Tokens of the longest cell, where the host knows; else it is read from cu_seqlens
-)->Segments:
+    cu_seqlens,  # (cells + 1,) integers, or Segments
+    # Tokens of the longest cell, where the host knows; else it is read from cu_seqlens
+    longest=None,
+) -> Segments:
     "Read the boundaries of cells once a forward pass, not once a layer."
     if isinstance(cu_seqlens, Segments):
         return cu_seqlens
@@ -104,23 +147,28 @@ def segments(
     flash = has_flash(cu_seqlens.device)
     return Segments(cu_seqlens.int(), int(longest), None if on_gpu else lengths, flash)
 
+
 @lru_cache(16)
-def has_flash(device)->bool: # A torch device
+def has_flash(device) -> bool:  # A torch device
     "Whether a device has flash kernels: CUDA of capability 8.0 (Ampere) and newer."
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
-def owner_of_tokens(cu, total): # boundaries (cells + 1,), tokens in all -> number of each token's cell (total,)
+
+def owner_of_tokens(
+    cu, total
+):  # boundaries (cells + 1,), tokens in all -> number of each token's cell (total,)
     "Which cell each token of an unpadded row belongs to."
     cells = torch.arange(len(cu) - 1, device=cu.device)
     return torch.repeat_interleave(cells, cu.diff(), output_size=total)
 
+
 def attention_kernel(
-    device:str,       # "cpu", "cuda" ...
-    dtype,            # Of queries, keys and values
-    dropout=0.,       # On attention weights
-    head_width=64,    # Width of a head
-    flash=True,       # Whether the CUDA device has flash kernels, see `has_flash`
-)->str:               # "varlen", "flash_attn", "padded" or "cells"
+    device: str,  # "cpu", "cuda" ...
+    dtype,  # Of queries, keys and values
+    dropout=0.0,  # On attention weights
+    head_width=64,  # Width of a head
+    flash=True,  # Whether the CUDA device has flash kernels, see `has_flash`
+) -> str:  # "varlen", "flash_attn", "padded" or "cells"
     "Which kernel attends within the cells of an unpadded row."
     if device != "cuda":
         return "cells"
@@ -132,7 +180,8 @@ def attention_kernel(
             return "flash_attn"
     return "padded"
 
-def _padded_attention(q_THd, k_THd, v_THd, s, dropout): # -> (T, H, d)
+
+def _padded_attention(q_THd, k_THd, v_THd, s, dropout):  # -> (T, H, d)
     "Lay the cells out as padded rows: for full precision, dropout and older devices."
     lengths = s.cu.diff()
     n_tokens = q_THd.shape[0]
@@ -146,60 +195,79 @@ def _padded_attention(q_THd, k_THd, v_THd, s, dropout): # -> (T, H, d)
     places = torch.arange(s.longest, device=lengths.device)
     mask_B11L = (places < lengths[:, None])[:, None, None]
     out_BHLd = F.scaled_dot_product_attention(
-        pad(q_THd), pad(k_THd), pad(v_THd), attn_mask=mask_B11L, dropout_p=dropout)
+        pad(q_THd), pad(k_THd), pad(v_THd), attn_mask=mask_B11L, dropout_p=dropout
+    )
     return out_BHLd.transpose(1, 2)[cell_T, place_T]
 
-def _by_kernel(kernel, q_THd, k_THd, v_THd, s, dropout): # -> (T, H, d)
+
+def _by_kernel(kernel, q_THd, k_THd, v_THd, s, dropout):  # -> (T, H, d)
     "Attention within the cells of a row by one of the GPU kernels."
+
     # the kernels take any strides but the last
-    whole = lambda x_THd: x_THd if x_THd.stride(-1) == 1 else x_THd.contiguous()
+    def whole(x_THd):
+        return x_THd if x_THd.stride(-1) == 1 else x_THd.contiguous()
+
     q_THd, k_THd, v_THd = whole(q_THd), whole(k_THd), whole(v_THd)
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
+
         return varlen_attn(q_THd, k_THd, v_THd, s.cu, s.cu, s.longest, s.longest)
     if kernel == "flash_attn":
         from flash_attn import flash_attn_varlen_func
+
         return flash_attn_varlen_func(
-            q_THd, k_THd, v_THd, s.cu, s.cu, s.longest, s.longest, dropout_p=dropout)
+            q_THd, k_THd, v_THd, s.cu, s.cu, s.longest, s.longest, dropout_p=dropout
+        )
     return _padded_attention(q_THd, k_THd, v_THd, s, dropout)
 
 # %% ../nbs/06_model.ipynb #7379c64a
-def _attend_unpadded(q_HTd, k_HTd, v_HTd, cu_seqlens, dropout): # (H, T, d) each -> (H, T, d)
+def _attend_unpadded(q_HTd, k_HTd, v_HTd, cu_seqlens, dropout):  # (H, T, d) each -> (H, T, d)
     "Attention within each segment of a flat row of cells."
     s = segments(cu_seqlens)
     kernel = attention_kernel(q_HTd.device.type, q_HTd.dtype, dropout, q_HTd.shape[-1], s.flash)
     if kernel != "cells":
         q_THd, k_THd, v_THd = (x.transpose(0, 1) for x in (q_HTd, k_HTd, v_HTd))
         return _by_kernel(kernel, q_THd, k_THd, v_THd, s, dropout).transpose(0, 1)
-    if len(set(s.lengths)) == 1:                                         # equal lengths: one call for all
-        fold = lambda x: x.unflatten(1, (len(s.lengths), s.longest)).transpose(0, 1)
+    if len(set(s.lengths)) == 1:  # equal lengths: one call for all
+
+        def fold(x):
+            return x.unflatten(1, (len(s.lengths), s.longest)).transpose(0, 1)
+
         out = F.scaled_dot_product_attention(
-            fold(q_HTd), fold(k_HTd), fold(v_HTd), dropout_p=dropout)
+            fold(q_HTd), fold(k_HTd), fold(v_HTd), dropout_p=dropout
+        )
         return out.transpose(0, 1).flatten(1, 2)
     cells = zip(*(x[None].split(s.lengths, dim=2) for x in (q_HTd, k_HTd, v_HTd)))
     outs = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)[0] for q, k, v in cells]
     return torch.cat(outs, dim=1)
 
-def _attend(q_BHLd, k_BHLd, v_BHLd, mask, dropout, want_weights): # mask (B, 1, L, K), boolean or None
+
+def _attend(q_BHLd, k_BHLd, v_BHLd, mask, dropout, want_weights):
+    # mask (B, 1, L, K), boolean or None
     "Padded attention by SDPA; written out when the weights are wanted, which SDPA cannot give."
     if not want_weights:
-        return F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, attn_mask=mask, dropout_p=dropout), None
+        return F.scaled_dot_product_attention(
+            q_BHLd, k_BHLd, v_BHLd, attn_mask=mask, dropout_p=dropout
+        ), None
     scores_BHLK = q_BHLd @ k_BHLd.transpose(-1, -2) / math.sqrt(q_BHLd.shape[-1])
-    if mask is not None: scores_BHLK = scores_BHLK.masked_fill(~mask, torch.finfo(scores_BHLK.dtype).min)
+    if mask is not None:
+        scores_BHLK = scores_BHLK.masked_fill(~mask, torch.finfo(scores_BHLK.dtype).min)
     weights_BHLK = F.dropout(scores_BHLK.softmax(-1), dropout)
     return weights_BHLK @ v_BHLd, weights_BHLK
 
+
 class SelfAttention(nn.Module):
     "Queries, keys and values of H heads."
+
     def __init__(self, config, layer_idx):
         super().__init__()
         D = config.hidden_size
         self.heads, self.layer_idx = config.num_attention_heads, layer_idx
         self.dropout = config.attention_probs_dropout_prob
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-        self.fused = None           # one product for all three; None: on a GPU
+        self.fused = None  # one product for all three; None: on a GPU
 
-    def projected(self, x_BLD): # -> queries, keys, values, each (B, L, D)
+    def projected(self, x_BLD):  # -> queries, keys, values, each (B, L, D)
         """Three products; or one with the weights side by side.
 
         A GPU launches and casts once instead of three times. Adapted layers (LoRA) keep theirs.
@@ -213,9 +281,11 @@ class SelfAttention(nn.Module):
         return F.linear(x_BLD, weight, bias).chunk(3, -1)
 
     def forward(self, x_BLD, mask=None, cu_seqlens=None, past_key_values=None, want_weights=False):
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        def split(x):
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
         q_BHLd, k_BHLd, v_BHLd = (split(x) for x in self.projected(x_BLD))
-        dropout = self.dropout if self.training else 0.
+        dropout = self.dropout if self.training else 0.0
         if cu_seqlens is not None:
             row = _attend_unpadded(q_BHLd[0], k_BHLd[0], v_BHLd[0], cu_seqlens, dropout)
             out, weights = row[None], None
@@ -225,52 +295,66 @@ class SelfAttention(nn.Module):
             out, weights = _attend(q_BHLd, k_BHLd, v_BHLd, mask, dropout, want_weights)
         return out.transpose(1, 2).flatten(2), weights
 
-
 # %% ../nbs/06_model.ipynb #585f2767
 class AddNorm(nn.Module):
     "Project, drop out, add the input, normalise."
+
     def __init__(self, config, d_in):
         super().__init__()
         self.dense = nn.Linear(d_in, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-    def forward(self, x, residual): return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
 
 def _activation(name):
     from transformers.activations import ACT2FN
+
     return ACT2FN[name]
+
 
 class Layer(GradientCheckpointingLayer):
     "Self-attention, then a feed-forward network, each added to its input and normalised."
+
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.attention = nn.ModuleDict(dict(self=SelfAttention(config, layer_idx), output=AddNorm(config, config.hidden_size)))
-        self.intermediate = nn.ModuleDict(dict(dense=nn.Linear(config.hidden_size, config.intermediate_size)))
+        self.attention = nn.ModuleDict(
+            dict(self=SelfAttention(config, layer_idx), output=AddNorm(config, config.hidden_size))
+        )
+        self.intermediate = nn.ModuleDict(
+            dict(dense=nn.Linear(config.hidden_size, config.intermediate_size))
+        )
         self.output = AddNorm(config, config.intermediate_size)
         self.act = _activation(config.hidden_act)
 
     def forward(self, x_BLD, mask=None, cu_seqlens=None, past_key_values=None, want_weights=False):
-        attended, weights = self.attention["self"](x_BLD, mask, cu_seqlens, past_key_values, want_weights)
+        attended, weights = self.attention["self"](
+            x_BLD, mask, cu_seqlens, past_key_values, want_weights
+        )
         x_BLD = self.attention["output"](attended, x_BLD)
         return self.output(self.act(self.intermediate["dense"](x_BLD)), x_BLD), weights
 
 # %% ../nbs/06_model.ipynb #7ce8ac22
 def ranks_of_segments(
-    cu_seqlens,   # (cells + 1,) integers, or Segments
-    total=None,   # Tokens in all, where the host knows; else it is read from cu_seqlens
-):                # Positions (1, T): 0, 1, ... anew in each cell
+    cu_seqlens,  # (cells + 1,) integers, or Segments
+    total=None,  # Tokens in all, where the host knows; else it is read from cu_seqlens
+):  # Positions (1, T): 0, 1, ... anew in each cell
     "Ranks of an unpadded row of cells."
     cu = cu_seqlens.cu if isinstance(cu_seqlens, Segments) else cu_seqlens
     total = int(cu[-1]) if total is None else total
     first_T = torch.repeat_interleave(cu[:-1], cu.diff(), output_size=total)
     return (torch.arange(total, device=cu.device) - first_T)[None]
 
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
+
 def chosen_precision(
-    precision:str,  # "auto", "fp32", "bf16" or "fp16"
-    device,         # A torch device or its name
-)->str:             # "fp32", "bf16" or "fp16"
+    precision: str,  # "auto", "fp32", "bf16" or "fp16"
+    device,  # A torch device or its name
+) -> str:  # "fp32", "bf16" or "fp16"
     "What `auto` means: bf16 on a GPU that computes in it (Ampere and newer), fp32 elsewhere."
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}; choose one of {PRECISIONS}.")
@@ -280,39 +364,48 @@ def chosen_precision(
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return "bf16" if on_gpu and has_flash(device) else "fp32"
 
+
 def autocast(
-    device,         # A torch device or its name
-    precision:str,  # From `chosen_precision`
-):                  # Context manager
+    device,  # A torch device or its name
+    precision: str,  # From `chosen_precision`
+):  # Context manager
     "Products in 16 bits where the precision asks for them; weights stay as they are."
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32")
 
+
 def slow_attention(
-    config:ScembConfig,
-    device,             # Name of the device's type
-    precision:str,      # fp32, bf16 or fp16
-    flash=None,         # Whether the device has flash kernels; None: ask it
-):                      # A sentence, or None
+    config: ScembConfig,
+    device,  # Name of the device's type
+    precision: str,  # fp32, bf16 or fp16
+    flash=None,  # Whether the device has flash kernels; None: ask it
+):  # A sentence, or None
     "Say why training on a GPU would lay cells out as padded rows, and what to change."
     if device != "cuda":
         return None
     flash = has_flash(torch.device(device, 0)) if flash is None else flash
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
     dropout = config.attention_probs_dropout_prob
-    head_width = config.hidden_size//config.num_attention_heads
+    head_width = config.hidden_size // config.num_attention_heads
     if attention_kernel(device, dtype, dropout, head_width, flash) != "padded":
         return None
-    why = (f"attention_dropout is {dropout:g}, which the kernel for rows of cells does not have: set it to 0" if dropout else
-           "precision is fp32: use bf16" if precision == "fp32" else
-           f"a head is {head_width} wide: use a multiple of 8" if head_width % 8 else
-           "the device or this torch has no such kernel (it needs capability 8.0 and torch 2.10)")
+    why = (
+        f"attention_dropout is {dropout:g}, which the kernel for rows of cells does not have: "
+        "set it to 0"
+        if dropout
+        else "precision is fp32: use bf16"
+        if precision == "fp32"
+        else f"a head is {head_width} wide: use a multiple of 8"
+        if head_width % 8
+        else "the device or this torch has no such kernel (it needs capability 8.0 and torch 2.10)"
+    )
     return f"Attention will run on padded rows, which is more than twice its work: {why}."
 
+
 def compile_layers(
-    model,               # A model with `bert` inside, or the encoder itself
+    model,  # A model with `bert` inside, or the encoder itself
     backend="inductor",  # Of torch.compile
-):                       # The same model
+):  # The same model
     """Compile each encoder layer for all lengths at once.
 
     The layers are one graph without a break; the whole model is not, since the layout of a
@@ -320,65 +413,86 @@ def compile_layers(
     """
     encoder = getattr(model, "bert", model)
     # all layers share one piece of code: each is a graph of its own, so the limit must hold them
-    limit = 4*len(encoder.encoder["layer"]) + 8
+    limit = 4 * len(encoder.encoder["layer"]) + 8
     torch._dynamo.config.cache_size_limit = max(limit, torch._dynamo.config.cache_size_limit)
     for layer in encoder.encoder["layer"]:
         layer.compile(dynamic=True, backend=backend)
     return model
 
+
 class ScembPreTrainedModel(PreTrainedModel):
     "Shared by the encoder and the heads: initialisation, saving, loading."
+
     config_class, base_model_prefix = ScembConfig, "bert"
     supports_gradient_checkpointing, _supports_sdpa = True, True
     _no_split_modules = ["Layer"]
 
+
 def key_mask(
-    attention_mask, # (B, K), 1 for keys that may be seen; or (B, 1, L, K), true for them
-    n_keys:int,     # Keys of each row: tokens, and those of a prefix before them
-):                  # Boolean, broadcast to (B, H, L, K)
-    "Which keys a query may see. Whether it is all of them is not asked: a GPU would have to answer."
+    attention_mask,  # (B, K), 1 for keys that may be seen; or (B, 1, L, K), true for them
+    n_keys: int,  # Keys of each row: tokens, and those of a prefix before them
+):  # Boolean, broadcast to (B, H, L, K)
+    """Which keys a query may see. Whether it is all of them is not asked: a GPU would have to
+    answer."""
     if attention_mask.shape[-1] != n_keys:
         raise ValueError(
             f"attention_mask has {attention_mask.shape[-1]} columns; wanted {n_keys}, one a key, "
-            "those of the prefix first.")
+            "those of the prefix first."
+        )
     mask = attention_mask.bool()
     return mask[:, None, None] if mask.dim() == 2 else mask
 
-def _check_row(input_ids, cells): # a row must be as long as its cells are together
+
+def _check_row(input_ids, cells):  # a row must be as long as its cells are together
     "Checked where the host knows the lengths; on a GPU the host trusts the batch."
-    if input_ids.shape[0] == 1 and (cells.lengths is None or sum(cells.lengths) == input_ids.shape[1]):
+    if input_ids.shape[0] == 1 and (
+        cells.lengths is None or sum(cells.lengths) == input_ids.shape[1]
+    ):
         return
     total = int(cells.cu[-1])
     raise ValueError(
-        f"Unpadded input has shape (1, {total}) by cu_seqlens; found {tuple(input_ids.shape)}.")
+        f"Unpadded input has shape (1, {total}) by cu_seqlens; found {tuple(input_ids.shape)}."
+    )
+
 
 class ScembModel(ScembPreTrainedModel):
     "The encoder: tokens in, one vector a token out."
+
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict(dict(layer=nn.ModuleList([Layer(config, i) for i in range(config.num_hidden_layers)])))
+        self.encoder = nn.ModuleDict(
+            dict(layer=nn.ModuleList([Layer(config, i) for i in range(config.num_hidden_layers)]))
+        )
         self.post_init()
 
-    def get_input_embeddings(self): return self.embeddings.word_embeddings
-    def set_input_embeddings(self, value): self.embeddings.word_embeddings = value
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
 
-    def forward(self,
-        input_ids,                  # Tokens, (B, L), or (1, T) with cu_seqlens
-        bins=None,                  # Expression bins, same shape; None: 0 everywhere
-        position_ids=None,          # Ranks, same shape; None: 0, 1, ... in each cell
-        attention_mask=None,        # (B, L), 1 for real tokens; not with cu_seqlens
-        cu_seqlens=None,            # (cells + 1,) integers or Segments: where each cell of an unpadded row begins, and the end
-        past_key_values=None,       # Cache with prefix keys and values (prefix tuning)
-        output_hidden_states=False, # Also return the L + 1 hidden states
-        output_attentions=False,    # Also return attention weights (padded input only)
-        longest=None,               # Tokens of the longest cell; with cu_seqlens on a GPU it saves a wait
-        **kwargs):                  # -> BaseModelOutput
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids,  # Tokens, (B, L), or (1, T) with cu_seqlens
+        bins=None,  # Expression bins, same shape; None: 0 everywhere
+        position_ids=None,  # Ranks, same shape; None: 0, 1, ... in each cell
+        attention_mask=None,  # (B, L), 1 for real tokens; not with cu_seqlens
+        # (cells + 1,) integers or Segments: where each cell of an unpadded row begins, and the end
+        cu_seqlens=None,
+        past_key_values=None,  # Cache with prefix keys and values (prefix tuning)
+        output_hidden_states=False,  # Also return the L + 1 hidden states
+        output_attentions=False,  # Also return attention weights (padded input only)
+        longest=None,  # Tokens of the longest cell; with cu_seqlens on a GPU it saves a wait
+        **kwargs,
+    ):  # -> BaseModelOutput
         "Encode cells."
         cells = None
         if cu_seqlens is not None:
             if output_attentions or past_key_values is not None:
-                raise ValueError("Attention weights and prefixes need padded input; leave cu_seqlens out.")
+                raise ValueError(
+                    "Attention weights and prefixes need padded input; leave cu_seqlens out."
+                )
             cells = segments(cu_seqlens, longest)
             _check_row(input_ids, cells)
         if bins is None:
@@ -396,22 +510,33 @@ class ScembModel(ScembPreTrainedModel):
         states, weights = (x_BLD,), ()
         for layer in self.encoder["layer"]:
             x_BLD, w = layer(x_BLD, mask, cells, past_key_values, output_attentions)
-            if output_hidden_states: states += (x_BLD,)
-            if output_attentions: weights += (w,)
-        return BaseModelOutput(last_hidden_state=x_BLD, hidden_states=states if output_hidden_states else None, attentions=weights if output_attentions else None)
+            if output_hidden_states:
+                states += (x_BLD,)
+            if output_attentions:
+                weights += (w,)
+        return BaseModelOutput(
+            last_hidden_state=x_BLD,
+            hidden_states=states if output_hidden_states else None,
+            attentions=weights if output_attentions else None,
+        )
 
 # %% ../nbs/06_model.ipynb #76e31611
 class Decoder(nn.Linear):
     "Scores of all genes; or, given the true ones, their loss without the scores."
-    def forward(self, x_HD, true=None): # (hidden, D), and (hidden,) tokens -> (hidden, V), or the summed loss
+
+    def forward(
+        self, x_HD, true=None
+    ):  # (hidden, D), and (hidden,) tokens -> (hidden, V), or the summed loss
         if true is None:
             return super().forward(x_HD)
         # what is worked off at a time fits a processor's cache; a GPU wants larger products
         chunk = 4096 if x_HD.is_cuda else 256
         return hidden_gene_loss(x_HD, self.weight, self.bias, true, chunk)
 
+
 class PredictionHead(nn.Module):
     "Transform, then score every gene of the vocabulary."
+
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
@@ -421,13 +546,18 @@ class PredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.act = _activation(config.hidden_act)
 
-    def forward(self, x, true=None): # see `Decoder`
+    def forward(self, x, true=None):  # see `Decoder`
         x = self.transform["LayerNorm"](self.act(self.transform["dense"](x)))
         return self.decoder(x, true)
 
+
 class ScembForMaskedLM(ScembPreTrainedModel):
     "The encoder with the masked-gene head."
-    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"}
+
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
     accepts_loss_kwargs = True
 
     def __init__(self, config):
@@ -436,25 +566,46 @@ class ScembForMaskedLM(ScembPreTrainedModel):
         self.cls = nn.ModuleDict(dict(predictions=PredictionHead(config)))
         self.post_init()
 
-    def get_output_embeddings(self): return self.cls["predictions"].decoder
-    def set_output_embeddings(self, new): self.cls["predictions"].decoder = new; self.cls["predictions"].bias = new.bias
+    def get_output_embeddings(self):
+        return self.cls["predictions"].decoder
 
-    def forward(self, input_ids, bins=None, position_ids=None, attention_mask=None,
-        labels=None,             # True tokens at masked positions, -100 elsewhere; same shape as input_ids
-        num_items_in_batch=None, # Masked genes of the whole (accumulated, distributed) batch; None: of this one
-        cell_weight=0.,          # Weight of the cell term, see below (unpadded input with labels); 0: the paper's objective
-        hidden=None,             # (hidden,) int64: flat places of the masked genes, where the host knows; saves a wait on a GPU
-        **kwargs):               # -> MaskedLMOutput; logits (B, L, V) without labels, (masked, V) with them, None in training
+    def set_output_embeddings(self, new):
+        self.cls["predictions"].decoder = new
+        self.cls["predictions"].bias = new.bias
+
+    def forward(
+        self,
+        input_ids,
+        bins=None,
+        position_ids=None,
+        attention_mask=None,
+        labels=None,  # True tokens at masked positions, -100 elsewhere; same shape as input_ids
+        # Masked genes of the whole (accumulated, distributed) batch; None: of this one
+        num_items_in_batch=None,
+        # Weight of the cell term, see below (unpadded input with labels); 0: the paper's objective
+        cell_weight=0.0,
+        # (hidden,) int64: flat places of the masked genes, where the host knows; saves a wait on a
+        # GPU
+        hidden=None,
+        **kwargs,
+        # -> MaskedLMOutput; logits (B, L, V) without labels, (masked, V) with them, None in
+        # training
+    ):
         "Score genes; with labels, only at masked positions, and return the loss."
         if cell_weight:
             if labels is None or kwargs.get("cu_seqlens") is None:
-                raise ValueError(f"cell_weight={float(cell_weight):g} needs labels and unpadded input (cu_seqlens).")
+                raise ValueError(
+                    f"cell_weight={float(cell_weight):g} needs labels and unpadded input "
+                    "(cu_seqlens)."
+                )
             kwargs["output_hidden_states"] = True
         out = self.bert(input_ids, bins, position_ids, attention_mask, **kwargs)
         head = self.cls["predictions"]
         if labels is None:
             logits = head(out.last_hidden_state)
-            return MaskedLMOutput(logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
+            return MaskedLMOutput(
+                logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+            )
         if hidden is None:
             hidden = (labels.flatten() != -100).nonzero()[:, 0]
         true = labels.flatten().index_select(0, hidden)
@@ -462,27 +613,32 @@ class ScembForMaskedLM(ScembPreTrainedModel):
         n = num_items_in_batch if num_items_in_batch is not None else max(len(hidden), 1)
         logits = None if self.training else head(x_HD)
         if self.training:
-            loss = head(x_HD, true)/n
+            loss = head(x_HD, true) / n
         else:
-            loss = F.cross_entropy(logits.float(), true, reduction="sum")/n
+            loss = F.cross_entropy(logits.float(), true, reduction="sum") / n
         if cell_weight:
             cu = kwargs["cu_seqlens"]
-            loss = loss + cell_weight*self.cell_loss(out.hidden_states, true, hidden, cu)/n
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
+            loss = loss + cell_weight * self.cell_loss(out.hidden_states, true, hidden, cu) / n
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
 
-    def cell_loss(self,
-        states,      # Hidden states, layers + 1 times (1, T, D)
-        true,        # Masked genes (hidden,)
-        hidden,      # Their flat places (hidden,)
-        cu_seqlens): # (cells + 1,) integers or Segments -> sum over the masked genes
+    def cell_loss(
+        self,
+        states,  # Hidden states, layers + 1 times (1, T, D)
+        true,  # Masked genes (hidden,)
+        hidden,  # Their flat places (hidden,)
+        cu_seqlens,
+    ):  # (cells + 1,) integers or Segments -> sum over the masked genes
         "Guess the hidden genes of a cell from its mean vector alone, through the same head."
         cu = cu_seqlens.cu if isinstance(cu_seqlens, Segments) else cu_seqlens
         x_TD = torch.stack(states[1:]).mean(0)[0]
         cell_T = owner_of_tokens(cu, len(x_TD))
         total_CD = x_TD.new_zeros(len(cu) - 1, x_TD.shape[1]).index_add(0, cell_T, x_TD)
-        mean_CD = total_CD/cu.diff()[:, None].clamp(min=1)
+        mean_CD = total_CD / cu.diff()[:, None].clamp(min=1)
         log_p_CV = F.log_softmax(self.cls["predictions"](mean_CD).float(), 1)
         return -log_p_CV[cell_T[hidden], true].sum()
+
 
 AutoConfig.register("scemb", ScembConfig, exist_ok=True)
 AutoModel.register(ScembConfig, ScembModel, exist_ok=True)

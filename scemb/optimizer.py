@@ -10,30 +10,32 @@ import torch
 
 # %% ../nbs/06d_optimizer.ipynb #d6optim
 def grouped_weights(
-    model:torch.nn.Module, # With an encoder of layers
-)->dict:                   # Lists of weights: "matrices", "decayed" and "plain"
+    model: torch.nn.Module,  # With an encoder of layers
+) -> dict:  # Lists of weights: "matrices", "decayed" and "plain"
     "Sort the trainable weights of a model by how they are trained."
     groups = dict(matrices=[], decayed=[], plain=[])
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
         if weight.ndim < 2:
-            groups["plain"].append(weight)       # biases and normalisations
+            groups["plain"].append(weight)  # biases and normalisations
         elif weight.ndim == 2 and "encoder.layer." in name:
             groups["matrices"].append(weight)
         else:
-            groups["decayed"].append(weight)     # embeddings and head
+            groups["decayed"].append(weight)  # embeddings and head
     return groups
 
 # %% ../nbs/06d_optimizer.ipynb #d9optim
 class MuonAdamW(torch.optim.Optimizer):
     "Muon for matrices and AdamW for other weights, as one optimizer."
-    def __init__(self,
-        adamw_groups:list,      # Groups of weights as `torch.optim.AdamW` takes them
-        matrices:list,          # Weights of two dimensions
-        learning_rate:float,    # Peak, of AdamW
-        matrix_rate:float,      # Peak, of Muon
-        weight_decay:float,     # Of the matrices; that of the other groups stands in them
+
+    def __init__(
+        self,
+        adamw_groups: list,  # Groups of weights as `torch.optim.AdamW` takes them
+        matrices: list,  # Weights of two dimensions
+        learning_rate: float,  # Peak, of AdamW
+        matrix_rate: float,  # Peak, of Muon
+        weight_decay: float,  # Of the matrices; that of the other groups stands in them
     ):
         self.adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, fused=True)
         self.muon = torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=weight_decay)
@@ -65,27 +67,33 @@ class MuonAdamW(torch.optim.Optimizer):
 # %% ../nbs/06d_optimizer.ipynb #e0optim
 OPTIMIZERS = ("adamw", "muon")
 
+
 def make_optimizer(
-    model:torch.nn.Module,      # Its trainable weights are taken
-    name:str="adamw",           # "adamw", or "muon" for the matrices of the layers
-    learning_rate:float=1e-3,   # Peak, of AdamW
-    matrix_rate:float=.02,      # Peak, of Muon
-    weight_decay:float=.001,    # Not of biases and normalisations
-)->torch.optim.Optimizer:       # To be stepped, scheduled and saved as one
+    model: torch.nn.Module,  # Its trainable weights are taken
+    name: str = "adamw",  # "adamw", or "muon" for the matrices of the layers
+    learning_rate: float = 1e-3,  # Peak, of AdamW
+    matrix_rate: float = 0.02,  # Peak, of Muon
+    weight_decay: float = 0.001,  # Not of biases and normalisations
+) -> torch.optim.Optimizer:  # To be stepped, scheduled and saved as one
     "Make the optimizer of a training run."
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r}; choose one of {OPTIMIZERS}.")
     groups = grouped_weights(model)
-    without_decay = dict(params=groups["plain"], weight_decay=0.)
+    without_decay = dict(params=groups["plain"], weight_decay=0.0)
     if name == "adamw":
         with_decay = dict(params=groups["decayed"] + groups["matrices"], weight_decay=weight_decay)
         return torch.optim.AdamW([with_decay, without_decay], lr=learning_rate, fused=True)
     if not hasattr(torch.optim, "Muon"):
-        raise ImportError(f"torch {torch.__version__} has no Muon; install torch 2.9 or newer, "
-                          "or choose optimizer = 'adamw'.")
+        raise ImportError(
+            f"torch {torch.__version__} has no Muon; install torch 2.9 or newer, "
+            "or choose optimizer = 'adamw'."
+        )
     if not groups["matrices"]:
-        raise ValueError("Muon trains the matrices of encoder layers, and the model has no "
-                         "trainable one; choose optimizer = 'adamw'.")
+        raise ValueError(
+            "Muon trains the matrices of encoder layers, and the model has no "
+            "trainable one; choose optimizer = 'adamw'."
+        )
     with_decay = dict(params=groups["decayed"], weight_decay=weight_decay)
-    return MuonAdamW([with_decay, without_decay], groups["matrices"],
-                     learning_rate, matrix_rate, weight_decay)
+    return MuonAdamW(
+        [with_decay, without_decay], groups["matrices"], learning_rate, matrix_rate, weight_decay
+    )

@@ -14,16 +14,18 @@ import numpy as np
 
 # %% ../nbs/06b_orders.ipynb #fb91cd6a
 def epoch_order(
-    n_cells:int, # Cells in the token set
-    seed:int=0,  # Of the run
-    epoch:int=0, # Each epoch has its own order
-    blocks:int=0, # Consecutive cells that stay near each other; 0: none
-    pool:int=1_048_576, # Cells that are shuffled together, where there are blocks
-)->np.ndarray:   # A permutation of the cells, int32 (int64 from 2^31 cells)
+    n_cells: int,  # Cells in the token set
+    seed: int = 0,  # Of the run
+    epoch: int = 0,  # Each epoch has its own order
+    blocks: int = 0,  # Consecutive cells that stay near each other; 0: none
+    pool: int = 1_048_576,  # Cells that are shuffled together, where there are blocks
+) -> np.ndarray:  # A permutation of the cells, int32 (int64 from 2^31 cells)
     "The random order in which an epoch visits the cells."
     if blocks < 0 or pool < 1:
-        raise ValueError(f"blocks={blocks}, pool={pool}; blocks of at least 0 cells (0: none) "
-                         "and a pool of at least 1 cell are needed.")
+        raise ValueError(
+            f"blocks={blocks}, pool={pool}; blocks of at least 0 cells (0: none) "
+            "and a pool of at least 1 cell are needed."
+        )
     kind = np.int32 if n_cells < 2**31 else np.int64
     random = np.random.default_rng([seed, epoch])
     if not blocks:
@@ -33,37 +35,44 @@ def epoch_order(
     first_cells = np.arange(0, n_cells, blocks, dtype=kind)
     random.shuffle(first_cells)
     order = (first_cells[:, None] + np.arange(blocks, dtype=kind)).ravel()
-    order = order[order < n_cells]                       # the last block may be shorter
+    order = order[order < n_cells]  # the last block may be shorter
     for start in range(0, n_cells, pool):
-        random.shuffle(order[start:start + pool])
+        random.shuffle(order[start : start + pool])
     return order
 
 # %% ../nbs/06b_orders.ipynb #834b4f76
 @dataclass(frozen=True)
 class RankBatches:
     "The batches of one rank, as a sequence of arrays of cell numbers."
-    order: np.ndarray # Cells in the order of the epoch
-    first: np.ndarray # Where each batch begins in it
+
+    order: np.ndarray  # Cells in the order of the epoch
+    first: np.ndarray  # Where each batch begins in it
     last: np.ndarray  # Where each batch ends
 
-    def __len__(self): return len(self.first)
+    def __len__(self):
+        return len(self.first)
+
     def __getitem__(self, i):
-        if isinstance(i, slice): return replace(self, first=self.first[i], last=self.last[i])
-        return self.order[self.first[i]:self.last[i]]
+        if isinstance(i, slice):
+            return replace(self, first=self.first[i], last=self.last[i])
+        return self.order[self.first[i] : self.last[i]]
+
 
 def _check_rank(rank, world):
     if not 0 <= rank < world:
-        raise ValueError(f"rank={rank} of world={world} devices; "
-                         f"ranks count from 0 to {world - 1}.")
+        raise ValueError(
+            f"rank={rank} of world={world} devices; ranks count from 0 to {world - 1}."
+        )
 
-def _dealt(order, bounds, rank, world): # bounds (batches + 1,) -> RankBatches of this rank
+
+def _dealt(order, bounds, rank, world):  # bounds (batches + 1,) -> RankBatches of this rank
     _check_rank(rank, world)
     n = len(bounds) - 1
-    mine = np.arange(rank, -(-n//world)*world, world) % max(n, 1)
+    mine = np.arange(rank, -(-n // world) * world, world) % max(n, 1)
     return RankBatches(order, bounds[:-1][mine], bounds[1:][mine])
 
 # %% ../nbs/06b_orders.ipynb #93cd8e1b
-def _compiled(f, keep=True, inline="never"): # keep: on disk, for the next process
+def _compiled(f, keep=True, inline="never"):  # keep: on disk, for the next process
     "By numba where it is installed; without it the loop is a hundred times slower."
     try:
         from numba import njit
@@ -71,54 +80,68 @@ def _compiled(f, keep=True, inline="never"): # keep: on disk, for the next proce
         return f
     return njit(cache=keep, inline=inline)(f)
 
+
 # a function that a compiled one calls, once a cell: the call would cost more than the work
 _inner = partial(_compiled, keep=False, inline="always")
 
+
 @_compiled
-def _cut(lengths, order, budget, limit, padded, bounds): # -> number of batches; bounds[i]:bounds[i + 1] of the order is batch i
+def _cut(lengths, order, budget, limit, padded, bounds):
+    # -> number of batches; bounds[i]:bounds[i + 1] of the order is batch i
     n, start, tokens, longest = 1, 0, 0, 0
     for i in range(order.size):
         length = min(lengths[order[i]], limit)
-        tokens += length; longest = max(longest, length)
-        if i > start and (longest*(i - start + 1) if padded else tokens) > budget:
-            bounds[n] = i; n += 1
-            start = i; tokens = length; longest = length
+        tokens += length
+        longest = max(longest, length)
+        if i > start and (longest * (i - start + 1) if padded else tokens) > budget:
+            bounds[n] = i
+            n += 1
+            start = i
+            tokens = length
+            longest = length
     bounds[n] = order.size
     return n
 
-def _checked_longest(lengths, budget, limit): # -> tokens of the longest cell
+
+def _checked_longest(lengths, budget, limit):  # -> tokens of the longest cell
     longest = int(min(limit, lengths.max()))
     if budget < longest:
-        raise ValueError(f"token_budget={budget} is below the longest cell ({longest} tokens); "
-                         "raise it or lower max_len.")
+        raise ValueError(
+            f"token_budget={budget} is below the longest cell ({longest} tokens); "
+            "raise it or lower max_len."
+        )
     return longest
 
-def _bounds(lengths, order, budget, limit, padded=False): # (batches + 1,)
+
+def _bounds(lengths, order, budget, limit, padded=False):  # (batches + 1,)
     "Cut an order where the budget is full."
-    if not len(order): return np.zeros(1, np.int64)
+    if not len(order):
+        return np.zeros(1, np.int64)
     _checked_longest(lengths, budget, limit)
     bounds = np.zeros(len(order) + 1, np.int64)
-    return bounds[:_cut(lengths, order, budget, limit, padded, bounds) + 1].copy()
+    return bounds[: _cut(lengths, order, budget, limit, padded, bounds) + 1].copy()
 
 # %% ../nbs/06b_orders.ipynb #27ee8d6a
 def unpadded_batches(
-    lengths:np.ndarray,    # Genes of each cell, shape (cells,)
-    token_budget:int=8192, # Tokens a batch at most, on one device
-    max_len:int=2048,      # Longer cells are cut to this
-    seed:int=0, epoch:int=0,
-    rank:int=0, world:int=1, # This device, and how many there are
-    blocks:int=0, pool:int=1_048_576, # See `epoch_order`
-)->RankBatches:            # Arrays of cell numbers, one a step
+    lengths: np.ndarray,  # Genes of each cell, shape (cells,)
+    token_budget: int = 8192,  # Tokens a batch at most, on one device
+    max_len: int = 2048,  # Longer cells are cut to this
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world: int = 1,  # This device, and how many there are
+    blocks: int = 0,
+    pool: int = 1_048_576,  # See `epoch_order`
+) -> RankBatches:  # Arrays of cell numbers, one a step
     "Random batches of cells whose tokens fit the budget: the same number on every rank."
     order = epoch_order(len(lengths), seed, epoch, blocks, pool)
     return _dealt(order, _bounds(lengths, order, token_budget, max_len), rank, world)
 
 # %% ../nbs/06b_orders.ipynb #a2packed
 @_inner
-def _refill(head, tail, lengths, order, limit, places,
-            cell, size, waiting, later, oldest, newest):
+def _refill(head, tail, lengths, order, limit, places, cell, size, waiting, later, oldest, newest):
     "Go to the first waiting cell of the order and let new cells into the pool -> head, tail."
-    ring = cell.size - 1                         # a mask: a division would take as long as the rest
+    ring = cell.size - 1  # a mask: a division would take as long as the rest
     while True:
         while tail < min(order.size, head + places):
             place = tail & ring
@@ -137,6 +160,7 @@ def _refill(head, tail, lengths, order, limit, places,
             return head, tail
         head += 1
 
+
 @_inner
 def _leave(length, waiting, later, oldest):
     "Take the cell of this length that waits longest out of the pool -> its place."
@@ -152,7 +176,7 @@ def _fill_gaps(room, n_drawn, drawn, owner, cell, waiting, later, oldest):
     for batch in range(room.size):
         length = min(room[batch], oldest.size - 1)
         while length > 0:
-            if oldest[length] < 0:               # none of this length waits: try the next shorter
+            if oldest[length] < 0:  # none of this length waits: try the next shorter
                 length -= 1
                 continue
             place = _leave(length, waiting, later, oldest)
@@ -162,6 +186,7 @@ def _fill_gaps(room, n_drawn, drawn, owner, cell, waiting, later, oldest):
             room[batch] -= length
             length = min(room[batch], oldest.size - 1)
     return n_drawn
+
 
 @_inner
 def _write_step(n_drawn, drawn, owner, done, packed, bounds):
@@ -184,36 +209,60 @@ def _write_step(n_drawn, drawn, owner, done, packed, bounds):
 def _pack(lengths, order, budget, limit, world, window, packed, bounds):
     "Write the cells batch by batch into packed, where they begin into bounds -> batches."
     n_cells, places = order.size, max(1, min(window, order.size))
-    ring = 1                                                   # places of the ring, a power of two
+    ring = 1  # places of the ring, a power of two
     while ring < places:
         ring *= 2
     cell, waiting = np.zeros(ring, np.int64), np.zeros(ring, np.bool_)
-    size, later = np.zeros((2, ring), np.int32)                # later: the next one of this length
-    oldest, newest = np.full((2, limit + 1), -1, np.int32)     # of each length, the longest waiting
-    drawn, drawn_size, owner = np.empty((3, n_cells), np.int64) # cells of a step, lengths, batches
+    size, later = np.zeros((2, ring), np.int32)  # later: the next one of this length
+    oldest, newest = np.full((2, limit + 1), -1, np.int32)  # of each length, the longest waiting
+    drawn, drawn_size, owner = np.empty((3, n_cells), np.int64)  # cells of a step, lengths, batches
     room = np.empty(world, np.int64)
     head, tail, done, n_batches = 0, 0, 0, 0
     while done < n_cells:
         room[:] = budget
         n_drawn, n_tokens = 0, 0
-        while True:                              # 1. draw the cells that are certain to fit
-            head, tail = _refill(head, tail, lengths, order, limit, places,
-                                 cell, size, waiting, later, oldest, newest)
+        while True:  # 1. draw the cells that are certain to fit
+            head, tail = _refill(
+                head,
+                tail,
+                lengths,
+                order,
+                limit,
+                places,
+                cell,
+                size,
+                waiting,
+                later,
+                oldest,
+                newest,
+            )
             length = size[head & (ring - 1)]
-            if head == tail or n_tokens + length > world*(budget - limit):
+            if head == tail or n_tokens + length > world * (budget - limit):
                 break
             place = _leave(length, waiting, later, oldest)
             drawn[n_drawn], drawn_size[n_drawn] = cell[place], length
             n_drawn += 1
             n_tokens += length
         longest_first = np.argsort(-drawn_size[:n_drawn], kind="mergesort")
-        for i in longest_first:                  # 2. deal each to the batch with the most room
+        for i in longest_first:  # 2. deal each to the batch with the most room
             roomiest = np.argmax(room)
             owner[i] = roomiest
             room[roomiest] -= drawn_size[i]
-        while True:                              # 3. draw and deal until one does not fit
-            head, tail = _refill(head, tail, lengths, order, limit, places,
-                                 cell, size, waiting, later, oldest, newest)
+        while True:  # 3. draw and deal until one does not fit
+            head, tail = _refill(
+                head,
+                tail,
+                lengths,
+                order,
+                limit,
+                places,
+                cell,
+                size,
+                waiting,
+                later,
+                oldest,
+                newest,
+            )
             length, roomiest = size[head & (ring - 1)], np.argmax(room)
             if head == tail or length > room[roomiest]:
                 break
@@ -221,22 +270,25 @@ def _pack(lengths, order, budget, limit, world, window, packed, bounds):
             drawn[n_drawn], owner[n_drawn] = cell[place], roomiest
             n_drawn += 1
             room[roomiest] -= length
-        n_drawn = _fill_gaps(room, n_drawn, drawn, owner, cell, waiting, later, oldest)    # 4.
-        _write_step(n_drawn, drawn, owner, done, packed, bounds[n_batches:n_batches + world + 1])
+        n_drawn = _fill_gaps(room, n_drawn, drawn, owner, cell, waiting, later, oldest)  # 4.
+        _write_step(n_drawn, drawn, owner, done, packed, bounds[n_batches : n_batches + world + 1])
         done += n_drawn
         n_batches += world
     return n_batches
 
 # %% ../nbs/06b_orders.ipynb #a6packed
 def packed_batches(
-    lengths:np.ndarray,       # Genes of each cell, shape (cells,)
-    token_budget:int=32_768,  # Tokens a batch at most, on one device
-    max_len:int=2048,         # Longer cells are cut to this
-    seed:int=0, epoch:int=0,
-    rank:int=0, world:int=1,  # This device, and how many there are
-    blocks:int=0, pool:int=1_048_576, # See `epoch_order`
-    window:int=4096,          # Cells among which the best fitting is sought
-)->RankBatches:               # Arrays of cell numbers, one a step
+    lengths: np.ndarray,  # Genes of each cell, shape (cells,)
+    token_budget: int = 32_768,  # Tokens a batch at most, on one device
+    max_len: int = 2048,  # Longer cells are cut to this
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world: int = 1,  # This device, and how many there are
+    blocks: int = 0,
+    pool: int = 1_048_576,  # See `epoch_order`
+    window: int = 4096,  # Cells among which the best fitting is sought
+) -> RankBatches:  # Arrays of cell numbers, one a step
     "Random batches that fill the budget, with even work on the devices of a step."
     _check_rank(rank, world)
     order = epoch_order(len(lengths), seed, epoch, blocks, pool)
@@ -245,7 +297,7 @@ def packed_batches(
     longest = _checked_longest(lengths, token_budget, max_len)
     packed, bounds = np.empty_like(order), np.zeros(len(order) + world, np.int64)
     n_batches = _pack(lengths, order, token_budget, longest, world, window, packed, bounds)
-    first, last = bounds[:n_batches], bounds[1:n_batches + 1]
+    first, last = bounds[:n_batches], bounds[1 : n_batches + 1]
     filled = np.flatnonzero(first < last)
     mine = np.arange(rank, n_batches, world)
     no_cell_left = first[mine] == last[mine]
@@ -253,75 +305,93 @@ def packed_batches(
     return RankBatches(packed, first[mine], last[mine])
 
 # %% ../nbs/06b_orders.ipynb #87a35811
-def _sorted_within(order, lengths, mega, limit): # longest first within each stretch of `mega` cells, in place
-    kind = np.int16 if limit < 2**15 else np.int64       # numpy sorts 16-bit numbers by radix
+def _sorted_within(order, lengths, mega, limit):
+    # longest first within each stretch of `mega` cells, in place
+    kind = np.int16 if limit < 2**15 else np.int64  # numpy sorts 16-bit numbers by radix
     for a in range(0, len(order), mega):
-        part = order[a:a + mega]
-        order[a:a + mega] = part[np.argsort(-np.minimum(lengths[part], limit).astype(kind), kind="stable")]
+        part = order[a : a + mega]
+        order[a : a + mega] = part[
+            np.argsort(-np.minimum(lengths[part], limit).astype(kind), kind="stable")
+        ]
     return order
 
+
 def grouped_batches(
-    lengths:np.ndarray,  # Genes of each cell, shape (cells,)
-    batch_size:int=8,    # Cells a batch (Hsieh et al., Methods)
-    factor:int=1000,     # Batches in a mega-batch (Hsieh et al., Methods)
-    max_len:int=2048,
-    seed:int=0, epoch:int=0, rank:int=0, world:int=1,
-)->RankBatches:          # Batches of cells of nearly one length, to be padded to their longest
+    lengths: np.ndarray,  # Genes of each cell, shape (cells,)
+    batch_size: int = 8,  # Cells a batch (Hsieh et al., Methods)
+    factor: int = 1000,  # Batches in a mega-batch (Hsieh et al., Methods)
+    max_len: int = 2048,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> RankBatches:  # Batches of cells of nearly one length, to be padded to their longest
     "The paper's batches: mega-batches sorted by length."
-    order = _sorted_within(epoch_order(len(lengths), seed, epoch), lengths, factor*batch_size, max_len)
-    return _dealt(order, np.r_[0:len(order):batch_size, len(order)], rank, world)
+    order = _sorted_within(
+        epoch_order(len(lengths), seed, epoch), lengths, factor * batch_size, max_len
+    )
+    return _dealt(order, np.r_[0 : len(order) : batch_size, len(order)], rank, world)
 
 # %% ../nbs/06b_orders.ipynb #b19a533d
 def token_budget_batches(
-    lengths:np.ndarray,      # Genes of each cell, shape (cells,)
-    token_budget:int=16_384, # Token places a batch at most, padding included
-    mega:int=8000,           # Cells sorted together: 1,000 batches of 8
-    max_len:int=2048,
-    seed:int=0, epoch:int=0, rank:int=0, world:int=1,
-)->RankBatches:              # Batches of cells of nearly one length, to be padded to their longest
+    lengths: np.ndarray,  # Genes of each cell, shape (cells,)
+    token_budget: int = 16_384,  # Token places a batch at most, padding included
+    mega: int = 8000,  # Cells sorted together: 1,000 batches of 8
+    max_len: int = 2048,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> RankBatches:  # Batches of cells of nearly one length, to be padded to their longest
     "Length-grouped batches of a bounded size, in random order."
     order = _sorted_within(epoch_order(len(lengths), seed, epoch), lengths, mega, max_len)
     bounds = _bounds(lengths, order, token_budget, max_len, padded=True)
     shuffled = np.random.default_rng([seed, epoch, 1]).permutation(len(bounds) - 1)
-    dealt = _dealt(order, np.arange(len(bounds)), rank, world).first                     # which batch each step takes
+    dealt = _dealt(order, np.arange(len(bounds)), rank, world).first  # which batch each step takes
     return RankBatches(order, bounds[:-1][shuffled[dealt]], bounds[1:][shuffled[dealt]])
 
 # %% ../nbs/06b_orders.ipynb #7a748044
 def useful_share(
-    batches,             # Arrays of cell numbers
-    lengths:np.ndarray,  # Genes of each cell, shape (cells,)
-    pad_to:int|None=None, # Places a cell; None: those of the longest cell of its batch
-)->float:
+    batches,  # Arrays of cell numbers
+    lengths: np.ndarray,  # Genes of each cell, shape (cells,)
+    pad_to: int | None = None,  # Places a cell; None: those of the longest cell of its batch
+) -> float:
     "Share of the token places that hold a token."
-    return sum(lengths[b].sum() for b in batches)/sum(len(b)*(pad_to or lengths[b].max()) for b in batches)
+    return sum(lengths[b].sum() for b in batches) / sum(
+        len(b) * (pad_to or lengths[b].max()) for b in batches
+    )
+
 
 def length_icc(
-    batches,             # Arrays of cell numbers
-    lengths:np.ndarray,  # Genes of each cell, shape (cells,)
-)->float:                # 0: random batches, 1: batches of one length
+    batches,  # Arrays of cell numbers
+    lengths: np.ndarray,  # Genes of each cell, shape (cells,)
+) -> float:  # 0: random batches, 1: batches of one length
     "Intraclass correlation of length within batches (one-way analysis of variance)."
     x = [lengths[b].astype(float) for b in batches if len(b) > 1]
-    n = np.array([len(b) for b in x]); N, k = n.sum(), len(n)
+    n = np.array([len(b) for b in x])
+    N, k = n.sum(), len(n)
     mean = np.concatenate(x).mean()
-    between = sum(len(b)*(b.mean() - mean)**2 for b in x)/(k - 1)
-    within = sum(((b - b.mean())**2).sum() for b in x)/(N - k)
-    n0 = (N - (n**2).sum()/N)/(k - 1)                                                    # typical batch size where sizes differ
-    return float((between - within)/(between + (n0 - 1)*within))
+    between = sum(len(b) * (b.mean() - mean) ** 2 for b in x) / (k - 1)
+    within = sum(((b - b.mean()) ** 2).sum() for b in x) / (N - k)
+    n0 = (N - (n**2).sum() / N) / (k - 1)  # typical batch size where sizes differ
+    return float((between - within) / (between + (n0 - 1) * within))
+
 
 def sources_a_cell(
-    batches,            # Arrays of cell numbers
-    source:np.ndarray,  # Number of each cell's data set, shape (cells,)
-)->float:
+    batches,  # Arrays of cell numbers
+    source: np.ndarray,  # Number of each cell's data set, shape (cells,)
+) -> float:
     "Distinct data sets in a batch, divided by its cells."
-    return float(np.mean([len(np.unique(source[b]))/len(b) for b in batches]))
+    return float(np.mean([len(np.unique(source[b])) / len(b) for b in batches]))
+
 
 def step_balance(
-    ranks,              # The batches of each device, as many on each
-    lengths:np.ndarray, # Genes of each cell, at most the window, shape (cells,)
-    linear:int=4608,    # Length at which attention costs as much as the other layers
-)->np.ndarray:          # Mean over highest work of the devices, shape (steps,); 1: nobody waits
+    ranks,  # The batches of each device, as many on each
+    lengths: np.ndarray,  # Genes of each cell, at most the window, shape (cells,)
+    linear: int = 4608,  # Length at which attention costs as much as the other layers
+) -> np.ndarray:  # Mean over highest work of the devices, shape (steps,); 1: nobody waits
     "How evenly the work of each step is shared."
     genes = np.asarray(lengths, np.float64)
-    cell_work = genes*(linear + genes)
+    cell_work = genes * (linear + genes)
     work = np.array([[cell_work[b].sum() for b in batches] for batches in ranks])
-    return work.mean(0)/work.max(0)
+    return work.mean(0) / work.max(0)

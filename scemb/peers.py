@@ -24,121 +24,211 @@ from .tokens import TokenSet, encoded_chunks
 # %% ../nbs/18_peers.ipynb #275f2862
 class _Kind:
     "A numpy number type, as data: its code, such as f8, and its byte order."
-    def __init__(self, code, *_): self.code, self.order = str(code), "="
-    def __setstate__(self, state): self.order = state[1] if state[1] in "<>" else "="
 
-def _number(kind, raw): # what a pickled numpy scalar stands for
-    if not isinstance(kind, _Kind) or not isinstance(raw, bytes) or kind.code not in ("f4", "f8", "i4", "i8", "u4", "u8", "b1"): raise pickle.UnpicklingError("a numpy object that is no number")
+    def __init__(self, code, *_):
+        self.code, self.order = str(code), "="
+
+    def __setstate__(self, state):
+        self.order = state[1] if state[1] in "<>" else "="
+
+
+def _number(kind, raw):  # what a pickled numpy scalar stands for
+    if (
+        not isinstance(kind, _Kind)
+        or not isinstance(raw, bytes)
+        or kind.code not in ("f4", "f8", "i4", "i8", "u4", "u8", "b1")
+    ):
+        raise pickle.UnpicklingError("a numpy object that is no number")
     return np.frombuffer(raw, f"{kind.order}{kind.code}", 1)[0].item()
 
-def _bytes(text, coding): # how protocols before 3 spell bytes
-    if not isinstance(text, str) or coding != "latin1": raise pickle.UnpicklingError("a text that is no bytes")
+
+def _bytes(text, coding):  # how protocols before 3 spell bytes
+    if not isinstance(text, str) or coding != "latin1":
+        raise pickle.UnpicklingError("a text that is no bytes")
     return text.encode("latin1")
+
 
 class PlainUnpickler(pickle.Unpickler):
     "Reads dicts, lists, tuples, sets, strings and numbers; refuses everything that would run."
-    KNOWN = {("collections", "OrderedDict"): OrderedDict, ("builtins", "set"): set, ("builtins", "frozenset"): frozenset, ("__builtin__", "set"): set, ("__builtin__", "frozenset"): frozenset,
-             ("_codecs", "encode"): _bytes, ("numpy", "dtype"): _Kind, ("numpy.core.multiarray", "scalar"): _number, ("numpy._core.multiarray", "scalar"): _number}
+
+    KNOWN = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("builtins", "set"): set,
+        ("builtins", "frozenset"): frozenset,
+        ("__builtin__", "set"): set,
+        ("__builtin__", "frozenset"): frozenset,
+        ("_codecs", "encode"): _bytes,
+        ("numpy", "dtype"): _Kind,
+        ("numpy.core.multiarray", "scalar"): _number,
+        ("numpy._core.multiarray", "scalar"): _number,
+    }
 
     def find_class(self, module, name):
         known = self.KNOWN.get((module, name))
-        if known is None: raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        if known is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return known
-    def persistent_load(self, pid): raise pickle.UnpicklingError("it points to objects outside the file")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it points to objects outside the file")
+
 
 def read_pickle(
-    path, # A pickled dictionary
-)->dict:  # Plain keys and values
+    path,  # A pickled dictionary
+) -> dict:  # Plain keys and values
     "Read a pickled dictionary without running it; one that wants to run is refused by name."
-    try: got = PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-    except FileNotFoundError: raise FileNotFoundError(f"There is no file {path}; check the path.") from None
-    except Exception as e: raise ValueError(f"{path} is not a pickle of plain data ({e}), so it is not opened: reading it could run a program. Get the file again from its authors.") from None
-    if not isinstance(got, dict): raise ValueError(f"{path} holds a {type(got).__name__}; a dictionary is needed.")
+    try:
+        got = PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {path}; check the path.") from None
+    except Exception as e:
+        raise ValueError(
+            f"{path} is not a pickle of plain data ({e}), so it is not opened: reading it could "
+            "run a program. Get the file again from its authors."
+        ) from None
+    if not isinstance(got, dict):
+        raise ValueError(f"{path} holds a {type(got).__name__}; a dictionary is needed.")
     return got
 
 # %% ../nbs/18_peers.ipynb #3e67bf75
 def read_weights(
-    path, # A .safetensors file, or one written by torch.save
-)->dict:  # Name -> tensor, on the CPU
+    path,  # A .safetensors file, or one written by torch.save
+) -> dict:  # Name -> tensor, on the CPU
     "Read tensors and nothing else."
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
+
             got = load_file(path)
-        else: got = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError: raise FileNotFoundError(f"There is no file {path}; check the path.") from None
-    except pickle.UnpicklingError: raise ValueError(f"{path} holds more than tensors: reading it would run code, so it is not opened. Get it again from its authors.") from None
-    except Exception as e: raise ValueError(f"{path} does not open as a file of tensors; it is damaged ({type(e).__name__}: {str(e).splitlines()[0][:100]}). Get it again from its authors.") from None
+        else:
+            got = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {path}; check the path.") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors: reading it would run code, so it is not opened. "
+            "Get it again from its authors."
+        ) from None
+    except Exception as e:
+        raise ValueError(
+            f"{path} does not open as a file of tensors; it is damaged ({type(e).__name__}: "
+            f"{str(e).splitlines()[0][:100]}). Get it again from its authors."
+        ) from None
     got = got.get("model_state_dict", got) if isinstance(got, dict) else got
-    if not isinstance(got, dict) or not got or not all(isinstance(v, torch.Tensor) for v in got.values()): raise ValueError(f"{path} holds no table of tensors; a state dictionary is needed.")
+    if (
+        not isinstance(got, dict)
+        or not got
+        or not all(isinstance(v, torch.Tensor) for v in got.values())
+    ):
+        raise ValueError(f"{path} holds no table of tensors; a state dictionary is needed.")
     return got
 
-def read_json(path): # -> dict
+
+def read_json(path):  # -> dict
     "Read a JSON object."
-    try: got = json.loads(Path(path).read_text())
-    except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
-    if not isinstance(got, dict): raise ValueError(f"{path} holds a {type(got).__name__}; a JSON object is needed.")
+    try:
+        got = json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    if not isinstance(got, dict):
+        raise ValueError(f"{path} holds a {type(got).__name__}; a JSON object is needed.")
     return got
 
-def layers_in(weights:dict)->int: # Name -> tensor
+
+def layers_in(weights: dict) -> int:  # Name -> tensor
     "Layers that the names of weights count."
     return len({m[1] for m in (re.search(r"\blayers?\.(\d+)\.", name) for name in weights) if m})
+
 
 def check_sizes(
     source,  # For the message
     claims,  # (name in its configuration, what that says, what the weights have), several
 ):
-    "Refuse a configuration that claims other sizes than its weights have, before anything of that size is made."
+    """Refuse a configuration that claims other sizes than its weights have, before anything of that
+    size is made."""
     for name, says, has in claims:
         if isinstance(says, bool) or not isinstance(says, int) or says != has:
-            raise ValueError(f"{source}: its configuration says {name} = {says!r:.40}, its weights have {has}. Take both from the same model.")
+            raise ValueError(
+                f"{source}: its configuration says {name} = {says!r:.40}, its weights have "
+                f"{has}. Take both from the same model."
+            )
+
 
 def local_folder(
-    path,       # A folder, or a model of the Hugging Face cache: ctheodoris/Geneformer, ctheodoris/Geneformer/Geneformer-V2-104M
-    cache=None, # Folder of that cache; None: the usual one
-)->Path:        # The folder; nothing is downloaded
+    # A folder, or a model of the Hugging Face cache: ctheodoris/Geneformer,
+    # ctheodoris/Geneformer/Geneformer-V2-104M
+    path,
+    cache=None,  # Folder of that cache; None: the usual one
+) -> Path:  # The folder; nothing is downloaded
     "Find a model's folder on this machine."
-    if str(path) and Path(path).is_dir(): return Path(path)
+    if str(path) and Path(path).is_dir():
+        return Path(path)
     repo = str(path).split("/")
     if len(repo) >= 2 and all(repo) and repo[0] not in (".", "..", "~"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-        try: found = Path(snapshot_download("/".join(repo[:2]), local_files_only=True, cache_dir=cache), *repo[2:])
-        except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError): found = None
-        if found and found.is_dir(): return found
-    raise FileNotFoundError(f"There is no folder {path}, and no model of that name in the Hugging Face cache of this machine. Nothing is downloaded for you: fetch the weights from their authors and pass their folder.")
+
+        try:
+            found = Path(
+                snapshot_download("/".join(repo[:2]), local_files_only=True, cache_dir=cache),
+                *repo[2:],
+            )
+        except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
+            found = None
+        if found and found.is_dir():
+            return found
+    raise FileNotFoundError(
+        f"There is no folder {path}, and no model of that name in the Hugging Face cache of this "
+        "machine. Nothing is downloaded for you: fetch the weights from their authors and pass "
+        "their folder."
+    )
 
 # %% ../nbs/18_peers.ipynb #e705675c
 def fill(
-    net,          # The model to fill
-    weights:dict, # Our name -> tensor
-    source="",    # What the weights came from, for messages
-    spare=(),     # Beginnings of names that may be absent: they keep what they have
+    net,  # The model to fill
+    weights: dict,  # Our name -> tensor
+    source="",  # What the weights came from, for messages
+    spare=(),  # Beginnings of names that may be absent: they keep what they have
 ):
     "Copy weights into a model; a missing one or a wrong shape is refused by name."
     own = dict(net.named_parameters())
     needed = [k for k in own if not k.startswith(tuple(spare))]
-    if missing := [k for k in needed if k not in weights]: raise ValueError(f"{source} lacks {len(missing)} of {len(needed)} weights, the first is {missing[0]!r}. It belongs to another architecture, or is incomplete.")
+    if missing := [k for k in needed if k not in weights]:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of {len(needed)} weights, the first is "
+            f"{missing[0]!r}. It belongs to another architecture, or is incomplete."
+        )
     for k, v in weights.items():
-        if k in own and v.shape != own[k].shape: raise ValueError(f"{source}: {k} has shape {tuple(v.shape)}, and the settings beside it promise {tuple(own[k].shape)}. The weights and the settings belong to different models.")
+        if k in own and v.shape != own[k].shape:
+            raise ValueError(
+                f"{source}: {k} has shape {tuple(v.shape)}, and the settings beside it promise "
+                f"{tuple(own[k].shape)}. The weights and the settings belong to different models."
+            )
     with torch.no_grad():
         for k, v in weights.items():
-            if k in own: own[k].copy_(v)
+            if k in own:
+                own[k].copy_(v)
 
 # %% ../nbs/18_peers.ipynb #4cb22200
 STEPS = ("dictionary", "gene table", "other names")
 
+
 def peer_tokens(
-    names,           # Identifiers of the data, shape (genes,)
-    by_table,        # Their tokens by way of the gene table, -1 = none
-    dictionary:dict, # The peer's name -> token
-    other:dict,      # Further names -> token
-)->tuple:            # (tokens, -1 = not used; step that found each, -1 = none)
+    names,  # Identifiers of the data, shape (genes,)
+    by_table,  # Their tokens by way of the gene table, -1 = none
+    dictionary: dict,  # The peer's name -> token
+    other: dict,  # Further names -> token
+) -> tuple:  # (tokens, -1 = not used; step that found each, -1 = none)
     "Find the token of each name, and by which step."
-    plain = plain_names(names)[0]; token = np.full(len(plain), -1, np.int32); step = np.full(len(plain), -1)
-    for s, found in enumerate(([dictionary.get(n, -1) for n in plain], by_table, [other.get(n, -1) for n in plain])):
-        found = np.asarray(found, np.int32); new = (token < 0) & (found >= 0) & ~np.isin(found, token)
+    plain = plain_names(names)[0]
+    token = np.full(len(plain), -1, np.int32)
+    step = np.full(len(plain), -1)
+    for s, found in enumerate(
+        ([dictionary.get(n, -1) for n in plain], by_table, [other.get(n, -1) for n in plain])
+    ):
+        found = np.asarray(found, np.int32)
+        new = (token < 0) & (found >= 0) & ~np.isin(found, token)
         token[new], step[new] = found[new], s
     return token, step
 
@@ -146,78 +236,148 @@ def peer_tokens(
 @dataclass
 class Peer(CellEncoder):
     "Counts in, vectors out, by another's weights."
-    pooling: str = "mean"          # "mean" over genes, or "cls": the state of the first special token
-    dictionary: dict = field(default_factory=dict, repr=False) # The peer's gene names -> our tokens
-    other: dict = field(default_factory=dict, repr=False)      # Further names that its folder lists
-    ids: np.ndarray = field(default=None, repr=False)          # The peer's own number of each of our tokens, -1 = it has none
-    before: tuple = ()             # Tokens put before the genes of a cell
-    after: tuple = ()              # And after them
-    depth: int|None = None         # Layers that are run; None: all
-    unit_length: bool = False      # Whether vectors are scaled to length 1
+
+    pooling: str = "mean"  # "mean" over genes, or "cls": the state of the first special token
+    dictionary: dict = field(
+        default_factory=dict, repr=False
+    )  # The peer's gene names -> our tokens
+    other: dict = field(default_factory=dict, repr=False)  # Further names that its folder lists
+    ids: np.ndarray = field(
+        default=None, repr=False
+    )  # The peer's own number of each of our tokens, -1 = it has none
+    before: tuple = ()  # Tokens put before the genes of a cell
+    after: tuple = ()  # And after them
+    depth: int | None = None  # Layers that are run; None: all
+    unit_length: bool = False  # Whether vectors are scaled to length 1
 
     def __post_init__(self):
         super().__post_init__()
-        self.net.peer = self.name    # perturbations read every layer of bare genes, and ask for this
+        self.net.peer = self.name  # perturbations read every layer of bare genes, and ask for this
 
     @property
-    def model(self): return self.net, self.vocabulary, self.settings
-    @property
-    def n_parameters(self): return sum(p.numel() for p in self.net.bert.parameters())
+    def model(self):
+        return self.net, self.vocabulary, self.settings
 
-    def tokens_of(self, counts:Counts): # -> (token of each input gene, step that found it)
-        token, step = peer_tokens(counts.genes.names, self.vocabulary.token_of_rows(counts.genes.rows), self.dictionary, self.other)
-        if not (token >= 0).any(): raise ValueError(f"None of the {len(token):,} genes is in the vocabulary of {self.name}; see `scemb doctor` for what the file holds.")
+    @property
+    def n_parameters(self):
+        return sum(p.numel() for p in self.net.bert.parameters())
+
+    def tokens_of(self, counts: Counts):  # -> (token of each input gene, step that found it)
+        token, step = peer_tokens(
+            counts.genes.names,
+            self.vocabulary.token_of_rows(counts.genes.rows),
+            self.dictionary,
+            self.other,
+        )
+        if not (token >= 0).any():
+            raise ValueError(
+                f"None of the {len(token):,} genes is in the vocabulary of {self.name}; see "
+                "`scemb doctor` for what the file holds."
+            )
         return token, step
-    def tokenizer(self, counts:Counts): return Encoder(self.tokens_of(counts)[0], self.vocabulary, self.settings)
-    def record(self, counts:Counts, n_empty, n_truncated, share_of_counts=None): # -> what is written to uns["scemb"]
+
+    def tokenizer(self, counts: Counts):
+        return Encoder(self.tokens_of(counts)[0], self.vocabulary, self.settings)
+
+    def record(
+        self, counts: Counts, n_empty, n_truncated, share_of_counts=None
+    ):  # -> what is written to uns["scemb"]
         step = self.tokens_of(counts)[1]
-        return super().record(counts, n_empty, n_truncated, share_of_counts) | dict(depth=-1 if self.depth is None else self.depth, n_genes_used=int((step >= 0).sum()), **{f"n_genes_by_{s.replace(' ', '_')}": int((step == i).sum()) for i, s in enumerate(STEPS)})
+        return super().record(counts, n_empty, n_truncated, share_of_counts) | dict(
+            depth=-1 if self.depth is None else self.depth,
+            n_genes_used=int((step >= 0).sum()),
+            **{
+                f"n_genes_by_{s.replace(' ', '_')}": int((step == i).sum())
+                for i, s in enumerate(STEPS)
+            },
+        )
 
     @torch.no_grad()
-    def __call__(self, encoded): # what `tokenizer` returns -> (cells, D), NaN for empty cells
-        genes, bins, offsets = (encoded[k] for k in ("genes", "bins", "offsets")); lengths = np.diff(offsets)
+    def __call__(self, encoded):  # what `tokenizer` returns -> (cells, D), NaN for empty cells
+        genes, bins, offsets = (encoded[k] for k in ("genes", "bins", "offsets"))
+        lengths = np.diff(offsets)
         out = np.full((len(lengths), self.net.config.hidden_size), np.nan, np.float32)
         for cells in budget_batches(lengths, self.token_budget):
-            with torch.autocast(self.net.device.type, torch.bfloat16, enabled=self.precision == "bf16"): out[cells] = _read_out(self, *flat_cells(genes, bins, offsets, cells))
-        return out/np.linalg.norm(out, axis=1, keepdims=True) if self.unit_length else out
+            with torch.autocast(
+                self.net.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+            ):
+                out[cells] = _read_out(self, *flat_cells(genes, bins, offsets, cells))
+        return out / np.linalg.norm(out, axis=1, keepdims=True) if self.unit_length else out
 
 # %% ../nbs/18_peers.ipynb #a35e96cb
-def framed(ids, bins, lengths, before=(), after=()): # flat cells -> the same with special tokens, of bin 0, around each
+def framed(
+    ids, bins, lengths, before=(), after=()
+):  # flat cells -> the same with special tokens, of bin 0, around each
     "Put special tokens around every cell."
-    n = len(lengths); owner = np.arange(n)
-    at = np.argsort(np.concatenate([np.repeat(owner, len(before)), np.repeat(owner, lengths), np.repeat(owner, len(after))]), kind="stable")
-    around = lambda x, first, last: np.concatenate([np.tile(first, n), x, np.tile(last, n)]).astype(np.int64)[at]
-    return around(ids, before, after), around(bins, [0]*len(before), [0]*len(after)), lengths + len(before) + len(after)
+    n = len(lengths)
+    owner = np.arange(n)
+    at = np.argsort(
+        np.concatenate(
+            [np.repeat(owner, len(before)), np.repeat(owner, lengths), np.repeat(owner, len(after))]
+        ),
+        kind="stable",
+    )
 
-def _read_out(peer, ids, bins, lengths): # one unpadded batch -> (cells, D)
+    def around(x, first, last):
+        return np.concatenate([np.tile(first, n), x, np.tile(last, n)]).astype(np.int64)[at]
+
+    return (
+        around(ids, before, after),
+        around(bins, [0] * len(before), [0] * len(after)),
+        lengths + len(before) + len(after),
+    )
+
+
+def _read_out(peer, ids, bins, lengths):  # one unpadded batch -> (cells, D)
     ids, bins, n = framed(ids, bins, lengths, peer.before, peer.after)
     for i, (_, below, x_1TD, cu) in enumerate(layer_outputs(peer.net, ids, bins, n), 1):
-        if i == (peer.depth or len(peer.net.bert.encoder["layer"])) or peer.depth == 0: break
+        if i == (peer.depth or len(peer.net.bert.encoder["layer"])) or peer.depth == 0:
+            break
     x_TD = (below if peer.depth == 0 else x_1TD)[0].float()
-    if peer.pooling == "cls": return x_TD[cu[:-1]].cpu().numpy()
+    if peer.pooling == "cls":
+        return x_TD[cu[:-1]].cpu().numpy()
     place = np.arange(len(ids)) - np.repeat(np.cumsum(n) - n, n)
-    genes = torch.from_numpy((place >= len(peer.before)) & (place < np.repeat(n, n) - len(peer.after))).to(x_TD.device)
-    return segment_means(x_TD[genes], torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(x_TD.device)).cpu().numpy()
+    genes = torch.from_numpy(
+        (place >= len(peer.before)) & (place < np.repeat(n, n) - len(peer.after))
+    ).to(x_TD.device)
+    return (
+        segment_means(
+            x_TD[genes], torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(x_TD.device)
+        )
+        .cpu()
+        .numpy()
+    )
 
 # %% ../nbs/18_peers.ipynb #0867f3aa
 def vectors(
-    peer:Peer,           # From `Geneformer` or `ScGPT`
-    adata,               # AnnData with raw counts
-    layer:str|None=None, # Where they are
-    seed:int|None=None,  # Of the order of ties (and of what a long cell shows); None: the peer's
-)->np.ndarray:           # Shape (cells, D); obsm is left alone
+    peer: Peer,  # From `Geneformer` or `ScGPT`
+    adata,  # AnnData with raw counts
+    layer: str | None = None,  # Where they are
+    seed: int
+    | None = None,  # Of the order of ties (and of what a long cell shows); None: the peer's
+) -> np.ndarray:  # Shape (cells, D); obsm is left alone
     "Embed cells without writing into the AnnData."
     peer = peer if seed is None else replace(peer, settings=replace(peer.settings, seed=seed))
     counts = read_counts(adata, layer)
     return np.concatenate([peer(e) for _, e in encoded_chunks(counts, peer.tokenizer(counts))])
 
+
 def token_set(
-    peer:Peer,           # From `Geneformer` or `ScGPT`
-    adata,               # AnnData with raw counts
-    obs_columns=(),      # Columns of obs to keep
-    layer:str|None=None, # Where the counts are
-)->TokenSet:             # Without special tokens, one row a cell
+    peer: Peer,  # From `Geneformer` or `ScGPT`
+    adata,  # AnnData with raw counts
+    obs_columns=(),  # Columns of obs to keep
+    layer: str | None = None,  # Where the counts are
+) -> TokenSet:  # Without special tokens, one row a cell
     "The peer's tokens as one of our token sets: what its net can be trained on."
     counts = read_counts(adata, layer)
-    parts = [(e["offsets"], e["genes"], e["bins"]) for _, e in encoded_chunks(counts, peer.tokenizer(counts))]
-    return TokenSet(parts, adata.obs[list(obs_columns)].reset_index(drop=True), peer.vocabulary, peer.settings, dict(peer=peer.name))
+    parts = [
+        (e["offsets"], e["genes"], e["bins"])
+        for _, e in encoded_chunks(counts, peer.tokenizer(counts))
+    ]
+    return TokenSet(
+        parts,
+        adata.obs[list(obs_columns)].reset_index(drop=True),
+        peer.vocabulary,
+        peer.settings,
+        dict(peer=peer.name),
+    )

@@ -16,8 +16,7 @@ import torch
 from scipy import sparse
 
 from .counts import Counts, read_counts
-from .edits import (
-    Cells, Sets, cells_on, gene_sets, token_values, tokens_of_variants, variants)
+from .edits import Cells, Sets, cells_on, gene_sets, token_values, tokens_of_variants, variants
 from .embed import CellEncoder, budget_batches, cell_encoder, to_device
 from .files import size_and_time
 from .labels import has_label
@@ -28,12 +27,13 @@ from .tokenize import Encoder
 
 # %% ../nbs/14_perturb.ipynb #2a092f1d
 def states(
-    net,                   # ScembForMaskedLM in evaluation mode
-    ids, bins,             # Flat tokens and bins on the device, (T,)
-    cells,                 # Their Segments (or boundaries, (cells + 1,))
-    pooling:str="mean12",  # "mean12" or "last"
-    precision:str="fp32",  # fp32 or bf16
-):                         # Input embeddings (T, D), pooled layers (T, D), float32
+    net,  # ScembForMaskedLM in evaluation mode
+    ids,
+    bins,  # Flat tokens and bins on the device, (T,)
+    cells,  # Their Segments (or boundaries, (cells + 1,))
+    pooling: str = "mean12",  # "mean12" or "last"
+    precision: str = "fp32",  # fp32 or bf16
+):  # Input embeddings (T, D), pooled layers (T, D), float32
     "Run the encoder on an unpadded batch: its first and its pooled states."
     cells = segments(cells)
     layers = net.bert.encoder["layer"]
@@ -45,25 +45,31 @@ def states(
             x_1TD = layer(x_1TD, None, cells)[0]
             if pooling == "mean12":
                 total_TD = total_TD + x_1TD[0].float()
-    pooled_TD = total_TD/len(layers) if pooling == "mean12" else x_1TD[0].float()
+    pooled_TD = total_TD / len(layers) if pooling == "mean12" else x_1TD[0].float()
     return first_1TD[0].float(), pooled_TD
 
 # %% ../nbs/14_perturb.ipynb #d6e8f367
-def _means(x_TD, owner, keep, n): # -> mean over the kept tokens of each of n cells, (n, D)
+def _means(x_TD, owner, keep, n):  # -> mean over the kept tokens of each of n cells, (n, D)
     weight_T = keep.to(x_TD)
     total_nD = torch.zeros(n, x_TD.shape[1], device=x_TD.device)
-    total_nD.index_add_(0, owner, x_TD*weight_T[:, None])
+    total_nD.index_add_(0, owner, x_TD * weight_T[:, None])
     count_n = torch.zeros(n, device=x_TD.device).index_add_(0, owner, weight_T)
-    return total_nD/count_n[:, None]
+    return total_nD / count_n[:, None]
+
 
 @torch.no_grad()
 def shifts_of(
-    coder:CellEncoder, cells:Cells,
-    which, places, tokens, # See `variants`; NumPy arrays
-    kind:str="mask", factor:float=.2,
-    outside=None,          # (vocabulary,) bool on the device: genes that stay out of every mean
-    each=None,             # Called with (numbers of variants, `Variants`, movement of each token (T,)): for what tokens do
-)->tuple:                  # shift (variants, D), impact (variants,), bag_impact (variants,)
+    coder: CellEncoder,
+    cells: Cells,
+    which,
+    places,
+    tokens,  # See `variants`; NumPy arrays
+    kind: str = "mask",
+    factor: float = 0.2,
+    outside=None,  # (vocabulary,) bool on the device: genes that stay out of every mean
+    # Called with (numbers of variants, `Variants`, movement of each token (T,)): for what tokens do
+    each=None,
+) -> tuple:  # shift (variants, D), impact (variants,), bag_impact (variants,)
     "Exact effect of each variant on its cell."
     device, net = cells.ids.device, coder.net
     if not len(which):
@@ -78,7 +84,7 @@ def shifts_of(
     no_gene = torch.zeros(n_vocabulary, dtype=torch.bool, device=device)
     out_of = no_gene if outside is None else outside
     gene_of_source = torch.cat([cells.ids, torch.arange(n_vocabulary, device=device)])
-    kept = s*~out_of[cells.ids, None]
+    kept = s * ~out_of[cells.ids, None]
     # of the cells as they are: mean of the inputs, sum of the states, and how many genes are in it
     bag = _means(x0, owner, every, n_cells)
     total = torch.zeros(n_cells, s.shape[1], device=device).index_add_(0, owner, kept)
@@ -88,16 +94,19 @@ def shifts_of(
     batches = budget_batches(built, coder.token_budget)
     shifts, impacts, bag_impacts = [], [], []
     for part in batches:
-        put = lambda a, part=part: to_device(np.asarray(a[part], np.int64), device)
+
+        def put(a, part=part):
+            return to_device(np.asarray(a[part], np.int64), device)
+
         c, p, t = put(which), put(places), put(tokens)
         known = int(built[part].sum()), int(size[part].sum())
         v = variants(cells, c, p, t, kind, factor, coder.settings.n_bins, known)
         ends = Segments.of(size[part], device)
         y0, y = states(net, v.ids, v.bins, ends, coder.pooling, coder.precision)
         at = (cells.first[c][:, None] + p).clamp(min=0)
-        own = torch.where((p >= 0)[..., None], kept[at], 0.).sum(1)
+        own = torch.where((p >= 0)[..., None], kept[at], 0.0).sum(1)
         n_own = ((p >= 0) & ~out_of[cells.ids[at]]).sum(1)
-        before = (total[c] - own)/(count[c] - n_own)[:, None]
+        before = (total[c] - own) / (count[c] - n_own)[:, None]
         others = ~v.target & ~out_of[gene_of_source[v.source]]
         shift = _means(y, v.owner, others, len(part)) - before
         bag_shift = _means(y0, v.owner, torch.ones_like(v.target), len(part)) - bag[c]
@@ -109,7 +118,8 @@ def shifts_of(
             each(part, v, torch.where(v.target, torch.nan, moved))
     return tuple(_in_order(batches, found) for found in (shifts, impacts, bag_impacts))
 
-def _in_order(batches, results): # variants of each batch, their results -> all, in order
+
+def _in_order(batches, results):  # variants of each batch, their results -> all, in order
     "Copy what was found batch by batch to the host, at once."
     found = torch.cat(results).cpu().numpy()
     out = np.empty_like(found)
@@ -119,234 +129,535 @@ def _in_order(batches, results): # variants of each batch, their results -> all,
 # %% ../nbs/14_perturb.ipynb #0b3c905c
 KINDS = ("mask", "delete", "shift", "overexpress")
 
+
 @dataclass
 class Plan:
     "All that a perturbation run needs."
-    coder: CellEncoder; encoder: Encoder; counts: Counts; sets: Sets
-    kind: str; factor: float; per_cell: bool; by: str|None
-    groups: np.ndarray # Names
-    group: np.ndarray  # Group of each cell
-    outside: object    # Tokens that stay out of every mean, or None
 
-def plan(adata, model="scemb-small", genes=None, kind="mask", factor=.2, by=None, per_cell=False, pooling="mean12", min_cells=20, missing="error",
-         outside=None, max_len=None, layer=None, device=None, precision="auto", token_budget=None, seed=None)->Plan: # see `perturb`
+    coder: CellEncoder
+    encoder: Encoder
+    counts: Counts
+    sets: Sets
+    kind: str
+    factor: float
+    per_cell: bool
+    by: str | None
+    groups: np.ndarray  # Names
+    group: np.ndarray  # Group of each cell
+    outside: object  # Tokens that stay out of every mean, or None
+
+
+def plan(
+    adata,
+    model="scemb-small",
+    genes=None,
+    kind="mask",
+    factor=0.2,
+    by=None,
+    per_cell=False,
+    pooling="mean12",
+    min_cells=20,
+    missing="error",
+    outside=None,
+    max_len=None,
+    layer=None,
+    device=None,
+    precision="auto",
+    token_budget=None,
+    seed=None,
+) -> Plan:  # see `perturb`
     "Check what was asked for before any long work starts."
-    if kind not in KINDS: raise ValueError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}.")
-    if kind == "shift" and not 0 < factor < 1: raise ValueError(f"factor is {factor}; a knock-down leaves a share of the counts between 0 and 1 (delete takes all).")
-    coder = model if isinstance(model, CellEncoder) else cell_encoder(model, pooling, max_len, device, precision, token_budget)
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}.")
+    if kind == "shift" and not 0 < factor < 1:
+        raise ValueError(
+            f"factor is {factor}; a knock-down leaves a share of the counts between 0 and 1 "
+            "(delete takes all)."
+        )
+    coder = (
+        model
+        if isinstance(model, CellEncoder)
+        else cell_encoder(model, pooling, max_len, device, precision, token_budget)
+    )
     peer = getattr(coder.net, "peer", None)
     if peer:
         raise ValueError(
-            f"{peer} reads a cell from a layer and between tokens of its own; perturb and screen read "
+            f"{peer} reads a cell from a layer and between tokens of its own; perturb and screen "
+            "read "
             "scEMB's states and would answer for another model. Give a scEMB checkpoint; "
-            "`embed` and `scemb benchmark` take this one.")
-    if seed is not None: coder = replace(coder, settings=replace(coder.settings, seed=seed))
-    if coder.pooling == "cls": raise ValueError("pooling is 'cls', a token of its own; a perturbation is read off the other genes: use mean12 or last.")
-    counts = read_counts(adata, layer); obs = counts.adata.obs
-    if by is not None and by not in obs: raise ValueError(f"obs has no column {by!r}; it has {list(obs.columns)}.")
-    if by is not None and (n := int((~has_label(obs[by])).sum())): raise ValueError(f"{n:,} of {len(obs):,} cells have no value in obs[{by!r}], and would be a group of their own. Fill it in, or leave these cells out.")
+            "`embed` and `scemb benchmark` take this one."
+        )
+    if seed is not None:
+        coder = replace(coder, settings=replace(coder.settings, seed=seed))
+    if coder.pooling == "cls":
+        raise ValueError(
+            "pooling is 'cls', a token of its own; a perturbation is read off the other genes: "
+            "use mean12 or last."
+        )
+    counts = read_counts(adata, layer)
+    obs = counts.adata.obs
+    if by is not None and by not in obs:
+        raise ValueError(f"obs has no column {by!r}; it has {list(obs.columns)}.")
+    if by is not None and (n := int((~has_label(obs[by])).sum())):
+        raise ValueError(
+            f"{n:,} of {len(obs):,} cells have no value in obs[{by!r}], and would be a group of "
+            "their own. Fill it in, or leave these cells out."
+        )
     token = coder.vocabulary.token_of_rows(counts.genes.rows)
-    if not (token >= 0).any(): raise ValueError("None of the genes is in the model's vocabulary; see `scemb doctor` for what the file holds.")
-    sets = gene_sets(genes, coder.vocabulary, missing) if genes is not None else _expressed(counts, token, coder.vocabulary, min_cells)
-    room = coder.net.config.max_position_embeddings - (sets.tokens.shape[1] if kind == "overexpress" else 0)     # a gene that comes in must find a place
-    coder = replace(coder, settings=replace(coder.settings, max_len=min(coder.settings.max_len, room)))
+    if not (token >= 0).any():
+        raise ValueError(
+            "None of the genes is in the model's vocabulary; see `scemb doctor` for what the "
+            "file holds."
+        )
+    sets = (
+        gene_sets(genes, coder.vocabulary, missing)
+        if genes is not None
+        else _expressed(counts, token, coder.vocabulary, min_cells)
+    )
+    room = coder.net.config.max_position_embeddings - (
+        sets.tokens.shape[1] if kind == "overexpress" else 0
+    )  # a gene that comes in must find a place
+    coder = replace(
+        coder, settings=replace(coder.settings, max_len=min(coder.settings.max_len, room))
+    )
     named = np.unique(sets.tokens[sets.tokens >= 0]) if genes is not None else []
-    protected = np.array((None,)*4 + coder.vocabulary.genes, object)[named] if len(named) <= coder.settings.max_len//2 else ()
+    protected = (
+        np.array((None,) * 4 + coder.vocabulary.genes, object)[named]
+        if len(named) <= coder.settings.max_len // 2
+        else ()
+    )
     out_of = None
-    if outside is not None: out_of = torch.zeros(len(coder.vocabulary), dtype=torch.bool, device=coder.net.device); found = gene_sets(list(outside), coder.vocabulary, "nan").tokens; out_of[found[found >= 0]] = True
-    names, group = np.unique(obs[by].astype(str).to_numpy() if by else np.repeat("all", counts.n_cells), return_inverse=True)
-    return Plan(coder, Encoder(token, coder.vocabulary, coder.settings, protected), counts, sets, kind, factor, per_cell, by, names, group, out_of)
+    if outside is not None:
+        out_of = torch.zeros(len(coder.vocabulary), dtype=torch.bool, device=coder.net.device)
+        found = gene_sets(list(outside), coder.vocabulary, "nan").tokens
+        out_of[found[found >= 0]] = True
+    names, group = np.unique(
+        obs[by].astype(str).to_numpy() if by else np.repeat("all", counts.n_cells),
+        return_inverse=True,
+    )
+    return Plan(
+        coder,
+        Encoder(token, coder.vocabulary, coder.settings, protected),
+        counts,
+        sets,
+        kind,
+        factor,
+        per_cell,
+        by,
+        names,
+        group,
+        out_of,
+    )
 
-def _expressed(counts, token, vocabulary, min_cells): # every gene that enough cells express
+
+def _expressed(counts, token, vocabulary, min_cells):  # every gene that enough cells express
     n = np.zeros(len(token), np.int64)
-    for _, chunk in counts.chunks(): n += np.bincount(chunk.indices[chunk.data > 0], minlength=len(n))
-    by_token = np.bincount(token[token >= 0], n[token >= 0], minlength=len(vocabulary)).astype(int); kept = np.flatnonzero(by_token >= min_cells)
-    if not len(kept): raise ValueError(f"No gene is expressed in {min_cells} cells; the most frequent is in {by_token.max()}. Lower min_cells, or name genes.")
-    return Sets(list(np.asarray(vocabulary.symbols)[kept]), kept[:, None], [""]*len(kept))
+    for _, chunk in counts.chunks():
+        n += np.bincount(chunk.indices[chunk.data > 0], minlength=len(n))
+    by_token = np.bincount(token[token >= 0], n[token >= 0], minlength=len(vocabulary)).astype(int)
+    kept = np.flatnonzero(by_token >= min_cells)
+    if not len(kept):
+        raise ValueError(
+            f"No gene is expressed in {min_cells} cells; the most frequent is in "
+            f"{by_token.max()}. Lower min_cells, or name genes."
+        )
+    return Sets(list(np.asarray(vocabulary.symbols)[kept]), kept[:, None], [""] * len(kept))
 
 # %% ../nbs/14_perturb.ipynb #2bc8723f
 def windows(
-    plan:Plan,
-    size:int=64,  # Cells read at a time
-    start:int=0,  # First window
-    each=None,    # Called with (sets (variants,), cells (variants,), Variants, movement of tokens)
-): # Yields dicts: rows, shift, impact, bag_impact, n - a row a (set, group), or a (set, cell)
+    plan: Plan,
+    size: int = 64,  # Cells read at a time
+    start: int = 0,  # First window
+    each=None,  # Called with (sets (variants,), cells (variants,), Variants, movement of tokens)
+):  # Yields dicts: rows, shift, impact, bag_impact, n - a row a (set, group), or a (set, cell)
     "Perturb window after window of cells."
     coder, tokens, V = plan.coder, plan.sets.tokens, len(plan.coder.vocabulary)
-    for first, chunk in plan.counts.chunks(size, start*size):
-        e = plan.encoder(chunk); values = token_values(chunk, e, plan.encoder); lengths = np.diff(e["offsets"]); parts, rescued = [], int(e["rescued"].sum())
-        for cells in budget_batches(lengths, 4*coder.token_budget):
+    for first, chunk in plan.counts.chunks(size, start * size):
+        e = plan.encoder(chunk)
+        values = token_values(chunk, e, plan.encoder)
+        lengths = np.diff(e["offsets"])
+        parts, rescued = [], int(e["rescued"].sum())
+        for cells in budget_batches(lengths, 4 * coder.token_budget):
             which, sets, places = _where(e, cells, tokens, V, plan)
-            if not len(which): continue
+            if not len(which):
+                continue
             on = cells_on(coder.net.device, e, values, cells, coder.settings.bins_over)
-            cell = first + cells[which]; call = each and (lambda part, v, m, sets=sets, cell=cell: each(sets[part], cell[part], v, m))
-            shift, impact, bag = shifts_of(coder, on, which, places, tokens[sets], plan.kind, plan.factor, plan.outside, call)
-            parts.append(dict(rows=sets*len(plan.groups) + plan.group[cell], sets=sets, cell=cell, shift=shift, impact=impact, bag_impact=bag, n=np.ones(len(sets))))
+            cell = first + cells[which]
+            call = each and (
+                lambda part, v, m, sets=sets, cell=cell: each(sets[part], cell[part], v, m)
+            )
+            shift, impact, bag = shifts_of(
+                coder, on, which, places, tokens[sets], plan.kind, plan.factor, plan.outside, call
+            )
+            parts.append(
+                dict(
+                    rows=sets * len(plan.groups) + plan.group[cell],
+                    sets=sets,
+                    cell=cell,
+                    shift=shift,
+                    impact=impact,
+                    bag_impact=bag,
+                    n=np.ones(len(sets)),
+                )
+            )
         done = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if parts else None
-        yield first + chunk.shape[0], rescued, done if plan.per_cell or done is None else _summed(done)
+        yield (
+            first + chunk.shape[0],
+            rescued,
+            done if plan.per_cell or done is None else _summed(done),
+        )
 
-def _where(e, cells, tokens, V, plan): # cells that can be perturbed -> cell (among `cells`), set, places (variants, K)
-    at, which, sets, places = np.full(V + 1, -1), [], [], []; kept = np.ones(V + 1, bool)
-    if plan.outside is not None: kept[:-1] = ~plan.outside.cpu().numpy()
+
+def _where(e, cells, tokens, V, plan):
+    # cells that can be perturbed -> cell (among `cells`), set, places (variants, K)
+    at, which, sets, places = np.full(V + 1, -1), [], [], []
+    kept = np.ones(V + 1, bool)
+    if plan.outside is not None:
+        kept[:-1] = ~plan.outside.cpu().numpy()
     for i, c in enumerate(cells):
-        g = e["genes"][e["offsets"][c]:e["offsets"][c + 1]].astype(np.int64); at[g] = np.arange(len(g))
-        p = at[tokens]; at[g] = -1                                          # token -1 reads the last entry, which stays -1
-        there = (((p >= 0) | (tokens < 0)).all(1) | (plan.kind == "overexpress")) & (tokens >= 0).any(1)
-        s = np.flatnonzero(there & (((p >= 0) & kept[tokens]).sum(1) < kept[g].sum()))            # something is left to take the mean of
-        which.append(np.full(len(s), i)); sets.append(s); places.append(p[s])
+        g = e["genes"][e["offsets"][c] : e["offsets"][c + 1]].astype(np.int64)
+        at[g] = np.arange(len(g))
+        p = at[tokens]
+        at[g] = -1  # token -1 reads the last entry, which stays -1
+        there = (((p >= 0) | (tokens < 0)).all(1) | (plan.kind == "overexpress")) & (
+            tokens >= 0
+        ).any(1)
+        s = np.flatnonzero(
+            there & (((p >= 0) & kept[tokens]).sum(1) < kept[g].sum())
+        )  # something is left to take the mean of
+        which.append(np.full(len(s), i))
+        sets.append(s)
+        places.append(p[s])
     return np.concatenate(which), np.concatenate(sets), np.concatenate(places)
 
-def _summed(part): # a row a variant -> sums, a row a (set, group)
+
+def _summed(part):  # a row a variant -> sums, a row a (set, group)
     rows, owner = np.unique(part["rows"], return_inverse=True)
     add = sparse.csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
-    return dict(rows=rows, **{k: add @ part[k].astype(np.float64) for k in ("shift", "impact", "bag_impact", "n")})
+    return dict(
+        rows=rows,
+        **{k: add @ part[k].astype(np.float64) for k in ("shift", "impact", "bag_impact", "n")},
+    )
 
 # %% ../nbs/14_perturb.ipynb #2bfc86ab
 def assembled(
-    plan:Plan,
-    parts:list, rescued:int=0, # From `windows`
-): # AnnData
+    plan: Plan,
+    parts: list,
+    rescued: int = 0,  # From `windows`
+):  # AnnData
     "Put windows together into a table of shifts."
     import anndata as ad, pandas as pd
-    D, G, S = plan.coder.net.config.hidden_size, len(plan.groups), len(plan.sets.names); parts = [p for p in parts if p is not None]
-    ids, symbols = np.array(("",)*4 + plan.coder.vocabulary.genes, object), np.asarray(plan.coder.vocabulary.symbols)
-    join = lambda names: np.array(["+".join(names[t[t >= 0]]) or n for t, n in zip(plan.sets.tokens, plan.sets.names)], object)
-    about = pd.DataFrame(dict(perturbation=plan.sets.names, gene=join(ids), symbol=join(symbols), kind=plan.kind))
-    size = np.bincount(plan.group, minlength=G); uns = plan.coder.record(plan.counts, 0, 0)
+
+    D, G, S = plan.coder.net.config.hidden_size, len(plan.groups), len(plan.sets.names)
+    parts = [p for p in parts if p is not None]
+    ids, symbols = (
+        np.array(("",) * 4 + plan.coder.vocabulary.genes, object),
+        np.asarray(plan.coder.vocabulary.symbols),
+    )
+
+    def join(names):
+        return np.array(
+            ["+".join(names[t[t >= 0]]) or n for t, n in zip(plan.sets.tokens, plan.sets.names)],
+            object,
+        )
+
+    about = pd.DataFrame(
+        dict(perturbation=plan.sets.names, gene=join(ids), symbol=join(symbols), kind=plan.kind)
+    )
+    size = np.bincount(plan.group, minlength=G)
+    uns = plan.coder.record(plan.counts, 0, 0)
     if plan.per_cell:
-        p = {k: np.concatenate([x[k] for x in parts]) if parts else np.zeros((0, D) if k == "shift" else 0, int) for k in ("sets", "cell", "shift", "impact", "bag_impact")}
-        order = np.lexsort((p["cell"], p["sets"])); p = {k: v[order] for k, v in p.items()}
-        obs = about.iloc[p["sets"]].assign(cell=plan.counts.adata.obs_names.to_numpy()[p["cell"]].astype(str), group=plan.groups[plan.group[p["cell"]]], impact=p["impact"], bag_impact=p["bag_impact"])
-        obs.index = (obs.symbol + "|" + obs.cell).to_numpy(); X = p["shift"].astype(np.float32)
+        p = {
+            k: np.concatenate([x[k] for x in parts])
+            if parts
+            else np.zeros((0, D) if k == "shift" else 0, int)
+            for k in ("sets", "cell", "shift", "impact", "bag_impact")
+        }
+        order = np.lexsort((p["cell"], p["sets"]))
+        p = {k: v[order] for k, v in p.items()}
+        obs = about.iloc[p["sets"]].assign(
+            cell=plan.counts.adata.obs_names.to_numpy()[p["cell"]].astype(str),
+            group=plan.groups[plan.group[p["cell"]]],
+            impact=p["impact"],
+            bag_impact=p["bag_impact"],
+        )
+        obs.index = (obs.symbol + "|" + obs.cell).to_numpy()
+        X = p["shift"].astype(np.float32)
     else:
-        total = dict(shift=np.zeros((S*G, D)), impact=np.zeros(S*G), bag_impact=np.zeros(S*G), n=np.zeros(S*G))
+        total = dict(
+            shift=np.zeros((S * G, D)),
+            impact=np.zeros(S * G),
+            bag_impact=np.zeros(S * G),
+            n=np.zeros(S * G),
+        )
         for part in parts:
-            for k in total: total[k][part["rows"]] += part[k]
-        n = total["n"]; mean = {k: np.where((n > 0).reshape(-1, *[1]*(v.ndim - 1)), v/np.maximum(n, 1).reshape(-1, *[1]*(v.ndim - 1)), np.nan) for k, v in total.items()}
-        obs = about.loc[np.repeat(np.arange(S), G)].assign(group=np.tile(plan.groups, S), n_cells=n.astype(int), n_undetected=np.tile(size, S) - n.astype(int), impact=mean["impact"], bag_impact=mean["bag_impact"])
-        obs["reason"] = [plan.sets.reasons[i//G] or ("" if n[i] else f"not expressed in any of {size[i % G]} cells") for i in range(S*G)]
-        obs.index = (obs.symbol if not plan.by else obs.symbol + "|" + obs.group).to_numpy(str); X = mean["shift"].astype(np.float32)
-    out = ad.AnnData(X, obs=obs.infer_objects()); out.obs_names_make_unique()
-    out.uns["scemb"] = uns | dict(kind=plan.kind, factor=plan.factor if plan.kind == "shift" else "", n_cells=plan.counts.n_cells, n_rescued=int(rescued))
+            for k in total:
+                total[k][part["rows"]] += part[k]
+        n = total["n"]
+        mean = {
+            k: np.where(
+                (n > 0).reshape(-1, *[1] * (v.ndim - 1)),
+                v / np.maximum(n, 1).reshape(-1, *[1] * (v.ndim - 1)),
+                np.nan,
+            )
+            for k, v in total.items()
+        }
+        obs = about.loc[np.repeat(np.arange(S), G)].assign(
+            group=np.tile(plan.groups, S),
+            n_cells=n.astype(int),
+            n_undetected=np.tile(size, S) - n.astype(int),
+            impact=mean["impact"],
+            bag_impact=mean["bag_impact"],
+        )
+        obs["reason"] = [
+            plan.sets.reasons[i // G]
+            or ("" if n[i] else f"not expressed in any of {size[i % G]} cells")
+            for i in range(S * G)
+        ]
+        obs.index = (obs.symbol if not plan.by else obs.symbol + "|" + obs.group).to_numpy(str)
+        X = mean["shift"].astype(np.float32)
+    out = ad.AnnData(X, obs=obs.infer_objects())
+    out.obs_names_make_unique()
+    out.uns["scemb"] = uns | dict(
+        kind=plan.kind,
+        factor=plan.factor if plan.kind == "shift" else "",
+        n_cells=plan.counts.n_cells,
+        n_rescued=int(rescued),
+    )
     return out
 
 # %% ../nbs/14_perturb.ipynb #a65996c0
 def perturb(
-    adata,                     # AnnData with raw counts, or a path: the cells to perturb
-    model="scemb-small",       # As for `embed`, or a CellEncoder
-    genes=None,                # Symbols or Ensembl ids; "A+B" perturbs both at once; None: every gene expressed in `min_cells` cells
-    kind:str="mask",           # "mask", "delete", "shift" (counts x factor) or "overexpress"
-    factor:float=.2,           # Of "shift": what CRISPRi leaves
-    by:str|None=None,          # Column of obs: average within its groups
-    per_cell:bool=False,       # A row for each set and cell that could be perturbed, nothing averaged
-    pooling:str="mean12",      # "mean12" or "last"
-    min_cells:int=20,          # Of genes=None
-    missing:str="error",       # A gene outside the vocabulary: "error", or "nan" for an empty row with its reason
-    outside=None,              # Genes that stay out of every mean beside the target, such as all other candidates of a screen
-    max_len:int|None=None, layer:str|None=None, device:str|None=None, precision:str="auto", token_budget:int|None=None, seed:int|None=None, # As for `embed`
-    progress=None,             # Called with (cells done, cells in all)
-):                             # AnnData: X the mean shifts; obs perturbation, gene, symbol, kind, group, n_cells, n_undetected, impact, bag_impact, reason
+    adata,  # AnnData with raw counts, or a path: the cells to perturb
+    model="scemb-small",  # As for `embed`, or a CellEncoder
+    # Symbols or Ensembl ids; "A+B" perturbs both at once; None: every gene expressed in `min_cells`
+    # cells
+    genes=None,
+    kind: str = "mask",  # "mask", "delete", "shift" (counts x factor) or "overexpress"
+    factor: float = 0.2,  # Of "shift": what CRISPRi leaves
+    by: str | None = None,  # Column of obs: average within its groups
+    per_cell: bool = False,  # A row for each set and cell that could be perturbed, nothing averaged
+    pooling: str = "mean12",  # "mean12" or "last"
+    min_cells: int = 20,  # Of genes=None
+    # A gene outside the vocabulary: "error", or "nan" for an empty row with its reason
+    missing: str = "error",
+    # Genes that stay out of every mean beside the target, such as all other candidates of a screen
+    outside=None,
+    max_len: int | None = None,
+    layer: str | None = None,
+    device: str | None = None,
+    precision: str = "auto",
+    token_budget: int | None = None,
+    seed: int | None = None,  # As for `embed`
+    progress=None,  # Called with (cells done, cells in all)
+    # AnnData: X the mean shifts; obs perturbation, gene, symbol, kind, group, n_cells,
+    # n_undetected, impact, bag_impact, reason
+):
     "Shift of cells when genes are perturbed."
-    p, parts, rescued = plan(adata, model, genes, kind, factor, by, per_cell, pooling, min_cells, missing, outside, max_len, layer, device, precision, token_budget, seed), [], 0
+    p, parts, rescued = (
+        plan(
+            adata,
+            model,
+            genes,
+            kind,
+            factor,
+            by,
+            per_cell,
+            pooling,
+            min_cells,
+            missing,
+            outside,
+            max_len,
+            layer,
+            device,
+            precision,
+            token_budget,
+            seed,
+        ),
+        [],
+        0,
+    )
     for done, n, part in windows(p):
-        parts.append(part); rescued += n
-        if progress: progress(done, p.counts.n_cells)
+        parts.append(part)
+        rescued += n
+        if progress:
+            progress(done, p.counts.n_cells)
     return assembled(p, parts, rescued)
 
 # %% ../nbs/14_perturb.ipynb #db3bf2bc
 def tie_variation(
-    adata, model="scemb-small", genes=None, # As for `perturb`
-    seeds=range(5),                         # Of the order of ties
-    **settings,                             # Other arguments of `perturb`
-): # DataFrame: a row a perturbation (and group), agreement, impact, impact_cv
+    adata,
+    model="scemb-small",
+    genes=None,  # As for `perturb`
+    seeds=range(5),  # Of the order of ties
+    **settings,  # Other arguments of `perturb`
+):  # DataFrame: a row a perturbation (and group), agreement, impact, impact_cv
     "Repeat a perturbation under several orders of ties."
     return tie_spread([perturb(adata, model, genes, seed=s, **settings) for s in seeds])
 
+
 def tie_spread(
-    runs, # Results of `perturb` on the same cells and genes, one a seed
-): # As from `tie_variation`
+    runs,  # Results of `perturb` on the same cells and genes, one a seed
+):  # As from `tie_variation`
     "How far runs under several orders of ties differ."
-    if len(runs) < 2: raise ValueError(f"{len(runs)} seed, wanted at least 2 to compare.")
+    if len(runs) < 2:
+        raise ValueError(f"{len(runs)} seed, wanted at least 2 to compare.")
     X, impact = np.stack([r.X for r in runs]).astype(float), np.stack([r.obs.impact for r in runs])
     with np.errstate(invalid="ignore"):
-        unit = X/np.linalg.norm(X, axis=-1, keepdims=True)
-        r = (np.square(unit.sum(0)).sum(-1) - len(runs))/(len(runs)*(len(runs) - 1))
-        return runs[0].obs[["symbol", "group", "n_cells"]].assign(agreement=r, impact=impact.mean(0), impact_cv=impact.std(0, ddof=1)/impact.mean(0))
+        unit = X / np.linalg.norm(X, axis=-1, keepdims=True)
+        r = (np.square(unit.sum(0)).sum(-1) - len(runs)) / (len(runs) * (len(runs) - 1))
+        return (
+            runs[0]
+            .obs[["symbol", "group", "n_cells"]]
+            .assign(
+                agreement=r, impact=impact.mean(0), impact_cv=impact.std(0, ddof=1) / impact.mean(0)
+            )
+        )
 
 # %% ../nbs/14_perturb.ipynb #eb9efffe
 def gene_impacts(
-    adata, model="scemb-small", genes=None, # As for `perturb`
-    min_cells:int=20,                       # Cells that express both; fewer give NaN
-    **settings,                             # Other arguments of `perturb`, without by and per_cell
-): # DataFrame: a row a perturbation, a column a gene (Ensembl id): mean distance that the gene's vector moves
+    adata,
+    model="scemb-small",
+    genes=None,  # As for `perturb`
+    min_cells: int = 20,  # Cells that express both; fewer give NaN
+    **settings,  # Other arguments of `perturb`, without by and per_cell
+    # DataFrame: a row a perturbation, a column a gene (Ensembl id): mean distance that the gene's
+    # vector moves
+):
     "Movement of every gene's vector under each perturbation."
     import pandas as pd
-    p = plan(adata, model, genes, **settings); V = len(p.coder.vocabulary); total, n = np.zeros((2, len(p.sets.names), V))
+
+    p = plan(adata, model, genes, **settings)
+    V = len(p.coder.vocabulary)
+    total, n = np.zeros((2, len(p.sets.names), V))
+
     def each(sets, cells, v, moved):
-        keep = ~v.target; at = np.asarray(sets)[v.owner[keep].cpu().numpy()]*V + v.ids[keep].cpu().numpy()
-        total[:] += np.bincount(at, moved[keep].double().cpu().numpy(), minlength=total.size).reshape(total.shape); n[:] += np.bincount(at, minlength=n.size).reshape(n.shape)
-    for _ in windows(p, each=each): pass
-    seen = np.flatnonzero((n >= min_cells).any(0)); ids = np.array((None,)*4 + p.coder.vocabulary.genes, object)
-    return pd.DataFrame(np.where(n >= min_cells, total/np.maximum(n, 1), np.nan)[:, seen], index=p.sets.names, columns=ids[seen])
+        keep = ~v.target
+        at = np.asarray(sets)[v.owner[keep].cpu().numpy()] * V + v.ids[keep].cpu().numpy()
+        total[:] += np.bincount(
+            at, moved[keep].double().cpu().numpy(), minlength=total.size
+        ).reshape(total.shape)
+        n[:] += np.bincount(at, minlength=n.size).reshape(n.shape)
+
+    for _ in windows(p, each=each):
+        pass
+    seen = np.flatnonzero((n >= min_cells).any(0))
+    ids = np.array((None,) * 4 + p.coder.vocabulary.genes, object)
+    return pd.DataFrame(
+        np.where(n >= min_cells, total / np.maximum(n, 1), np.nan)[:, seen],
+        index=p.sets.names,
+        columns=ids[seen],
+    )
 
 # %% ../nbs/14_perturb.ipynb #21973daa
 def open_job(
-    folder:Path, # Where windows are kept, beside the output
-    job:list,    # What tells this job from another, as JSON
-)->Path:         # The folder, emptied if it held another job
+    folder: Path,  # Where windows are kept, beside the output
+    job: list,  # What tells this job from another, as JSON
+) -> Path:  # The folder, emptied if it held another job
     "Open the folder of a job that can be resumed."
     work_folder(folder, hashlib.sha256(json.dumps(job).encode()).hexdigest())
     return folder
 
+
 def resumed(
-    folder,        # From `open_job`; None: windows stay in memory
-    n:int,         # Windows in all
-    work,          # work(first) yields (cells done, dict of arrays), window after window
-    progress=None, # Called with the cells done once a window is kept
-)->list:           # A dict a window
+    folder,  # From `open_job`; None: windows stay in memory
+    n: int,  # Windows in all
+    work,  # work(first) yields (cells done, dict of arrays), window after window
+    progress=None,  # Called with the cells done once a window is kept
+) -> list:  # A dict a window
     "Work through windows, each kept on disk; those that are there are not worked again."
     parts = []
     while folder and len(parts) < n:
-        try: parts.append(read_arrays(folder/f"{len(parts)}.npz"))
-        except (FileNotFoundError, Damaged): break           # the first that is not there or not whole
+        try:
+            parts.append(read_arrays(folder / f"{len(parts)}.npz"))
+        except (FileNotFoundError, Damaged):
+            break  # the first that is not there or not whole
     for i, (cells, part) in enumerate(work(len(parts)) if len(parts) < n else (), len(parts)):
         part = {k: np.asarray(v) for k, v in part.items()}
         if folder:
-            with new_file(folder/f"{i}.npz") as new: np.savez(new, **part)
+            with new_file(folder / f"{i}.npz") as new:
+                np.savez(new, **part)
         parts.append(part)
-        if progress: progress(cells)
+        if progress:
+            progress(cells)
     return parts
 
+
 def job_of(
-    coder:CellEncoder, path, # What embeds, and the file
-    *more,                   # What else belongs to the job
-)->list:
+    coder: CellEncoder,
+    path,  # What embeds, and the file
+    *more,  # What else belongs to the job
+) -> list:
     "File, weights and settings, for `open_job`."
-    weights = hashlib.sha256(b"".join(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in coder.net.bert.parameters())).hexdigest()
-    return [str(Path(path).resolve()), *size_and_time(path), weights, coder.vocabulary.hash, asdict(coder.settings), coder.pooling, coder.precision, *more]
+    weights = hashlib.sha256(
+        b"".join(
+            x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            for x in coder.net.bert.parameters()
+        )
+    ).hexdigest()
+    return [
+        str(Path(path).resolve()),
+        *size_and_time(path),
+        weights,
+        coder.vocabulary.hash,
+        asdict(coder.settings),
+        coder.pooling,
+        coder.precision,
+        *more,
+    ]
 
 # %% ../nbs/14_perturb.ipynb #966ef06e
 def perturb_file(
-    path, out,                 # An .h5ad with raw counts; .h5ad to write
-    model="scemb-small", genes=None, # As for `perturb`
-    overwrite:bool=False,      # Replace an earlier result
-    window:int=256,            # Cells a window: what a stop can lose
-    progress=None, **settings, # As for `perturb`
-):                             # The AnnData that was written
+    path,
+    out,  # An .h5ad with raw counts; .h5ad to write
+    model="scemb-small",
+    genes=None,  # As for `perturb`
+    overwrite: bool = False,  # Replace an earlier result
+    window: int = 256,  # Cells a window: what a stop can lose
+    progress=None,
+    **settings,  # As for `perturb`
+):  # The AnnData that was written
     "Perturb the cells of a file, resumable."
     path, out = Path(path), Path(out)
     check_results(out, overwrite)
     with only_writer(out):
         return _perturb_file(path, out, model, genes, window, progress, settings)
 
+
 def _perturb_file(path, out, model, genes, window, progress, settings):
-    p = plan(path, model, genes, **settings); n = -(-p.counts.n_cells//window); outside = [] if p.outside is None else p.outside.nonzero()[:, 0].tolist()
-    folder = open_job(out.with_name(f".{out.name}.partial"), job_of(p.coder, path, window, p.counts.place, p.sets.names, p.kind, p.factor, p.per_cell, p.by, outside))
-    work = lambda first: ((cells, dict(part or {}, rescued=rescued)) for cells, rescued, part in windows(p, window, first))
-    parts = resumed(folder, n, work, progress and (lambda done: progress(done, p.counts.n_cells))); rescued = sum(int(x.pop("rescued")) for x in parts)
+    p = plan(path, model, genes, **settings)
+    n = -(-p.counts.n_cells // window)
+    outside = [] if p.outside is None else p.outside.nonzero()[:, 0].tolist()
+    folder = open_job(
+        out.with_name(f".{out.name}.partial"),
+        job_of(
+            p.coder,
+            path,
+            window,
+            p.counts.place,
+            p.sets.names,
+            p.kind,
+            p.factor,
+            p.per_cell,
+            p.by,
+            outside,
+        ),
+    )
+
+    def work(first):
+        return (
+            (cells, dict(part or {}, rescued=rescued))
+            for cells, rescued, part in windows(p, window, first)
+        )
+
+    parts = resumed(folder, n, work, progress and (lambda done: progress(done, p.counts.n_cells)))
+    rescued = sum(int(x.pop("rescued")) for x in parts)
     result = assembled(p, [x or None for x in parts], rescued)
     if (result.obs.reason != "").all():
-        raise ValueError(f"Nothing could be perturbed, so nothing is written: {'; '.join(f'{n}: {r}' for n, r in zip(result.obs_names[:5], result.obs.reason))}.")
+        raise ValueError(
+            "Nothing could be perturbed, so nothing is written: "
+            f"{'; '.join(f'{n}: {r}' for n, r in zip(result.obs_names[:5], result.obs.reason))}."
+        )
     write_cells(result, out)
     shutil.rmtree(folder)
     return result

@@ -12,93 +12,263 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import alone, Device, Model, Overwrite, Precision, Seed, choice, counter, reading_cells, refusing, tell
+from scemb.commands import (
+    alone,
+    Device,
+    Model,
+    Overwrite,
+    Precision,
+    Seed,
+    choice,
+    counter,
+    reading_cells,
+    refusing,
+    tell,
+)
 
 # %% ../nbs/97b_perturb_commands.ipynb #d7adbb33
 @refusing
 @reading_cells
 def perturb(
-    file: Annotated[Path, typer.Argument(help="The cells to perturb: a file with raw counts (.h5ad, .zarr, 10x .h5, .loom, a folder with matrix.mtx).")],
-    out: Annotated[Path, typer.Option(help=".h5ad to write: a row a gene set (and group), the mean shift, and how far cells moved.")],
-    gene: Annotated[Optional[list[str]], typer.Option(help="Symbol or Ensembl id; A+B perturbs both at once; may be repeated. Default: every gene that --min-cells cells express.")] = None,
-    kind: Annotated[choice("KindName", "mask", "delete", "shift", "overexpress"), typer.Option(help="What is done to a gene; shift: counts x --factor.")] = "mask",
-    factor: Annotated[float, typer.Option(help="Of shift: what a knock-down leaves.")] = .2,
-    by: Annotated[Optional[str], typer.Option(help="obs column: average within its groups.")] = None,
-    per_cell: Annotated[bool, typer.Option("--per-cell", help="A row for each gene set and cell.")] = False,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="The cells to perturb: a file with raw counts (.h5ad, .zarr, 10x .h5, .loom, a "
+            "folder with matrix.mtx)."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help=".h5ad to write: a row a gene set (and group), the mean shift, and how far "
+            "cells moved."
+        ),
+    ],
+    gene: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Symbol or Ensembl id; A+B perturbs both at once; may be repeated. Default: "
+            "every gene that --min-cells cells express."
+        ),
+    ] = None,
+    kind: Annotated[
+        choice("KindName", "mask", "delete", "shift", "overexpress"),
+        typer.Option(help="What is done to a gene; shift: counts x --factor."),
+    ] = "mask",
+    factor: Annotated[float, typer.Option(help="Of shift: what a knock-down leaves.")] = 0.2,
+    by: Annotated[
+        Optional[str], typer.Option(help="obs column: average within its groups.")
+    ] = None,
+    per_cell: Annotated[
+        bool, typer.Option("--per-cell", help="A row for each gene set and cell.")
+    ] = False,
     model: Model = "scemb-small",
-    pooling: Annotated[choice("PerturbPooling", "mean12", "last"), typer.Option(help="Mean over all layers, or the last.")] = "mean12",
-    min_cells: Annotated[int, typer.Option(min=1, help="Cells that must express a gene, where none is named.")] = 20,
-    missing: Annotated[choice("MissingRule", "error", "nan"), typer.Option(help="A gene outside the vocabulary: error, or nan for an empty row.")] = "error",
+    pooling: Annotated[
+        choice("PerturbPooling", "mean12", "last"),
+        typer.Option(help="Mean over all layers, or the last."),
+    ] = "mean12",
+    min_cells: Annotated[
+        int, typer.Option(min=1, help="Cells that must express a gene, where none is named.")
+    ] = 20,
+    missing: Annotated[
+        choice("MissingRule", "error", "nan"),
+        typer.Option(help="A gene outside the vocabulary: error, or nan for an empty row."),
+    ] = "error",
     reading=None,
     device: Device = None,
     precision: Precision = "auto",
-    token_budget: Annotated[Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")] = None, overwrite: Overwrite = False,
+    token_budget: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens a forward pass, the lever for memory.")
+    ] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(help="Seed of the order of ties; default: the model's.")
+    ] = None,
+    overwrite: Overwrite = False,
 ):
-    """Perturb genes in cells and measure how far the cells move; the same command goes on where an interrupted one stopped.
+    """Perturb genes in cells and measure how far the cells move; the same command goes on where an
+    interrupted one stopped.
 
-    Example: `scemb perturb controls.h5ad --gene GATA1 --gene GATA1+MYC --kind shift --out shifts.h5ad`
+    Example: `scemb perturb controls.h5ad --gene GATA1 --gene GATA1+MYC --kind shift --out
+    shifts.h5ad`
     """
     from scemb.perturb import perturb_file
-    r = perturb_file(file, out, model, gene or None, overwrite, progress=counter("cells"), kind=kind, factor=factor, by=by, per_cell=per_cell, pooling=pooling, min_cells=min_cells,
-                     missing=missing, layer=reading, device=device, precision=precision, token_budget=token_budget, seed=seed)
+
+    r = perturb_file(
+        file,
+        out,
+        model,
+        gene or None,
+        overwrite,
+        progress=counter("cells"),
+        kind=kind,
+        factor=factor,
+        by=by,
+        per_cell=per_cell,
+        pooling=pooling,
+        min_cells=min_cells,
+        missing=missing,
+        layer=reading,
+        device=device,
+        precision=precision,
+        token_budget=token_budget,
+        seed=seed,
+    )
     empty = int((r.obs.reason != "").sum()) if "reason" in r.obs else 0
-    print(f"{out}: {r.n_obs:,} rows ({kind}), {empty:,} of them empty with a reason in obs; see obs impact beside bag_impact")
+    print(
+        f"{out}: {r.n_obs:,} rows ({kind}), {empty:,} of them empty with a reason in obs; see "
+        "obs impact beside bag_impact"
+    )
 
 # %% ../nbs/97b_perturb_commands.ipynb #ac3a116b
 @refusing
 @reading_cells
 def screen(
-    file: Annotated[Path, typer.Argument(help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder with matrix.mtx.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of cells with raw counts: .h5ad, .zarr, 10x .h5, .loom, or a folder "
+            "with matrix.mtx."
+        ),
+    ],
     label: Annotated[str, typer.Option(help="obs column with the states of the cells.")],
     start: Annotated[str, typer.Option(help="State whose cells are perturbed.")],
     goal: Annotated[str, typer.Option(help="State that defines the direction.")],
-    out: Annotated[Path, typer.Option(help="CSV to write: a row a gene, largest effects first; NAME_trust.csv beside it.")],
-    refine: Annotated[int, typer.Option("--refine", "--top", min=0, help="Largest effects that are run exactly; the column 'exact' marks them.")] = 20,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="CSV to write: a row a gene, largest effects first; NAME_trust.csv beside it."
+        ),
+    ],
+    refine: Annotated[
+        int,
+        typer.Option(
+            "--refine",
+            "--top",
+            min=0,
+            help="Largest effects that are run exactly; the column 'exact' marks them.",
+        ),
+    ] = 20,
     cells: Annotated[int, typer.Option(min=1, help="Cells of the start state at most.")] = 200,
     model: Model = "scemb-small",
     min_cells: Annotated[int, typer.Option(min=1, help="Cells that must express a gene.")] = 5,
     reading=None,
     device: Device = None,
     precision: Precision = "auto",
-    seed: Seed = 0, overwrite: Overwrite = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ):
-    """Mask every expressed gene of one state, and rank genes by how far that moves its cells towards another; the same command goes on where an interrupted one stopped.
+    """Mask every expressed gene of one state, and rank genes by how far that moves its cells
+    towards another; the same command goes on where an interrupted one stopped.
 
-    Example: `scemb screen cells.h5ad --label condition --start disease --goal healthy --out screen.csv`
+    Example: `scemb screen cells.h5ad --label condition --start disease --goal healthy --out
+    screen.csv`
     """
     from scemb.screen import screen_file
-    found = screen_file(file, out, label, start, goal, model, cells, refine, min_cells, seed, reading, device, precision, overwrite=overwrite, progress=counter("cells"))
-    print(f"{out}: {found}"); t = found.trust
-    if len(t) and (t.spearman.min() < .95 or t.relative_rmse.max() > .05): print("On a sample, screened sizes are off by more than 5 %: quote sizes from rows marked exact" + (", and do not trust the order of the others." if t.spearman.min() < .95 else "; the order of the others stands."), file=sys.stderr)
+
+    found = screen_file(
+        file,
+        out,
+        label,
+        start,
+        goal,
+        model,
+        cells,
+        refine,
+        min_cells,
+        seed,
+        reading,
+        device,
+        precision,
+        overwrite=overwrite,
+        progress=counter("cells"),
+    )
+    print(f"{out}: {found}")
+    t = found.trust
+    if len(t) and (t.spearman.min() < 0.95 or t.relative_rmse.max() > 0.05):
+        print(
+            "On a sample, screened sizes are off by more than 5 %: quote sizes from rows marked "
+            "exact"
+            + (
+                ", and do not trust the order of the others."
+                if t.spearman.min() < 0.95
+                else "; the order of the others stands."
+            ),
+            file=sys.stderr,
+        )
 
 # %% ../nbs/97b_perturb_commands.ipynb #172e5f68
 @refusing
 @reading_cells
 @alone
 def correlate(
-    disease: Annotated[Path, typer.Argument(help="A file with raw counts of two groups of donors.")],
-    screen: Annotated[Path, typer.Argument(help="A file with raw counts of a screen: a target and a guide for each cell.")],
+    disease: Annotated[
+        Path, typer.Argument(help="A file with raw counts of two groups of donors.")
+    ],
+    screen: Annotated[
+        Path,
+        typer.Argument(
+            help="A file with raw counts of a screen: a target and a guide for each cell."
+        ),
+    ],
     group: Annotated[str, typer.Option(help="Column of obs with the two states.")],
     case: Annotated[str, typer.Option(help="Its value for the cases.")],
     control: Annotated[str, typer.Option(help="Its value for the controls.")],
-    out: Annotated[Path, typer.Option(help="Folder for correlation.csv, .parquet, .png and power.json.")],
-    donor: Annotated[Optional[str], typer.Option(help="Column of obs with donors; without it cells are the units, and the result describes these cells only.")] = None,
-    batch: Annotated[Optional[str], typer.Option(help="Column of obs with batches of the donors: groups are compared within them.")] = None,
-    paired: Annotated[bool, typer.Option("--paired", help="Donors are seen in both states.")] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for correlation.csv, .parquet, .png and power.json.")
+    ],
+    donor: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Column of obs with donors; without it cells are the units, and the result "
+            "describes these cells only."
+        ),
+    ] = None,
+    batch: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Column of obs with batches of the donors: groups are compared within them."
+        ),
+    ] = None,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Donors are seen in both states.")
+    ] = False,
     target: Annotated[str, typer.Option(help="Column of the screen with the targets.")] = "target",
     guide: Annotated[str, typer.Option(help="Column of the screen with the guides.")] = "guide",
     reference: Annotated[str, typer.Option(help="Target of the control cells.")] = "non-targeting",
-    screen_batch: Annotated[Optional[str], typer.Option(help="Column of the screen with batches.")] = None,
-    genes: Annotated[Optional[Path], typer.Option(help="Text file with a gene a line: tested against the panel and drawn in bold.")] = None,
-    model: Annotated[str, typer.Option(help="Model that embeds both files; with --key, the embedding that they already hold is used instead.")] = "scemb-small",
+    screen_batch: Annotated[
+        Optional[str], typer.Option(help="Column of the screen with batches.")
+    ] = None,
+    genes: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Text file with a gene a line: tested against the panel and drawn in bold."
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Model that embeds both files; with --key, the embedding that they already hold "
+            "is used instead."
+        ),
+    ] = "scemb-small",
     key: Annotated[Optional[str], typer.Option(help="Key in obsm of both files.")] = None,
-    min_overlap: Annotated[float, typer.Option(min=0, max=1, help="Smallest share of the smaller file's genes that both must have measured.")] = .3,
-    reading=None, seed: Seed = 0, overwrite: Overwrite = False,
+    min_overlap: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Smallest share of the smaller file's genes that both must have measured.",
+        ),
+    ] = 0.3,
+    reading=None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ):
-    """Rank perturbations by the signed match of their shift with a disease shift, tested over donors and guides.
+    """Rank perturbations by the signed match of their shift with a disease shift, tested over
+    donors and guides.
 
-    Example: `scemb correlate microglia.h5ad screen.h5ad --group diagnosis --case AD --control control --donor donor --genes ad_loci.txt --out match`
+    Example: `scemb correlate microglia.h5ad screen.h5ad --group diagnosis --case AD --control
+    control --donor donor --genes ad_loci.txt --out match`
     """
     import json
     from scemb.correlation_figures import signed_violins
@@ -106,24 +276,70 @@ def correlate(
     from scemb.figures import _plt, save_figure
     from scemb.folders import new_folder, table_for_csv
     from scemb.match import enrichment, match_files
-    _plt()     # the picture needs matplotlib: said now, not after an hour
+
+    _plt()  # the picture needs matplotlib: said now, not after an hour
     check_output(out, overwrite, "correlation.csv")
-    listed = [line.strip() for line in genes.read_text().splitlines() if line.strip()] if genes else []
-    match = match_files(open_h5ad(disease, backed=False), open_h5ad(screen, backed=False), group, case, control, donor, target, guide, reference, None if key else model, key or "X_scemb",
-                        batch, screen_batch, paired=paired, minimum=min_overlap, layer=reading, seed=seed, say=lambda line: tell(f"scemb correlate: {line}"))
-    record = dict(match.power, seed=seed, model=None if key else model, disease=disease.name, screen=screen.name)
+    listed = (
+        [line.strip() for line in genes.read_text().splitlines() if line.strip()] if genes else []
+    )
+    match = match_files(
+        open_h5ad(disease, backed=False),
+        open_h5ad(screen, backed=False),
+        group,
+        case,
+        control,
+        donor,
+        target,
+        guide,
+        reference,
+        None if key else model,
+        key or "X_scemb",
+        batch,
+        screen_batch,
+        paired=paired,
+        minimum=min_overlap,
+        layer=reading,
+        seed=seed,
+        say=lambda line: tell(f"scemb correlate: {line}"),
+    )
+    record = dict(
+        match.power,
+        seed=seed,
+        model=None if key else model,
+        disease=disease.name,
+        screen=screen.name,
+    )
     with new_folder(out, overwrite=overwrite) as part:
+
         def table(t, name, digits, index=False):
-            (part/name).write_text(table_for_csv(t).to_csv(index=index, float_format=digits))
+            (part / name).write_text(table_for_csv(t).to_csv(index=index, float_format=digits))
+
         table(match.table, "correlation.csv", "%.5g")
-        match.table.to_parquet(part/"correlation.parquet")
+        match.table.to_parquet(part / "correlation.parquet")
         table(match.draws, "draws.csv", "%.3f")
         table(match.left_out, "left_out.csv", "%.4f", index=True)
-        (part/"power.json").write_text(json.dumps(record, indent=1))
-        save_figure(signed_violins(match.table, match.draws, listed, disease=case), part/"correlation")
-        (part/"correlation.pdf").unlink()
+        (part / "power.json").write_text(json.dumps(record, indent=1))
+        save_figure(
+            signed_violins(match.table, match.draws, listed, disease=case), part / "correlation"
+        )
+        (part / "correlation.pdf").unlink()
         if listed:
             table(enrichment(match.table, listed), "enrichment.csv", None)
-    for name, t in (("reversal", match.table.head(3)), ("mimic", match.table.tail(3)[::-1])): print(f"{name}: " + ", ".join(f"{r.target} {r.cosine:+.2f} (q {r.q:.2g}{', called' if r.call == name else ''})" for r in t.itertuples()))
-    if (doubtful := match.table.note[match.table.note != ""]).size: print(f"Not all targets are current gene names: {'; '.join(doubtful[:8])}. Rename those that are meant as something else.")
-    print(match.power["text"]); print(f"{out}: correlation.csv, correlation.parquet, correlation.png, draws.csv, left_out.csv, power.json{', enrichment.csv' if listed else ''}")
+    for name, t in (("reversal", match.table.head(3)), ("mimic", match.table.tail(3)[::-1])):
+        print(
+            f"{name}: "
+            + ", ".join(
+                f"{r.target} {r.cosine:+.2f} (q {r.q:.2g}{', called' if r.call == name else ''})"
+                for r in t.itertuples()
+            )
+        )
+    if (doubtful := match.table.note[match.table.note != ""]).size:
+        print(
+            f"Not all targets are current gene names: {'; '.join(doubtful[:8])}. Rename those "
+            "that are meant as something else."
+        )
+    print(match.power["text"])
+    print(
+        f"{out}: correlation.csv, correlation.parquet, correlation.png, draws.csv, left_out.csv, "
+        f"power.json{', enrichment.csv' if listed else ''}"
+    )

@@ -12,96 +12,223 @@ from .figures import PALETTE, _plt
 
 # %% ../nbs/19b_perturbation_figures.ipynb #e7118d1b
 def target_bars(
-    table,           # DataFrame: target, value and, where known, ci_low, ci_high, null_low, null_high, q, marked (bool)
-    label:str="agreement",
-    alpha:float=.05, # Of q
-    second:str=None, # Column with the values of a second model, and its name
-):                   # matplotlib figure
+    # DataFrame: target, value and, where known, ci_low, ci_high, null_low, null_high, q, marked
+    # (bool)
+    table,
+    label: str = "agreement",
+    alpha: float = 0.05,  # Of q
+    second: str = None,  # Column with the values of a second model, and its name
+):  # matplotlib figure
     "A bar a target with interval, null band and significance."
-    plt = _plt(); t = table.dropna(subset="value").sort_values("value", kind="stable").reset_index(drop=True); y = np.arange(len(t))
-    fig, ax = plt.subplots(figsize=(5, .24*len(t) + .9), layout="constrained")
-    if {"null_low", "null_high"} <= set(t): ax.barh(y, t.null_high - t.null_low, left=t.null_low, color=".9", height=.95, label="null, middle 95 %")
+    plt = _plt()
+    t = table.dropna(subset="value").sort_values("value", kind="stable").reset_index(drop=True)
+    y = np.arange(len(t))
+    fig, ax = plt.subplots(figsize=(5, 0.24 * len(t) + 0.9), layout="constrained")
+    if {"null_low", "null_high"} <= set(t):
+        ax.barh(
+            y,
+            t.null_high - t.null_low,
+            left=t.null_low,
+            color=".9",
+            height=0.95,
+            label="null, middle 95 %",
+        )
     found = (t.q < alpha).to_numpy() if "q" in t else np.zeros(len(t), bool)
-    ax.barh(y, t.value, height=.55, color=np.where(found, PALETTE[0], ".65"))
-    if {"ci_low", "ci_high"} <= set(t): ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
-    if second in t and t[second].notna().any(): ax.scatter(t[second], y, s=16, facecolor="w", edgecolor=PALETTE[1], lw=1.2, zorder=3, label=second)
-    if "marked" in t and t.marked.any(): ax.scatter(np.full(t.marked.sum(), .99), y[t.marked.to_numpy(bool)], s=12, color=PALETTE[3], transform=ax.get_yaxis_transform(), clip_on=False, label="named in the paper")
-    ax.barh([0], [0], color=PALETTE[0], label=f"q < {alpha}"); ax.barh([0], [0], color=".65", label="not significant")
-    ax.axvline(0, color="k", lw=.6); ax.set_yticks(y, t.target, fontsize=7); ax.set(xlabel=label, ylim=(-.6, len(t) - .4)); ax.spines[["top", "right"]].set_visible(False)
+    ax.barh(y, t.value, height=0.55, color=np.where(found, PALETTE[0], ".65"))
+    if {"ci_low", "ci_high"} <= set(t):
+        ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
+    if second in t and t[second].notna().any():
+        ax.scatter(
+            t[second], y, s=16, facecolor="w", edgecolor=PALETTE[1], lw=1.2, zorder=3, label=second
+        )
+    if "marked" in t and t.marked.any():
+        ax.scatter(
+            np.full(t.marked.sum(), 0.99),
+            y[t.marked.to_numpy(bool)],
+            s=12,
+            color=PALETTE[3],
+            transform=ax.get_yaxis_transform(),
+            clip_on=False,
+            label="named in the paper",
+        )
+    ax.barh([0], [0], color=PALETTE[0], label=f"q < {alpha}")
+    ax.barh([0], [0], color=".65", label="not significant")
+    ax.axvline(0, color="k", lw=0.6)
+    ax.set_yticks(y, t.target, fontsize=7)
+    ax.set(xlabel=label, ylim=(-0.6, len(t) - 0.4))
+    ax.spines[["top", "right"]].set_visible(False)
     fig.legend(frameon=False, fontsize=6.5, loc="outside lower center", ncol=2)
     return fig
 
 # %% ../nbs/19b_perturbation_figures.ipynb #dc858938
 def method_bars(
-    scores,      # Score table: method, metric, value, ci_low, ci_high, p; methods that begin with ceiling or floor become lines
+    # Score table: method, metric, value, ci_low, ci_high, p; methods that begin with ceiling or
+    # floor become lines
+    scores,
     metrics=("agreement", "discrimination"),
-    chance=None, # Score -> its value by chance; None: 0 of agreement, .5 of discrimination
-    spaces=None, # Values of the column `space`, a row of panels each; None: one row of all
-):               # matplotlib figure
+    chance=None,  # Score -> its value by chance; None: 0 of agreement, .5 of discrimination
+    spaces=None,  # Values of the column `space`, a row of panels each; None: one row of all
+):  # matplotlib figure
     "A bar a method, a panel a score, between floor and ceiling."
-    plt, chance = _plt(), chance or dict(agreement=0., discrimination=.5); lines = scores.method.str.match("ceiling|floor"); rows = [(None, scores)] if spaces is None else [(k, scores[scores.space == k]) for k in spaces]
-    methods = [list(dict.fromkeys(s.method[~lines[s.index]])) for _, s in rows]; heights = [.24*len(m) + .5 for m in methods]
-    fig, axes = plt.subplots(len(rows), len(metrics), figsize=(2.6*len(metrics) + 1.6, sum(heights) + .6), sharex="col", squeeze=False, layout="constrained", gridspec_kw=dict(height_ratios=heights))
+    plt, chance = _plt(), chance or dict(agreement=0.0, discrimination=0.5)
+    lines = scores.method.str.match("ceiling|floor")
+    rows = [(None, scores)] if spaces is None else [(k, scores[scores.space == k]) for k in spaces]
+    methods = [list(dict.fromkeys(s.method[~lines[s.index]])) for _, s in rows]
+    heights = [0.24 * len(m) + 0.5 for m in methods]
+    fig, axes = plt.subplots(
+        len(rows),
+        len(metrics),
+        figsize=(2.6 * len(metrics) + 1.6, sum(heights) + 0.6),
+        sharex="col",
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw=dict(height_ratios=heights),
+    )
     for (name, s), names, row in zip(rows, methods, axes):
-        for ax, metric in zip(row, metrics): _method_panel(ax, s, names, metric, chance.get(metric, 0), lines)
+        for ax, metric in zip(row, metrics):
+            _method_panel(ax, s, names, metric, chance.get(metric, 0), lines)
         row[0].set_yticks(np.arange(len(names)), names, fontsize=7)
-        for ax in row[1:]: ax.set_yticks(np.arange(len(names)), [])
-        if name: row[0].set_title(name, fontsize=8, loc="left", fontweight="bold")
-    for ax, metric in zip(axes[-1], metrics): ax.set_xlabel(f"{metric} (chance {chance.get(metric, 0):g})", fontsize=8)
-    h, l = axes[0, 0].get_legend_handles_labels(); fig.legend(h, l, frameon=False, fontsize=6.5, ncol=3, loc="outside lower right")
+        for ax in row[1:]:
+            ax.set_yticks(np.arange(len(names)), [])
+        if name:
+            row[0].set_title(name, fontsize=8, loc="left", fontweight="bold")
+    for ax, metric in zip(axes[-1], metrics):
+        ax.set_xlabel(f"{metric} (chance {chance.get(metric, 0):g})", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, frameon=False, fontsize=6.5, ncol=3, loc="outside lower right")
     return fig
 
+
 def _method_panel(ax, s, methods, metric, chance, lines):
-    t = s[(s.metric == metric) & ~lines[s.index]].set_index("method").reindex(methods); y = np.arange(len(methods))
-    ax.barh(y, t.value - chance, left=chance, color=np.where(t.p < .05, PALETTE[0], ".65"), height=.6); ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
-    for i, (name, x) in enumerate(zip(*(s[(s.metric == metric) & lines[s.index]][k] for k in ("method", "value")))): ax.axvline(x, color=PALETTE[3 if name.startswith("floor") else 2], ls=("--", ":", "-.")[i % 3], lw=1, label=name)
-    ax.axvline(chance, color="k", lw=.6); ax.invert_yaxis(); ax.tick_params(labelsize=7); ax.spines[["top", "right"]].set_visible(False)
+    t = s[(s.metric == metric) & ~lines[s.index]].set_index("method").reindex(methods)
+    y = np.arange(len(methods))
+    ax.barh(
+        y, t.value - chance, left=chance, color=np.where(t.p < 0.05, PALETTE[0], ".65"), height=0.6
+    )
+    ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
+    for i, (name, x) in enumerate(
+        zip(*(s[(s.metric == metric) & lines[s.index]][k] for k in ("method", "value")))
+    ):
+        ax.axvline(
+            x,
+            color=PALETTE[3 if name.startswith("floor") else 2],
+            ls=("--", ":", "-.")[i % 3],
+            lw=1,
+            label=name,
+        )
+    ax.axvline(chance, color="k", lw=0.6)
+    ax.invert_yaxis()
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../nbs/19b_perturbation_figures.ipynb #a3f188dc
 def shift_scatter(
-    table,            # DataFrame: target, predicted, observed (a row a target and feature)
-    columns:int=4,    # Panels in a row
-    x:str="predicted", y:str="observed", # Labels
-):                    # matplotlib figure
+    table,  # DataFrame: target, predicted, observed (a row a target and feature)
+    columns: int = 4,  # Panels in a row
+    x: str = "predicted",
+    y: str = "observed",  # Labels
+):  # matplotlib figure
     "A panel a target: predicted against observed shift, a dot a feature."
-    plt = _plt(); targets = list(dict.fromkeys(table.target)); n = -(-len(targets)//columns); width = min(columns, len(targets))
-    fig, axes = plt.subplots(n, width, figsize=(1.9*width + .4, 1.8*n + .3), squeeze=False, layout="constrained")
-    for ax in axes.flat[len(targets):]: ax.axis("off")
+    plt = _plt()
+    targets = list(dict.fromkeys(table.target))
+    n = -(-len(targets) // columns)
+    width = min(columns, len(targets))
+    fig, axes = plt.subplots(
+        n, width, figsize=(1.9 * width + 0.4, 1.8 * n + 0.3), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(targets) :]:
+        ax.axis("off")
     for ax, name in zip(axes.flat, targets):
-        t = table[table.target == name]; ax.scatter(t.predicted, t.observed, s=5, color=PALETTE[0], alpha=.7, lw=0); ax.axhline(0, color=".8", lw=.6, zorder=0); ax.axvline(0, color=".8", lw=.6, zorder=0)
-        cos = (t.predicted @ t.observed)/max(np.linalg.norm(t.predicted)*np.linalg.norm(t.observed), 1e-30)
-        ax.set_title(f"{name}: cosine {cos:.2f}", fontsize=7.5); ax.tick_params(labelsize=6); ax.spines[["top", "right"]].set_visible(False); ax.ticklabel_format(style="sci", scilimits=(-2, 3)); ax.xaxis.get_offset_text().set_fontsize(5.5); ax.yaxis.get_offset_text().set_fontsize(5.5)
-    fig.supxlabel(f"{x} shift", fontsize=8); fig.supylabel(f"{y} shift", fontsize=8)
+        t = table[table.target == name]
+        ax.scatter(t.predicted, t.observed, s=5, color=PALETTE[0], alpha=0.7, lw=0)
+        ax.axhline(0, color=".8", lw=0.6, zorder=0)
+        ax.axvline(0, color=".8", lw=0.6, zorder=0)
+        cos = (t.predicted @ t.observed) / max(
+            np.linalg.norm(t.predicted) * np.linalg.norm(t.observed), 1e-30
+        )
+        ax.set_title(f"{name}: cosine {cos:.2f}", fontsize=7.5)
+        ax.tick_params(labelsize=6)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.ticklabel_format(style="sci", scilimits=(-2, 3))
+        ax.xaxis.get_offset_text().set_fontsize(5.5)
+        ax.yaxis.get_offset_text().set_fontsize(5.5)
+    fig.supxlabel(f"{x} shift", fontsize=8)
+    fig.supylabel(f"{y} shift", fontsize=8)
     return fig
 
 # %% ../nbs/19b_perturbation_figures.ipynb #b7567266
 def qq_plot(
-    p_values, # Name -> p-values
-):            # matplotlib figure
+    p_values,  # Name -> p-values
+):  # matplotlib figure
     "Observed against expected -log10 p, with the 95 % band of the longest set."
     from scipy.stats import beta
-    plt = _plt(); fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained"); n = max(map(len, p_values.values()))
-    i = np.arange(1, n + 1); log = lambda p: -np.log10(np.maximum(p, 1e-12)); e = log(i/(n + 1))
-    ax.fill_between(e, log(beta.ppf(.975, i, n + 1 - i)), log(beta.ppf(.025, i, n + 1 - i)), color=".9", lw=0); ax.plot(e, e, color=".5", lw=.8)
+
+    plt = _plt()
+    fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
+    n = max(map(len, p_values.values()))
+    i = np.arange(1, n + 1)
+
+    def log(p):
+        return -np.log10(np.maximum(p, 1e-12))
+
+    e = log(i / (n + 1))
+    ax.fill_between(
+        e, log(beta.ppf(0.975, i, n + 1 - i)), log(beta.ppf(0.025, i, n + 1 - i)), color=".9", lw=0
+    )
+    ax.plot(e, e, color=".5", lw=0.8)
     for k, (name, p) in enumerate(p_values.items()):
-        p = np.sort(np.asarray(p)[np.isfinite(p)]); ax.plot(log(np.arange(1, len(p) + 1)/(len(p) + 1)), log(p), ".", ms=3, color=PALETTE[k], label=f"{name}: {(p <= .05).mean():.3f} at p <= .05")
-    ax.set(xlabel="expected -log10 p", ylabel="observed -log10 p"); ax.legend(frameon=False, fontsize=7, loc="upper left"); ax.spines[["top", "right"]].set_visible(False)
+        p = np.sort(np.asarray(p)[np.isfinite(p)])
+        ax.plot(
+            log(np.arange(1, len(p) + 1) / (len(p) + 1)),
+            log(p),
+            ".",
+            ms=3,
+            color=PALETTE[k],
+            label=f"{name}: {(p <= 0.05).mean():.3f} at p <= .05",
+        )
+    ax.set(xlabel="expected -log10 p", ylabel="observed -log10 p")
+    ax.legend(frameon=False, fontsize=7, loc="upper left")
+    ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../nbs/19b_perturbation_figures.ipynb #9792618a
 def volcano(
-    table,            # DataFrame: symbol, effect, and q (or p)
-    n_labels:int=8,   # Genes named: the largest effects among the significant, or of all
-    label:str="effect on the direction", alpha:float=.05,
-):                    # matplotlib figure
+    table,  # DataFrame: symbol, effect, and q (or p)
+    n_labels: int = 8,  # Genes named: the largest effects among the significant, or of all
+    label: str = "effect on the direction",
+    alpha: float = 0.05,
+):  # matplotlib figure
     "Effect against significance, the largest named."
-    plt = _plt(); key = "q" if "q" in table else "p"; t = table.dropna(subset=["effect", key]); power = int(np.floor(np.log10(max(t.effect.abs().max(), 1e-300)))); t = t.assign(effect=t.effect/10.**power); y = -np.log10(np.maximum(t[key], 1e-12)); found = t[key] < alpha
-    fig, ax = plt.subplots(figsize=(4.4, 3.4), layout="constrained"); ax.scatter(t.effect, y, s=8, lw=0, c=np.where(found, PALETTE[0], ".7")); ax.axhline(-np.log10(alpha), color=".6", ls="--", lw=.8)
-    named = (t[found] if found.any() else t).assign(size=lambda d: d.effect.abs()).nlargest(n_labels if found.any() else 2, "size")
+    plt = _plt()
+    key = "q" if "q" in table else "p"
+    t = table.dropna(subset=["effect", key])
+    power = int(np.floor(np.log10(max(t.effect.abs().max(), 1e-300))))
+    t = t.assign(effect=t.effect / 10.0**power)
+    y = -np.log10(np.maximum(t[key], 1e-12))
+    found = t[key] < alpha
+    fig, ax = plt.subplots(figsize=(4.4, 3.4), layout="constrained")
+    ax.scatter(t.effect, y, s=8, lw=0, c=np.where(found, PALETTE[0], ".7"))
+    ax.axhline(-np.log10(alpha), color=".6", ls="--", lw=0.8)
+    named = (
+        (t[found] if found.any() else t)
+        .assign(size=lambda d: d.effect.abs())
+        .nlargest(n_labels if found.any() else 2, "size")
+    )
     placed, span = [], (max(np.ptp(y), 1e-9), np.ptp(t.effect))
     for i in named.index[np.argsort(-y[named.index].to_numpy(), kind="stable")]:
         x, at, right = t.effect[i], y[i], t.effect[i] >= 0
-        while any(abs(at - b) < .045*span[0] and abs(x - a) < .25*span[1] for a, b in placed): at -= .045*span[0]      # labels step down where they would meet
-        placed.append((x, at)); ax.text(x + (-.015 if right else .015)*span[1], at, t.symbol[i], fontsize=6.5, ha="right" if right else "left", va="center")
-    ax.set(xlabel=label if power == 0 else f"{label} (units of 1e{power})", ylabel=f"-log10 {key}"); ax.margins(.12); ax.spines[["top", "right"]].set_visible(False)
+        while any(abs(at - b) < 0.045 * span[0] and abs(x - a) < 0.25 * span[1] for a, b in placed):
+            at -= 0.045 * span[0]  # labels step down where they would meet
+        placed.append((x, at))
+        ax.text(
+            x + (-0.015 if right else 0.015) * span[1],
+            at,
+            t.symbol[i],
+            fontsize=6.5,
+            ha="right" if right else "left",
+            va="center",
+        )
+    ax.set(xlabel=label if power == 0 else f"{label} (units of 1e{power})", ylabel=f"-log10 {key}")
+    ax.margins(0.12)
+    ax.spines[["top", "right"]].set_visible(False)
     return fig

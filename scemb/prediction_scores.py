@@ -16,87 +16,193 @@ from .stats import bootstrap_units, false_discovery, mean_interval
 
 # %% ../nbs/15c_prediction_scores.ipynb #bf585b43
 def changed_genes(
-    x:np.ndarray,        # Expression of cells, controls around 0 (see `centred_cells`), shape (cells, genes)
-    groups:dict,         # Target -> positions of its cells
-    controls,            # Positions of the control cells
-    change:np.ndarray,   # Observed shift of each target, shape (targets, genes)
-)->pd.DataFrame:         # target, feature, log2_fold_change, p_value, fdr; the columns that cell-eval reads
+    # Expression of cells, controls around 0 (see `centred_cells`), shape (cells, genes)
+    x: np.ndarray,
+    groups: dict,  # Target -> positions of its cells
+    controls,  # Positions of the control cells
+    change: np.ndarray,  # Observed shift of each target, shape (targets, genes)
+    # target, feature, log2_fold_change, p_value, fdr; the columns that cell-eval reads
+) -> pd.DataFrame:
     "Test each gene of each target."
     from scipy.stats import mannwhitneyu
+
     tables = []
     for (name, cells), shift in zip(groups.items(), change):
-        p = np.nan_to_num(mannwhitneyu(x[cells], x[controls], axis=0, method="asymptotic").pvalue, nan=1.)
-        tables.append(pd.DataFrame(dict(target=name, feature=np.arange(x.shape[1]).astype(str), log2_fold_change=shift/np.log(2), p_value=p, fdr=false_discovery(p))))
+        p = np.nan_to_num(
+            mannwhitneyu(x[cells], x[controls], axis=0, method="asymptotic").pvalue, nan=1.0
+        )
+        tables.append(
+            pd.DataFrame(
+                dict(
+                    target=name,
+                    feature=np.arange(x.shape[1]).astype(str),
+                    log2_fold_change=shift / np.log(2),
+                    p_value=p,
+                    fdr=false_discovery(p),
+                )
+            )
+        )
     return pd.concat(tables, ignore_index=True)
 
+
 def changed_overlap(
-    observed:pd.DataFrame,  # Of `changed_genes`
-    predicted:np.ndarray,   # Shift of each target, in the order of `observed`, shape (targets, genes)
-    k:int|None=None,        # Genes compared; None: as many as are changed
-)->dict:                    # Target -> share; NaN for targets without a changed gene, or without a prediction
+    observed: pd.DataFrame,  # Of `changed_genes`
+    # Shift of each target, in the order of `observed`, shape (targets, genes)
+    predicted: np.ndarray,
+    k: int | None = None,  # Genes compared; None: as many as are changed
+) -> dict:  # Target -> share; NaN for targets without a changed gene, or without a prediction
     "Overlap of changed genes, by cell-eval."
-    try: import polars as pl; from cell_eval import initialize_de_comparison; from cell_eval.metrics import de_overlap_metric
-    except ImportError as error: raise ImportError("The overlap of changed genes needs cell-eval: pip install cell-eval.") from error
-    said = observed.assign(log2_fold_change=np.nan_to_num(np.ravel(predicted)), p_value=0., fdr=0.)
-    found = de_overlap_metric(initialize_de_comparison(pl.from_pandas(observed), pl.from_pandas(said)), k)
-    n, ok = (observed.fdr < .05).groupby(observed.target, sort=False).sum(), np.isfinite(predicted).all(1)
+    try:
+        import polars as pl
+        from cell_eval import initialize_de_comparison
+        from cell_eval.metrics import de_overlap_metric
+    except ImportError as error:
+        raise ImportError(
+            "The overlap of changed genes needs cell-eval: pip install cell-eval."
+        ) from error
+    said = observed.assign(
+        log2_fold_change=np.nan_to_num(np.ravel(predicted)), p_value=0.0, fdr=0.0
+    )
+    found = de_overlap_metric(
+        initialize_de_comparison(pl.from_pandas(observed), pl.from_pandas(said)), k
+    )
+    n, ok = (
+        (observed.fdr < 0.05).groupby(observed.target, sort=False).sum(),
+        np.isfinite(predicted).all(1),
+    )
     return {t: found[t] if n[t] and good else np.nan for t, good in zip(n.index, ok)}
 
 # %% ../nbs/15c_prediction_scores.ipynb #064c0c95
 def edistances(
-    x:np.ndarray,        # As for `changed_genes`
-    groups:dict,         # Target -> positions of its cells
-    controls,            # Positions of the control cells
-    predicted:dict,      # Method -> shifts (targets, genes)
-    most:int=200,        # Cells of a side at most
-    seed:int=0,
-)->pd.DataFrame:         # target, observed, and a column a method
+    x: np.ndarray,  # As for `changed_genes`
+    groups: dict,  # Target -> positions of its cells
+    controls,  # Positions of the control cells
+    predicted: dict,  # Method -> shifts (targets, genes)
+    most: int = 200,  # Cells of a side at most
+    seed: int = 0,
+) -> pd.DataFrame:  # target, observed, and a column a method
     "Observed and predicted E-distance of each target from control cells."
-    rng = np.random.default_rng(seed); shuffled = rng.permutation(controls); half = min(most, len(controls)//2)
-    if half < 2: raise ValueError(f"{len(controls)} control cells cannot be parted in two, wanted at least 4.")
-    reference, other = x[shuffled[:half]], x[shuffled[half:2*half]]; inside = [distances(c, c).sum() for c in (reference, other)]
-    apart = lambda cells, own: energy(distances(cells, reference).sum(), own, inside[0], len(cells), half)
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(controls)
+    half = min(most, len(controls) // 2)
+    if half < 2:
+        raise ValueError(
+            f"{len(controls)} control cells cannot be parted in two, wanted at least 4."
+        )
+    reference, other = x[shuffled[:half]], x[shuffled[half : 2 * half]]
+    inside = [distances(c, c).sum() for c in (reference, other)]
+
+    def apart(cells, own):
+        return energy(distances(cells, reference).sum(), own, inside[0], len(cells), half)
+
     rows = []
     for k, (name, cells) in enumerate(groups.items()):
         here = x[rng.permutation(cells)[:most]]
-        if len(here) < 2: raise ValueError(f"{name} has {len(here)} cell, wanted at least 2.")
-        rows.append(dict(target=name, observed=apart(here, distances(here, here).sum())) | {m: apart(other + p[k], inside[1]) if np.isfinite(p[k]).all() else np.nan for m, p in predicted.items()})
+        if len(here) < 2:
+            raise ValueError(f"{name} has {len(here)} cell, wanted at least 2.")
+        rows.append(
+            dict(target=name, observed=apart(here, distances(here, here).sum()))
+            | {
+                m: apart(other + p[k], inside[1]) if np.isfinite(p[k]).all() else np.nan
+                for m, p in predicted.items()
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/15c_prediction_scores.ipynb #c055385e
 def cell_scores(
-    rounds,              # Of `held_out_targets` or `held_out_guides`
-    shifts:Shifts,       # Of the screen
-    x:np.ndarray,        # Expression of all cells, controls around 0 (see `centred_cells`), shape (cells, genes)
-    target, guide,       # Of each cell
-    own=(),              # Positions of the candidates' genes, left out
-    control:str="non-targeting", seed:int=0,
-)->pd.DataFrame:         # method, target, changed_genes, overlap, observed, predicted (E-distances); means over rounds
+    rounds,  # Of `held_out_targets` or `held_out_guides`
+    shifts: Shifts,  # Of the screen
+    # Expression of all cells, controls around 0 (see `centred_cells`), shape (cells, genes)
+    x: np.ndarray,
+    target,
+    guide,  # Of each cell
+    own=(),  # Positions of the candidates' genes, left out
+    control: str = "non-targeting",
+    seed: int = 0,
+    # method, target, changed_genes, overlap, observed, predicted (E-distances); means over rounds
+) -> pd.DataFrame:
     "The field's scores of every method and target."
-    keep = np.ones(x.shape[1], bool); keep[list(own)] = False
-    target, guide = np.asarray(target).astype(str), np.asarray(guide).astype(str); x, controls, tables = np.asarray(x, float)[:, keep], np.flatnonzero(target == control), []
+    keep = np.ones(x.shape[1], bool)
+    keep[list(own)] = False
+    target, guide = np.asarray(target).astype(str), np.asarray(guide).astype(str)
+    x, controls, tables = np.asarray(x, float)[:, keep], np.flatnonzero(target == control), []
     for r in rounds:
-        named = {t: np.unique(guide[target == t])[g] for t, g in zip(shifts.targets[r.targets], r.guides)}
+        named = {
+            t: np.unique(guide[target == t])[g] for t, g in zip(shifts.targets[r.targets], r.guides)
+        }
         groups = {t: np.flatnonzero((target == t) & np.isin(guide, g)) for t, g in named.items()}
         predicted = {m: np.asarray(p)[:, keep] for m, p in r.predicted.items()}
-        genes, far = changed_genes(x, groups, controls, r.observed[:, keep]), edistances(x, groups, controls, predicted, seed=seed)
-        n = (genes.fdr < .05).groupby(genes.target, sort=False).sum().to_numpy()
-        for m, p in predicted.items(): tables.append(pd.DataFrame(dict(method=m, target=list(groups), changed_genes=n, overlap=list(changed_overlap(genes, p).values()), observed=far.observed, predicted=far[m])))
+        genes, far = (
+            changed_genes(x, groups, controls, r.observed[:, keep]),
+            edistances(x, groups, controls, predicted, seed=seed),
+        )
+        n = (genes.fdr < 0.05).groupby(genes.target, sort=False).sum().to_numpy()
+        for m, p in predicted.items():
+            tables.append(
+                pd.DataFrame(
+                    dict(
+                        method=m,
+                        target=list(groups),
+                        changed_genes=n,
+                        overlap=list(changed_overlap(genes, p).values()),
+                        observed=far.observed,
+                        predicted=far[m],
+                    )
+                )
+            )
     return pd.concat(tables).groupby(["method", "target"], sort=False).mean().reset_index()
 
-def correlated(both, at): # (targets, 2), positions -> Pearson correlation; 0 where one side does not vary
+
+def correlated(
+    both, at
+):  # (targets, 2), positions -> Pearson correlation; 0 where one side does not vary
     "Correlation of chosen rows."
-    return float(np.corrcoef(both[at].T)[0, 1]) if np.ptp(both[at], 0).min() > 0 else 0.
+    return float(np.corrcoef(both[at].T)[0, 1]) if np.ptp(both[at], 0).min() > 0 else 0.0
+
 
 def cell_summary(
     table,  # Of `cell_scores`
-    split:str="by target", n_resamples:int=999,
-)->pd.DataFrame: # method, split, metric ("changed-gene overlap", "E-distance correlation"), value, ci_low, ci_high, n, unit
+    split: str = "by target",
+    n_resamples: int = 999,
+    # method, split, metric ("changed-gene overlap", "E-distance correlation"), value, ci_low,
+    # ci_high, n, unit
+) -> pd.DataFrame:
     "Each method's overlap and correlation, with intervals over targets."
     rows = []
     for method, t in table.groupby("method", sort=False):
-        over, far = t.dropna(subset="overlap"), t.dropna(subset="predicted"); common = dict(method=method, split=split)
-        if len(over): i = mean_interval(over.overlap.to_numpy(), unit="target", n_resamples=n_resamples); rows.append(common | dict(metric="changed-gene overlap", value=i.value, ci_low=i.low, ci_high=i.high, n=len(over), unit="target"))
+        over, far = t.dropna(subset="overlap"), t.dropna(subset="predicted")
+        common = dict(method=method, split=split)
+        if len(over):
+            i = mean_interval(over.overlap.to_numpy(), unit="target", n_resamples=n_resamples)
+            rows.append(
+                common
+                | dict(
+                    metric="changed-gene overlap",
+                    value=i.value,
+                    ci_low=i.low,
+                    ci_high=i.high,
+                    n=len(over),
+                    unit="target",
+                )
+            )
         if len(far) > 2:
-            i = bootstrap_units(partial(correlated, far[["observed", "predicted"]].to_numpy()), far.target, "target", n_resamples=n_resamples, method="percentile"); rows.append(common | dict(metric="E-distance correlation", value=i.value, ci_low=i.low, ci_high=i.high, n=len(far), unit="target"))
+            i = bootstrap_units(
+                partial(correlated, far[["observed", "predicted"]].to_numpy()),
+                far.target,
+                "target",
+                n_resamples=n_resamples,
+                method="percentile",
+            )
+            rows.append(
+                common
+                | dict(
+                    metric="E-distance correlation",
+                    value=i.value,
+                    ci_low=i.low,
+                    ci_high=i.high,
+                    n=len(far),
+                    unit="target",
+                )
+            )
     return pd.DataFrame(rows)

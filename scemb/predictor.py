@@ -19,222 +19,465 @@ from .stats import cosine, mean_interval
 # %% ../nbs/15a_predictor.ipynb #8730fa6d
 def perturbation_vectors(
     perturbations,  # Each "A", "A+B", or a dict of gene -> weight
-    vectors,        # Function of a list of gene names giving (n, D), NaN rows for genes without a vector
-)->tuple:           # Vectors (perturbations, D), DataFrame: perturbation, n_genes, missing, note (names read through an alias)
+    vectors,  # Function of a list of gene names giving (n, D), NaN rows for genes without a vector
+    # Vectors (perturbations, D), DataFrame: perturbation, n_genes, missing, note (names read
+    # through an alias)
+) -> tuple:
     "Vectors of perturbations from vectors of genes."
-    parts = [dict.fromkeys(p.split("+"), 1.) if isinstance(p, str) else dict(p) for p in perturbations]
-    if empty := [str(p) for p, w in zip(perturbations, parts) if not w or not all(np.isfinite(list(w.values())))]: raise ValueError(f"The perturbation {empty[0]!r} names no gene, or a weight that is no number.")
+    parts = [
+        dict.fromkeys(p.split("+"), 1.0) if isinstance(p, str) else dict(p) for p in perturbations
+    ]
+    if empty := [
+        str(p)
+        for p, w in zip(perturbations, parts)
+        if not w or not all(np.isfinite(list(w.values())))
+    ]:
+        raise ValueError(
+            f"The perturbation {empty[0]!r} names no gene, or a weight that is no number."
+        )
     genes = sorted({g for w in parts for g in w})
     of = dict(zip(genes, np.asarray(vectors(genes), float)))
-    x = np.stack([sum(weight*of[g] for g, weight in w.items()) for w in parts])
+    x = np.stack([sum(weight * of[g] for g, weight in w.items()) for w in parts])
     missing = [", ".join(g for g in w if not np.isfinite(of[g]).all()) for w in parts]
-    names = ["+".join(map(str, w)) for w in parts]; notes = alias_notes(names)
-    return x, pd.DataFrame(dict(perturbation=names, n_genes=[len(w) for w in parts], missing=missing, note=[notes.get(n, "") for n in names]))
+    names = ["+".join(map(str, w)) for w in parts]
+    notes = alias_notes(names)
+    return x, pd.DataFrame(
+        dict(
+            perturbation=names,
+            n_genes=[len(w) for w in parts],
+            missing=missing,
+            note=[notes.get(n, "") for n in names],
+        )
+    )
 
 # %% ../nbs/15a_predictor.ipynb #e31d0fe8
 class ExpressionPredictor(torch.nn.Module):
     "[cell embedding, perturbation vector] -> change of each gene."
-    def __init__(self,
-        cell_dim:int, vector_dim:int, n_genes:int,
-        hidden:int=64, mean=None, # Shift from which it starts, shape (n_genes,)
+
+    def __init__(
+        self,
+        cell_dim: int,
+        vector_dim: int,
+        n_genes: int,
+        hidden: int = 64,
+        mean=None,  # Shift from which it starts, shape (n_genes,)
     ):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(cell_dim + vector_dim, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, n_genes))
-        torch.nn.init.zeros_(self.layers[2].weight); torch.nn.init.zeros_(self.layers[2].bias)
-        self.register_buffer("mean", torch.zeros(n_genes) if mean is None else torch.as_tensor(mean, dtype=torch.float32))
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(cell_dim + vector_dim, hidden),
+            torch.nn.ReLU(),
+            torch.nn.Linear(hidden, n_genes),
+        )
+        torch.nn.init.zeros_(self.layers[2].weight)
+        torch.nn.init.zeros_(self.layers[2].bias)
+        self.register_buffer(
+            "mean",
+            torch.zeros(n_genes) if mean is None else torch.as_tensor(mean, dtype=torch.float32),
+        )
 
-    def forward(self, cell_BD, vector_BP): # -> (B, genes)
+    def forward(self, cell_BD, vector_BP):  # -> (B, genes)
         return self.mean + self.layers(torch.cat([cell_BD, vector_BP], 1))
 
 # %% ../nbs/15a_predictor.ipynb #c46d8042
 def fit_predictor(
-    cells,               # Embedding of control cells, shape (cells, D)
-    vectors,             # Perturbation vector of each guide, shape (guides, P)
-    shifts,              # Expression change of each guide, shape (guides, genes)
-    weight=None,         # Of each guide, for example its cells
-    hidden:int=64, steps:int=300, lr:float=3e-3, decay:float=1e-2,
-    batch:int=128, seed:int=0,
-):                       # Function of vectors (n, P) giving changes (n, genes)
+    cells,  # Embedding of control cells, shape (cells, D)
+    vectors,  # Perturbation vector of each guide, shape (guides, P)
+    shifts,  # Expression change of each guide, shape (guides, genes)
+    weight=None,  # Of each guide, for example its cells
+    hidden: int = 64,
+    steps: int = 300,
+    lr: float = 3e-3,
+    decay: float = 1e-2,
+    batch: int = 128,
+    seed: int = 0,
+):  # Function of vectors (n, P) giving changes (n, genes)
     "Train the network on guides."
-    if len(vectors) != len(shifts): raise ValueError(f"{len(vectors)} vectors for {len(shifts)} guides, wanted one each.")
-    torch.manual_seed(seed); rng = np.random.default_rng(seed)
-    scaled = lambda v, like: np.clip((v - like.mean(0))/(like.std(0) + 1e-6), -3, 3).astype(np.float32)    # a vector far from all others is not followed to infinity
-    c, p, y = torch.from_numpy(scaled(cells, cells)), torch.from_numpy(scaled(vectors, vectors)), torch.as_tensor(np.asarray(shifts), dtype=torch.float32)
-    w = np.ones(len(y)) if weight is None else np.sqrt(weight); w = torch.as_tensor(w/w.mean(), dtype=torch.float32)
-    net = ExpressionPredictor(c.shape[1], p.shape[1], y.shape[1], hidden, np.average(shifts, axis=0, weights=w))
-    optimizer, scale = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay), float(((y - net.mean)**2).mean()) + 1e-12
+    if len(vectors) != len(shifts):
+        raise ValueError(f"{len(vectors)} vectors for {len(shifts)} guides, wanted one each.")
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+
+    def scaled(v, like):
+        return np.clip((v - like.mean(0)) / (like.std(0) + 1e-6), -3, 3).astype(
+            np.float32
+        )  # a vector far from all others is not followed to infinity
+
+    c, p, y = (
+        torch.from_numpy(scaled(cells, cells)),
+        torch.from_numpy(scaled(vectors, vectors)),
+        torch.as_tensor(np.asarray(shifts), dtype=torch.float32),
+    )
+    w = np.ones(len(y)) if weight is None else np.sqrt(weight)
+    w = torch.as_tensor(w / w.mean(), dtype=torch.float32)
+    net = ExpressionPredictor(
+        c.shape[1], p.shape[1], y.shape[1], hidden, np.average(shifts, axis=0, weights=w)
+    )
+    optimizer, scale = (
+        torch.optim.AdamW(net.parameters(), lr, weight_decay=decay),
+        float(((y - net.mean) ** 2).mean()) + 1e-12,
+    )
     for _ in range(steps):
         g, k = rng.integers(len(y), size=batch), rng.integers(len(c), size=batch)
-        loss = (w[g, None]*(net(c[k], p[g]) - y[g])**2).mean()/scale
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        loss = (w[g, None] * (net(c[k], p[g]) - y[g]) ** 2).mean() / scale
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     some = c[torch.from_numpy(np.sort(rng.permutation(len(c))[:200]))]
+
     @torch.no_grad()
-    def predict(new): # (n, P) -> (n, genes)
+    def predict(new):  # (n, P) -> (n, genes)
         "Mean change over control cells."
         v = torch.from_numpy(scaled(np.asarray(new, float), vectors))
         return np.stack([net(some, one.expand(len(some), -1)).mean(0).numpy() for one in v])
+
     return predict
 
 # %% ../nbs/15a_predictor.ipynb #37669b6c
 def covariance_shift(
-    control,          # Log expression of control cells, shape (cells, genes)
-    gene:int,         # Position of the target
-    drop:float=-1.,   # Change of the target's own level
-)->np.ndarray:        # Change of each gene; NaN where the target does not vary
+    control,  # Log expression of control cells, shape (cells, genes)
+    gene: int,  # Position of the target
+    drop: float = -1.0,  # Change of the target's own level
+) -> np.ndarray:  # Change of each gene; NaN where the target does not vary
     "What control cells say of lowering a gene."
     x = np.asarray(control, float) - np.mean(control, 0)
-    own = x[:, gene]; spread = own @ own
-    return np.full(x.shape[1], np.nan) if spread == 0 else drop*(own @ x)/spread
+    own = x[:, gene]
+    spread = own @ own
+    return np.full(x.shape[1], np.nan) if spread == 0 else drop * (own @ x) / spread
+
 
 def linear_predictors(
-    vectors, shifts,       # As for `fit_predictor`
-    n_nearest:int=3,
-)->dict:                   # Name -> function of vectors (n, P) giving (n, genes)
+    vectors,
+    shifts,  # As for `fit_predictor`
+    n_nearest: int = 3,
+) -> dict:  # Name -> function of vectors (n, P) giving (n, genes)
     "Mean, ridge regression and nearest neighbours."
     from sklearn.linear_model import RidgeCV
+
     mean, spread = np.mean(vectors, 0), np.std(vectors, 0) + 1e-6
-    z = lambda v: (np.asarray(v, float) - mean)/spread
+
+    def z(v):
+        return (np.asarray(v, float) - mean) / spread
+
     ridge = RidgeCV(np.geomspace(1, 1e5, 11)).fit(z(vectors), shifts)
-    unit = lambda v: v/(np.linalg.norm(v, axis=1, keepdims=True) + 1e-9)
-    near = lambda v: np.stack([np.asarray(shifts)[np.argsort(-s, kind="stable")[:n_nearest]].mean(0) for s in unit(z(v)) @ unit(z(vectors)).T])
-    return {"mean perturbation": lambda v: np.tile(np.mean(shifts, 0), (len(v), 1)), "ridge on graph": lambda v: ridge.predict(z(v)), "nearest in graph": near}
+
+    def unit(v):
+        return v / (np.linalg.norm(v, axis=1, keepdims=True) + 1e-9)
+
+    def near(v):
+        return np.stack(
+            [
+                np.asarray(shifts)[np.argsort(-s, kind="stable")[:n_nearest]].mean(0)
+                for s in unit(z(v)) @ unit(z(vectors)).T
+            ]
+        )
+
+    return {
+        "mean perturbation": lambda v: np.tile(np.mean(shifts, 0), (len(v), 1)),
+        "ridge on graph": lambda v: ridge.predict(z(v)),
+        "nearest in graph": near,
+    }
+
 
 def additive_shift(
-    shifts:Shifts,    # Of single genes
-    combination:str,  # "A+B"
-)->np.ndarray:        # NaN if one of them was not perturbed alone
+    shifts: Shifts,  # Of single genes
+    combination: str,  # "A+B"
+) -> np.ndarray:  # NaN if one of them was not perturbed alone
     "The sum of the single shifts."
-    at = {t: k for k, t in enumerate(shifts.targets)}; genes = combination.split("+")
-    return sum(shifts.vectors[at[g]] for g in genes) if all(g in at for g in genes) else np.full(shifts.vectors.shape[1], np.nan)
+    at = {t: k for k, t in enumerate(shifts.targets)}
+    genes = combination.split("+")
+    return (
+        sum(shifts.vectors[at[g]] for g in genes)
+        if all(g in at for g in genes)
+        else np.full(shifts.vectors.shape[1], np.nan)
+    )
 
 # %% ../nbs/15a_predictor.ipynb #3f87f008
 def shift_scores(
-    predicted,             # Shape (targets, genes)
-    observed,              # Shape (targets, genes)
-    reference,             # Mean shift of training, shape (targets, genes) or (genes,), subtracted from both
-    own=(),                # Positions of the candidates' own genes, removed from every vector
-    top:int=10,
-):                         # DataFrame: a row a target: cosine, discrimination, overlap, error (squared, as a share of the reference's)
+    predicted,  # Shape (targets, genes)
+    observed,  # Shape (targets, genes)
+    reference,  # Mean shift of training, shape (targets, genes) or (genes,), subtracted from both
+    own=(),  # Positions of the candidates' own genes, removed from every vector
+    top: int = 10,
+    # DataFrame: a row a target: cosine, discrimination, overlap, error (squared, as a share of the
+    # reference's)
+):
     "Scores of each target."
-    keep = np.ones(np.shape(observed)[1], bool); keep[list(own)] = False
+    keep = np.ones(np.shape(observed)[1], bool)
+    keep[list(own)] = False
     p, o = (np.asarray(v, float)[:, keep] for v in (predicted, observed))
     r = np.broadcast_to(np.asarray(reference, float), np.shape(observed))[:, keep]
     rows = []
     for t in range(len(o)):
         likeness = cosine(p[t] - r[t], o - r[t])
-        own_place = np.nan if not np.isfinite(likeness[t]) else ((likeness < likeness[t]).sum() + .5*((likeness == likeness[t]).sum() - 1))/max(1, len(o) - 1)
-        best = lambda v: set(np.argsort(-np.abs(v), kind="stable")[:top])
-        rows.append(dict(cosine=likeness[t], discrimination=own_place, overlap=len(best(p[t]) & best(o[t]))/top if np.isfinite(p[t]).all() else np.nan, error=((p[t] - o[t])**2).sum()/((o[t] - r[t])**2).sum()))
+        own_place = (
+            np.nan
+            if not np.isfinite(likeness[t])
+            else ((likeness < likeness[t]).sum() + 0.5 * ((likeness == likeness[t]).sum() - 1))
+            / max(1, len(o) - 1)
+        )
+
+        def best(v):
+            return set(np.argsort(-np.abs(v), kind="stable")[:top])
+
+        rows.append(
+            dict(
+                cosine=likeness[t],
+                discrimination=own_place,
+                overlap=len(best(p[t]) & best(o[t])) / top if np.isfinite(p[t]).all() else np.nan,
+                error=((p[t] - o[t]) ** 2).sum() / ((o[t] - r[t]) ** 2).sum(),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/15a_predictor.ipynb #2cd28a94
 @dataclass(frozen=True, eq=False)
 class Round:
     "One parting of a screen: what was hidden, and what each method said of it."
-    targets: np.ndarray    # Positions of the hidden targets, shape (n,)
-    guides: tuple          # Of each: positions of its hidden guides
-    observed: np.ndarray   # Their shifts, shape (n, genes)
+
+    targets: np.ndarray  # Positions of the hidden targets, shape (n,)
+    guides: tuple  # Of each: positions of its hidden guides
+    observed: np.ndarray  # Their shifts, shape (n, genes)
     reference: np.ndarray  # Mean shift of training, shape (genes,)
-    predicted: dict        # Method -> shifts, shape (n, genes)
+    predicted: dict  # Method -> shifts, shape (n, genes)
+
 
 def all_methods(
-    x, y,                  # Training: vector (n, P) and shift (n, genes) of each target
-    guide_x, guide_y,      # The same of each guide
-    new,                   # Vectors to predict, shape (m, P)
-    own,                   # Position of each new target's gene among the genes, -1 where it is not measured
-    cells, control,        # Embedding and log expression of control cells
-    drop:float,            # Change of a target's own level
-    **settings,            # Of `fit_predictor`
-)->dict:                   # Method -> shifts, shape (m, genes)
+    x,
+    y,  # Training: vector (n, P) and shift (n, genes) of each target
+    guide_x,
+    guide_y,  # The same of each guide
+    new,  # Vectors to predict, shape (m, P)
+    own,  # Position of each new target's gene among the genes, -1 where it is not measured
+    cells,
+    control,  # Embedding and log expression of control cells
+    drop: float,  # Change of a target's own level
+    **settings,  # Of `fit_predictor`
+) -> dict:  # Method -> shifts, shape (m, genes)
     "The network and what it must beat."
-    made = {name: predict(new) for name, predict in {**linear_predictors(x, y), "two-layer network": fit_predictor(cells, guide_x, guide_y, **settings)}.items()}
+    made = {
+        name: predict(new)
+        for name, predict in {
+            **linear_predictors(x, y),
+            "two-layer network": fit_predictor(cells, guide_x, guide_y, **settings),
+        }.items()
+    }
     none = np.full(y.shape[1], np.nan)
-    return made | {"covariance of controls": np.stack([covariance_shift(control, k, drop) if k >= 0 else none for k in own])}
+    return made | {
+        "covariance of controls": np.stack(
+            [covariance_shift(control, k, drop) if k >= 0 else none for k in own]
+        )
+    }
+
 
 def scored(
-    rounds,   # List of `Round`
+    rounds,  # List of `Round`
     targets,  # Names of all targets
-    own,      # Positions of the candidates' genes, removed from every vector
-):            # DataFrame: method, target, cosine, discrimination, overlap, error; means over rounds
+    own,  # Positions of the candidates' genes, removed from every vector
+):  # DataFrame: method, target, cosine, discrimination, overlap, error; means over rounds
     "Scores of each target."
-    tables = [shift_scores(p, r.observed, r.reference, own).assign(method=name, target=targets[r.targets]) for r in rounds for name, p in r.predicted.items()]
+    tables = [
+        shift_scores(p, r.observed, r.reference, own).assign(method=name, target=targets[r.targets])
+        for r in rounds
+        for name, p in r.predicted.items()
+    ]
     return pd.concat(tables).groupby(["method", "target"], sort=False).mean().reset_index()
 
 # %% ../nbs/15a_predictor.ipynb #0e2ee2ac
 def held_out_targets(
-    shifts:Shifts,           # Observed, with guides, in expression
-    vectors,                 # Function of target names giving (n, P)
-    cells,                   # Embedding of control cells
-    control,                 # Log expression of control cells, for the covariance regression
-    genes,                   # Names of the columns of the shifts
-    n_folds:int=3,           # Parts of the targets; each is predicted from the others
-    n_repeats:int=3,         # Partings into folds; scores are averaged over them
-    seed:int=0, **settings,  # Of `fit_predictor`
-)->tuple:                    # DataFrame of `scored`, list of `Round`
-    "Predict targets from other targets; each is told from the targets of its own fold, which training has not seen either."
-    targets, x, rng = shifts.targets, np.asarray(vectors(list(shifts.targets)), float), np.random.default_rng(seed)
-    if (gone := ~np.isfinite(x).all(1)).any(): raise ValueError(f"No vector for {', '.join(targets[gone])}: leave these targets out, and say so.")
-    if len(targets) < 2*n_folds: raise ValueError(f"{len(targets)} targets in {n_folds} folds leave a fold with one: nothing to tell it from. Lower n_folds.")
-    own, drops = measured(shifts, genes); rounds = []; alias_notes(targets)
+    shifts: Shifts,  # Observed, with guides, in expression
+    vectors,  # Function of target names giving (n, P)
+    cells,  # Embedding of control cells
+    control,  # Log expression of control cells, for the covariance regression
+    genes,  # Names of the columns of the shifts
+    n_folds: int = 3,  # Parts of the targets; each is predicted from the others
+    n_repeats: int = 3,  # Partings into folds; scores are averaged over them
+    seed: int = 0,
+    **settings,  # Of `fit_predictor`
+) -> tuple:  # DataFrame of `scored`, list of `Round`
+    """Predict targets from other targets; each is told from the targets of its own fold, which
+    training has not seen either."""
+    targets, x, rng = (
+        shifts.targets,
+        np.asarray(vectors(list(shifts.targets)), float),
+        np.random.default_rng(seed),
+    )
+    if (gone := ~np.isfinite(x).all(1)).any():
+        raise ValueError(
+            f"No vector for {', '.join(targets[gone])}: leave these targets out, and say so."
+        )
+    if len(targets) < 2 * n_folds:
+        raise ValueError(
+            f"{len(targets)} targets in {n_folds} folds leave a fold with one: nothing to tell "
+            "it from. Lower n_folds."
+        )
+    own, drops = measured(shifts, genes)
+    rounds = []
+    alias_notes(targets)
     for _ in range(n_repeats):
         fold = rng.permutation(len(targets)) % n_folds
         for f in range(n_folds):
             test, train = np.flatnonzero(fold == f), np.flatnonzero(fold != f)
-            guide_x, guide_y = np.repeat(x[train], [len(shifts.guides[k]) for k in train], 0), np.concatenate([shifts.guides[k] for k in train])
-            made = all_methods(x[train], shifts.vectors[train], guide_x, guide_y, x[test], own[test], cells, control, mean_drop(drops[train]), seed=seed, **settings)
-            rounds.append(Round(test, tuple(np.arange(len(shifts.guides[k])) for k in test), shifts.vectors[test], shifts.vectors[train].mean(0), made))
+            guide_x, guide_y = (
+                np.repeat(x[train], [len(shifts.guides[k]) for k in train], 0),
+                np.concatenate([shifts.guides[k] for k in train]),
+            )
+            made = all_methods(
+                x[train],
+                shifts.vectors[train],
+                guide_x,
+                guide_y,
+                x[test],
+                own[test],
+                cells,
+                control,
+                mean_drop(drops[train]),
+                seed=seed,
+                **settings,
+            )
+            rounds.append(
+                Round(
+                    test,
+                    tuple(np.arange(len(shifts.guides[k])) for k in test),
+                    shifts.vectors[test],
+                    shifts.vectors[train].mean(0),
+                    made,
+                )
+            )
     return scored(rounds, targets, own[own >= 0]), rounds
 
-def mean_drop(drops): # (n,) -> mean of those that are known; -1 where none is
-    "How far a knock-down lowers its own gene."
-    return float(np.nanmean(drops)) if np.isfinite(drops).any() else -1.
 
-def measured(shifts:Shifts, genes): # -> position of each target among the genes or -1 (targets,), its own change, NaN where not measured
+def mean_drop(drops):  # (n,) -> mean of those that are known; -1 where none is
+    "How far a knock-down lowers its own gene."
+    return float(np.nanmean(drops)) if np.isfinite(drops).any() else -1.0
+
+
+def measured(
+    shifts: Shifts,
+    genes,
+    # -> position of each target among the genes or -1 (targets,), its own change, NaN where not
+    # measured
+):
     "Where the targets stand among the genes."
-    where = {g: k for k, g in enumerate(genes)}; own = np.array([where.get(t, -1) for t in shifts.targets])
+    where = {g: k for k, g in enumerate(genes)}
+    own = np.array([where.get(t, -1) for t in shifts.targets])
     return own, np.array([v[k] if k >= 0 else np.nan for v, k in zip(shifts.vectors, own)])
 
 # %% ../nbs/15a_predictor.ipynb #74668ab9
 def held_out_guides(
-    shifts:Shifts, vectors, cells, control, genes, # As for `held_out_targets`
-    n_folds:int=2, seed:int=0, **settings,         # Parts of each target's guides; of `fit_predictor`
-)->tuple:                                          # As of `held_out_targets`; "other guides" is the mean of the target's own training guides
+    shifts: Shifts,
+    vectors,
+    cells,
+    control,
+    genes,  # As for `held_out_targets`
+    n_folds: int = 2,
+    seed: int = 0,
+    **settings,  # Parts of each target's guides; of `fit_predictor`
+    # As of `held_out_targets`; "other guides" is the mean of the target's own training guides
+) -> tuple:
     "Predict guides of targets that training has seen by other guides."
-    if few := [t for t, g in zip(shifts.targets, shifts.guides) if len(g) < n_folds]: raise ValueError(f"{len(few)} targets have fewer than {n_folds} guides ({', '.join(few[:5])}): leave them out, or lower n_folds.")
-    x, rng, rounds = np.asarray(vectors(list(shifts.targets)), float), np.random.default_rng(seed), []
-    part, (own, drops) = [rng.permutation(len(g)) % n_folds for g in shifts.guides], measured(shifts, genes)
+    if few := [t for t, g in zip(shifts.targets, shifts.guides) if len(g) < n_folds]:
+        raise ValueError(
+            f"{len(few)} targets have fewer than {n_folds} guides ({', '.join(few[:5])}): leave "
+            "them out, or lower n_folds."
+        )
+    x, rng, rounds = (
+        np.asarray(vectors(list(shifts.targets)), float),
+        np.random.default_rng(seed),
+        [],
+    )
+    part, (own, drops) = (
+        [rng.permutation(len(g)) % n_folds for g in shifts.guides],
+        measured(shifts, genes),
+    )
     for f in range(n_folds):
-        held, seen = (np.stack([g[p == f].mean(0) if keep else g[p != f].mean(0) for g, p in zip(shifts.guides, part)]) for keep in (True, False))
-        guide_x, guide_y = np.repeat(x, [int((p != f).sum()) for p in part], 0), np.concatenate([g[p != f] for g, p in zip(shifts.guides, part)])
-        made = all_methods(x, seen, guide_x, guide_y, x, own, cells, control, mean_drop(drops), seed=seed, **settings) | {"other guides": seen}
-        rounds.append(Round(np.arange(len(x)), tuple(np.flatnonzero(p == f) for p in part), held, seen.mean(0), made))
+        held, seen = (
+            np.stack(
+                [
+                    g[p == f].mean(0) if keep else g[p != f].mean(0)
+                    for g, p in zip(shifts.guides, part)
+                ]
+            )
+            for keep in (True, False)
+        )
+        guide_x, guide_y = (
+            np.repeat(x, [int((p != f).sum()) for p in part], 0),
+            np.concatenate([g[p != f] for g, p in zip(shifts.guides, part)]),
+        )
+        made = all_methods(
+            x,
+            seen,
+            guide_x,
+            guide_y,
+            x,
+            own,
+            cells,
+            control,
+            mean_drop(drops),
+            seed=seed,
+            **settings,
+        ) | {"other guides": seen}
+        rounds.append(
+            Round(
+                np.arange(len(x)),
+                tuple(np.flatnonzero(p == f) for p in part),
+                held,
+                seen.mean(0),
+                made,
+            )
+        )
     return scored(rounds, shifts.targets, own[own >= 0]), rounds
+
 
 def summary(
     table,  # Of `held_out_targets`
-    split:str="by target",
-):          # DataFrame: method, split, metric, value, ci_low, ci_high, n, unit
+    split: str = "by target",
+):  # DataFrame: method, split, metric, value, ci_low, ci_high, n, unit
     "Means over targets with intervals over targets."
     rows = []
     for method, t in table.groupby("method", sort=False):
         for metric in ("cosine", "discrimination", "overlap", "error"):
             v = t[metric].dropna()
-            if len(v): i = mean_interval(v.to_numpy(), unit="target", n_resamples=999); rows.append(dict(method=method, split=split, metric=metric, value=i.value, ci_low=i.low, ci_high=i.high, n=len(v), unit="target"))
+            if len(v):
+                i = mean_interval(v.to_numpy(), unit="target", n_resamples=999)
+                rows.append(
+                    dict(
+                        method=method,
+                        split=split,
+                        metric=metric,
+                        value=i.value,
+                        ci_low=i.low,
+                        ci_high=i.high,
+                        n=len(v),
+                        unit="target",
+                    )
+                )
     return pd.DataFrame(rows)
 
 # %% ../nbs/15a_predictor.ipynb #0aba58e6
 def carried_shifts(
-    shifts:Shifts,   # Of a screen, with guides, in expression
-    vectors,         # Function of gene names giving (n, P), NaN rows for genes without
-    cells,           # Embedding of control cells
-    perturbations,   # Each "A", "A+B", or a dict of gene -> weight
-    **settings,      # Of `fit_predictor`
-)->tuple:            # Shifts, the report of `perturbation_vectors`
+    shifts: Shifts,  # Of a screen, with guides, in expression
+    vectors,  # Function of gene names giving (n, P), NaN rows for genes without
+    cells,  # Embedding of control cells
+    perturbations,  # Each "A", "A+B", or a dict of gene -> weight
+    **settings,  # Of `fit_predictor`
+) -> tuple:  # Shifts, the report of `perturbation_vectors`
     "Carry a screen to perturbations that it does not hold."
-    x = np.asarray(vectors(list(shifts.targets)), float); held = np.flatnonzero(np.isfinite(x).all(1))
-    if len(held) < 2: raise ValueError(f"{len(held)} of {len(x)} targets of the screen have a vector, wanted at least 2 to learn from.")
-    predict = fit_predictor(cells, np.repeat(x[held], [len(shifts.guides[k]) for k in held], 0), np.concatenate([shifts.guides[k] for k in held]), **settings)
-    new, report = perturbation_vectors(perturbations, vectors); ok = np.isfinite(new).all(1)
+    x = np.asarray(vectors(list(shifts.targets)), float)
+    held = np.flatnonzero(np.isfinite(x).all(1))
+    if len(held) < 2:
+        raise ValueError(
+            f"{len(held)} of {len(x)} targets of the screen have a vector, wanted at least 2 to "
+            "learn from."
+        )
+    predict = fit_predictor(
+        cells,
+        np.repeat(x[held], [len(shifts.guides[k]) for k in held], 0),
+        np.concatenate([shifts.guides[k] for k in held]),
+        **settings,
+    )
+    new, report = perturbation_vectors(perturbations, vectors)
+    ok = np.isfinite(new).all(1)
     out = np.full((len(new), shifts.vectors.shape[1]), np.nan)
-    if ok.any(): out[ok] = predict(new[ok])
+    if ok.any():
+        out[ok] = predict(new[ok])
     return Shifts(report.perturbation.to_numpy(object), out, source="predicted (network)"), report

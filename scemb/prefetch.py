@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/07a_prefetch.ipynb #0ec45b5d
 def copied(
-    batch:dict,   # Of CPU tensors and plain numbers
-    device,       # A CUDA device
-    stream,       # The CUDA stream that copies
-):                # The batch on the device, and an event that marks the end of the copy
+    batch: dict,  # Of CPU tensors and plain numbers
+    device,  # A CUDA device
+    stream,  # The CUDA stream that copies
+):  # The batch on the device, and an event that marks the end of the copy
     "Copy a batch on a stream of its own, without waiting."
     with torch.cuda.stream(stream):
         there = {}
@@ -29,7 +29,8 @@ def copied(
         done.record(stream)
     return there, done
 
-def received(there, done): # from `copied` -> the batch, safe to use on the current stream
+
+def received(there, done):  # from `copied` -> the batch, safe to use on the current stream
     "Make the computing stream wait for the copy, and keep the memory until it has been used."
     now = torch.cuda.current_stream()
     now.wait_event(done)
@@ -40,20 +41,23 @@ def received(there, done): # from `copied` -> the batch, safe to use on the curr
 
 # %% ../nbs/07a_prefetch.ipynb #47dce714
 def numbered(
-    device, # "cpu", "cuda", "cuda:1" or a torch device
-):          # Torch device
-    "A device with its number: \"cuda\" alone is another GPU in another thread."
+    device,  # "cpu", "cuda", "cuda:1" or a torch device
+):  # Torch device
+    'A device with its number: "cuda" alone is another GPU in another thread.'
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
+
 class Prefetched:
     "The batches of a data set in order, made ahead by a thread; it acts as the Trainer's loader."
-    def __init__(self,
-        dataset,          # Anything with len and [i] -> dict of CPU tensors and numbers
-        device="cpu",     # Where the batches are wanted
-        ahead:int=4,      # Batches made ahead; 0: none, each is made when asked for
+
+    def __init__(
+        self,
+        dataset,  # Anything with len and [i] -> dict of CPU tensors and numbers
+        device="cpu",  # Where the batches are wanted
+        ahead: int = 4,  # Batches made ahead; 0: none, each is made when asked for
     ):
         self.dataset = dataset
         self.device = numbered(device)
@@ -88,7 +92,7 @@ class Prefetched:
                 try:
                     batch, done = waiting.popleft().result()
                     yield batch if done is None else received(batch, done)
-                except BaseException:                  # also when the consumer stops early
+                except BaseException:  # also when the consumer stops early
                     for job in waiting:
                         job.cancel()
                     raise
@@ -96,14 +100,16 @@ class Prefetched:
 # %% ../nbs/07a_prefetch.ipynb #eb7d3667
 class HostReads(TorchDispatchMode):
     "Counts, on a CPU as well, how often the host would wait for a GPU."
+
     SIZED_BY_NUMBERS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
-    def __init__(self,
-        seen=None,                             # Called with the name of each operation that waits
-        reads:tuple=("cpu", "numpy", "tolist"), # Methods of tensors that count as well
+    def __init__(
+        self,
+        seen=None,  # Called with the name of each operation that waits
+        reads: tuple = ("cpu", "numpy", "tolist"),  # Methods of tensors that count as well
     ):
         super().__init__()
-        self.found = []                        # names of what waited
+        self.found = []  # names of what waited
         self.seen = seen or (lambda name: None)
         self.reads = reads
 
@@ -114,7 +120,8 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op._schema.name.split("::")[1]
         by_mask = name in ("index", "index_put", "index_put_") and any(
-            torch.is_tensor(i) and i.dtype == torch.bool for i in args[1])
+            torch.is_tensor(i) and i.dtype == torch.bool for i in args[1]
+        )
         sizeless = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
         if name in self.SIZED_BY_NUMBERS or name.startswith("unique_") or by_mask or sizeless:
             self.note(name)
@@ -127,7 +134,9 @@ class HostReads(TorchDispatchMode):
             def call(tensor, *args, **kwargs):
                 self.note(name)
                 return read(tensor, *args, **kwargs)
+
             return call
+
         for name, read in self.former.items():
             setattr(torch.Tensor, name, noted(name, read))
         return super().__enter__()

@@ -17,104 +17,172 @@ from .tokens import TokenSet
 
 # %% ../nbs/11a_prefix.ipynb #2e061d35
 def gene_set_scores(
-    tokens:TokenSet,  # Cells
-    sets:dict,        # Name -> Ensembl ids; ids outside the vocabulary are left out
-)->np.ndarray:        # Shape (cells, sets), float32; 0 for empty cells
+    tokens: TokenSet,  # Cells
+    sets: dict,  # Name -> Ensembl ids; ids outside the vocabulary are left out
+) -> np.ndarray:  # Shape (cells, sets), float32; 0 for empty cells
     "Score gene sets in each cell by the bins of their genes."
     import scipy.sparse as sp
+
     place = {g: i + len(SPECIAL) for i, g in enumerate(tokens.vocabulary.genes)}
     rows = [[place[g] for g in dict.fromkeys(genes) if g in place] for genes in sets.values()]
-    if bad := [name for name, r in zip(sets, rows) if not r]: raise ValueError(f"The gene sets {bad[:5]} share no gene with the vocabulary; give Ensembl ids of protein-coding genes.")
-    member = sp.csr_matrix((np.concatenate([np.full(len(r), 1/len(r)) for r in rows]), (np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows]))), shape=(len(tokens.vocabulary), len(rows)))
+    if bad := [name for name, r in zip(sets, rows) if not r]:
+        raise ValueError(
+            f"The gene sets {bad[:5]} share no gene with the vocabulary; give Ensembl ids of "
+            "protein-coding genes."
+        )
+    member = sp.csr_matrix(
+        (
+            np.concatenate([np.full(len(r), 1 / len(r)) for r in rows]),
+            (np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows])),
+        ),
+        shape=(len(tokens.vocabulary), len(rows)),
+    )
     genes, bins, offsets = tokens.gather(np.arange(len(tokens)))
-    x = sp.csr_matrix((bins/tokens.settings.n_bins, genes.astype(np.int32), offsets), shape=(len(tokens), len(tokens.vocabulary)))
-    return np.asarray(x @ member - x.sum(1)/len(tokens.vocabulary.genes), np.float32)
+    x = sp.csr_matrix(
+        (bins / tokens.settings.n_bins, genes.astype(np.int32), offsets),
+        shape=(len(tokens), len(tokens.vocabulary)),
+    )
+    return np.asarray(x @ member - x.sum(1) / len(tokens.vocabulary.genes), np.float32)
 
 # %% ../nbs/11a_prefix.ipynb #9a3bf2f8
 def gene_vector_table(
-    vectors,               # DataFrame: index Ensembl ids, columns the dimensions
-    vocabulary:Vocabulary,
-)->np.ndarray:             # Shape (vocabulary, dim), float32; the mean vector for genes without one
+    vectors,  # DataFrame: index Ensembl ids, columns the dimensions
+    vocabulary: Vocabulary,
+) -> np.ndarray:  # Shape (vocabulary, dim), float32; the mean vector for genes without one
     "Bring a table of gene vectors into the order of a vocabulary."
     known = vectors[~vectors.index.duplicated()].reindex(list(vocabulary.genes))
-    if not known.notna().any(axis=None): raise ValueError(f"None of {len(vectors)} genes, such as {list(vectors.index[:3])}, is in the vocabulary; the index must hold Ensembl ids.")
+    if not known.notna().any(axis=None):
+        raise ValueError(
+            f"None of {len(vectors)} genes, such as {list(vectors.index[:3])}, is in the "
+            "vocabulary; the index must hold Ensembl ids."
+        )
     x = known.fillna(known.mean()).to_numpy(np.float32)
     return np.concatenate([np.zeros((len(SPECIAL), x.shape[1]), np.float32), x])
 
+
 def pooled_vectors(
-    tokens:TokenSet,     # Cells
-    vectors,             # DataFrame of gene vectors, see `gene_vector_table`
-)->np.ndarray:           # Shape (cells, dim), float32; 0 for empty cells
+    tokens: TokenSet,  # Cells
+    vectors,  # DataFrame of gene vectors, see `gene_vector_table`
+) -> np.ndarray:  # Shape (cells, dim), float32; 0 for empty cells
     "Mean of a cell's gene vectors, of whatever origin."
-    return np.nan_to_num(bag(tokens, gene_vector_table(vectors, tokens.vocabulary), tokens.settings.max_len)).astype(np.float32)
+    return np.nan_to_num(
+        bag(tokens, gene_vector_table(vectors, tokens.vocabulary), tokens.settings.max_len)
+    ).astype(np.float32)
+
 
 def annotation_vectors(
-    pairs,             # DataFrame: ensembl_id, term; a row an annotation
-    dim:int=32,        # Width
-    smallest:int=10, largest:int=1000, # Genes of a term; rarer and commoner terms are left out
-    seed:int=0,
-):                     # DataFrame: index Ensembl ids, `dim` columns
-    "Gene vectors from an annotation: SVD of the matrix of genes and terms, rare terms weighing more."
+    pairs,  # DataFrame: ensembl_id, term; a row an annotation
+    dim: int = 32,  # Width
+    smallest: int = 10,
+    largest: int = 1000,  # Genes of a term; rarer and commoner terms are left out
+    seed: int = 0,
+):  # DataFrame: index Ensembl ids, `dim` columns
+    """Gene vectors from an annotation: SVD of the matrix of genes and terms, rare terms weighing
+    more."""
     import pandas as pd, scipy.sparse as sp
     from sklearn.utils.extmath import randomized_svd
-    pairs = pairs[["ensembl_id", "term"]].dropna().drop_duplicates(); n = pairs.groupby("term").ensembl_id.transform("size")
+
+    pairs = pairs[["ensembl_id", "term"]].dropna().drop_duplicates()
+    n = pairs.groupby("term").ensembl_id.transform("size")
     pairs = pairs[(n >= smallest) & (n <= largest)]
     gene, term = pd.Categorical(pairs.ensembl_id), pd.Categorical(pairs.term)
-    if min(len(gene.categories), len(term.categories)) <= dim: raise ValueError(f"{len(gene.categories)} genes and {len(term.categories)} terms of {smallest} to {largest} genes give no {dim} dimensions; lower dim, or widen the limits.")
+    if min(len(gene.categories), len(term.categories)) <= dim:
+        raise ValueError(
+            f"{len(gene.categories)} genes and {len(term.categories)} terms of {smallest} to "
+            f"{largest} genes give no {dim} dimensions; lower dim, or widen the limits."
+        )
     x = sp.csr_matrix((np.ones(len(pairs), np.float32), (gene.codes, term.codes)))
-    x = x @ sp.diags(np.log(x.shape[0]/np.asarray(x.sum(0)).ravel())); x = sp.diags(1/np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())) @ x
+    x = x @ sp.diags(np.log(x.shape[0] / np.asarray(x.sum(0)).ravel()))
+    x = sp.diags(1 / np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())) @ x
     u, s, _ = randomized_svd(x, dim, random_state=seed)
-    return pd.DataFrame(u*s, index=gene.categories)
+    return pd.DataFrame(u * s, index=gene.categories)
 
 # %% ../nbs/11a_prefix.ipynb #09670ab2
-def gene_ontology_pairs(): # DataFrame: ensembl_id, term; made by a person: evidence other than IEA and ND
+# DataFrame: ensembl_id, term; made by a person: evidence other than IEA and ND
+def gene_ontology_pairs():
     "Genes and their terms, from the set `gene_ontology` (needs SCEMB_DATA)."
     import pandas as pd
     from scemb.datasets import locate
     from scemb.genes import gene_table
+
     t = pd.read_csv(locate("gene_ontology", "human_gene2go.orgHs.3.16.tsv.gz"), sep="\t")
-    ids = gene_table().dropna(subset=["symbol"]).drop_duplicates("symbol").set_index("symbol").ensembl_id
+    ids = (
+        gene_table()
+        .dropna(subset=["symbol"])
+        .drop_duplicates("symbol")
+        .set_index("symbol")
+        .ensembl_id
+    )
     t = t[~t.evidence.isin(["IEA", "ND"])]
     return pd.DataFrame(dict(ensembl_id=t.symbol.map(ids), term=t.go_id)).dropna().drop_duplicates()
 
 # %% ../nbs/11a_prefix.ipynb #9e9ecfc4
 def group_vectors(
-    vectors:dict,  # Group -> numbers
-    groups,        # Group of each cell, shape (cells,)
-)->np.ndarray:     # Shape (cells, length of a vector), float32
+    vectors: dict,  # Group -> numbers
+    groups,  # Group of each cell, shape (cells,)
+) -> np.ndarray:  # Shape (cells, length of a vector), float32
     "Deal the vector of each group to its cells."
-    groups = np.asarray(groups).astype(str); vectors = {str(k): np.atleast_1d(np.asarray(v, np.float32)) for k, v in vectors.items()}
-    if missing := sorted(set(groups) - set(vectors)): raise ValueError(f"The groups {missing[:5]} have no vector; give one for each of {len(set(groups))} groups.")
+    groups = np.asarray(groups).astype(str)
+    vectors = {str(k): np.atleast_1d(np.asarray(v, np.float32)) for k, v in vectors.items()}
+    if missing := sorted(set(groups) - set(vectors)):
+        raise ValueError(
+            f"The groups {missing[:5]} have no vector; give one for each of {len(set(groups))} "
+            "groups."
+        )
     return np.stack([vectors[g] for g in groups])
 
 # %% ../nbs/11a_prefix.ipynb #935dfd97
 def with_control(
-    x:np.ndarray,         # Knowledge vectors, shape (cells, length)
-    control:str="none",   # "none", "random" or "permuted"
-    seed:int=0,
-)->np.ndarray:            # Of the same shape
+    x: np.ndarray,  # Knowledge vectors, shape (cells, length)
+    control: str = "none",  # "none", "random" or "permuted"
+    seed: int = 0,
+) -> np.ndarray:  # Of the same shape
     "Replace knowledge by what cannot know."
-    if control == "none": return x
+    if control == "none":
+        return x
     if control == "permuted":
-        if len(x) < 2: raise ValueError(f"{len(x)} cell(s) cannot be permuted: each would keep its own vector. Give the query as a whole, or take control='random'.")
+        if len(x) < 2:
+            raise ValueError(
+                f"{len(x)} cell(s) cannot be permuted: each would keep its own vector. Give the "
+                "query as a whole, or take control='random'."
+            )
         return x[np.random.default_rng([seed, 77]).permutation(len(x))]
-    if control != "random": raise ValueError(f"control={control!r}; choose one of none, random, permuted.")
+    if control != "random":
+        raise ValueError(f"control={control!r}; choose one of none, random, permuted.")
     kinds, which = np.unique(x := np.ascontiguousarray(x, np.float32), axis=0, return_inverse=True)
-    drawn = [np.random.default_rng([seed, 77, int.from_bytes(hashlib.sha256((kind + 0.).tobytes()).digest()[:8])]).standard_normal(x.shape[1]) for kind in kinds] # by content, so that reference and query agree
+    drawn = [
+        np.random.default_rng(
+            [seed, 77, int.from_bytes(hashlib.sha256((kind + 0.0).tobytes()).digest()[:8])]
+        ).standard_normal(x.shape[1])
+        for kind in kinds
+    ]  # by content, so that reference and query agree
     return np.asarray(drawn, np.float32)[which.ravel()]
 
 # %% ../nbs/11a_prefix.ipynb #a2016741
 def knowledge_of(
-    adata,             # AnnData
-    key:str,           # Key of obsm
-    labels=None,       # Labels of the cells, where known: the vector must not be them
-)->np.ndarray:         # Shape (cells, length), float32
+    adata,  # AnnData
+    key: str,  # Key of obsm
+    labels=None,  # Labels of the cells, where known: the vector must not be them
+) -> np.ndarray:  # Shape (cells, length), float32
     "Read knowledge vectors, and refuse what is missing, not finite, or the labels in disguise."
-    if key not in adata.obsm: raise ValueError(f"obsm has no {key!r}; it has {list(adata.obsm)}. Write one vector a cell there, for reference and query alike.")
+    if key not in adata.obsm:
+        raise ValueError(
+            f"obsm has no {key!r}; it has {list(adata.obsm)}. Write one vector a cell there, for "
+            "reference and query alike."
+        )
     x = np.asarray(adata.obsm[key], np.float32)
-    if x.ndim != 2: raise ValueError(f"obsm[{key!r}] has shape {x.shape}; wanted (cells, length).")
-    if n := int((~np.isfinite(x)).any(1).sum()): raise ValueError(f"obsm[{key!r}] is not finite for {n} of {len(x)} cells; fill them in, for example with the mean.")
+    if x.ndim != 2:
+        raise ValueError(f"obsm[{key!r}] has shape {x.shape}; wanted (cells, length).")
+    if n := int((~np.isfinite(x)).any(1).sum()):
+        raise ValueError(
+            f"obsm[{key!r}] is not finite for {n} of {len(x)} cells; fill them in, for example "
+            "with the mean."
+        )
     if labels is not None and len(kinds := np.unique(labels)) > 1:
         which = np.unique(x, axis=0, return_inverse=True)[1].ravel()
-        if len(kinds) == which.max() + 1 == len(set(zip(which, np.asarray(labels)))): raise ValueError(f"obsm[{key!r}] is one vector a label: it says what is to be predicted. Give knowledge that does not derive from labels.")
+        if len(kinds) == which.max() + 1 == len(set(zip(which, np.asarray(labels)))):
+            raise ValueError(
+                f"obsm[{key!r}] is one vector a label: it says what is to be predicted. Give "
+                "knowledge that does not derive from labels."
+            )
     return x

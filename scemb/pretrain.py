@@ -18,15 +18,45 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .baselines import ClusterBinTable, adversary_scorer, bin_table, gene_vectors, masked_scores, table_scorer, unigram_prior
+from scemb.baselines import (
+    ClusterBinTable,
+    adversary_scorer,
+    bin_table,
+    gene_vectors,
+    masked_scores,
+    table_scorer,
+    unigram_prior,
+)
 from .batching import as_tensors, masked_batch
-from .checkpoint import ASSETS, check_fit, save_checkpoint, spare_deepspeed_the_search, unfinished
+from scemb.checkpoint import (
+    ASSETS,
+    check_fit,
+    save_checkpoint,
+    spare_deepspeed_the_search,
+    unfinished,
+)
 from .counts import check_output
-from .folders import Damaged, checksum, only_writer, open_folder, read_json, read_tensors, write_file, write_json, write_manifest
+from scemb.folders import (
+    Damaged,
+    checksum,
+    only_writer,
+    open_folder,
+    read_json,
+    read_tensors,
+    write_file,
+    write_json,
+    write_manifest,
+)
 from .flops import flops_per_token, mfu, peak_flops
-from .model import (
-    ScembConfig, ScembForMaskedLM, Segments, autocast, chosen_precision, compile_layers,
-    slow_attention)
+from scemb.model import (
+    ScembConfig,
+    ScembForMaskedLM,
+    Segments,
+    autocast,
+    chosen_precision,
+    compile_layers,
+    slow_attention,
+)
 from .optimizer import OPTIMIZERS, make_optimizer
 from .orders import packed_batches, unpadded_batches
 from .prefetch import Prefetched
@@ -39,45 +69,66 @@ from .tokens import TokenSet
 @dataclass
 class TrainSettings:
     "How a model is trained; defaults from Hsieh et al., Methods, where given."
-    steps: int = 100_000            # Optimizer steps
-    optimizer: str = "adamw"        # "adamw", or "muon" for the matrices of the layers and AdamW for the rest
-    learning_rate: float = 1e-3     # Peak; the paper prints 1e-1
-    matrix_rate: float = .02        # Peak of Muon
-    warmup_steps: int = 10_000      # Linear warm-up, then linear decay (Hsieh et al., Methods)
-    weight_decay: float = .001      # Of AdamW (Hsieh et al., Methods)
-    max_grad_norm: float = 1.       # Gradient clipping
-    token_budget: int = 16_384      # Tokens a batch and device; 8 cells of 2,048 (Hsieh et al., Methods: batch 8)
-    packing: str = "order"          # Which cells share a batch: "order", as they come in random order; "fit", those that fill the budget (several GPUs)
-    blocks: int = 0                 # Shuffle blocks of so many neighbours, then within a pool of a million; 0: every cell by itself
-    accumulation: int = 1           # Batches an optimizer step
-    max_len: int = 2048             # Genes a cell
-    mask_share: float = .15         # Genes hidden (Hsieh et al., Methods)
-    cell_weight: float = 0.         # Weight of guessing hidden genes also from the mean vector of the cell; 0: the paper's objective
-    keep_bin: bool = False          # Show the bin of hidden genes
-    inputs: str = "both"            # "both", "rank" or "bins": what the model is shown besides the gene (ablations)
-    validation_share: float = 0.    # Share of the cells held out from training when no held-out cells are given
-    eval_every: int = 0             # Steps between scores on held-out cells; 0: only at the end
-    eval_cells: int = 500           # Held-out cells scored (the first of a seeded order)
-    start: str = "corpus"           # "corpus": gene embedding from the SVD of the training cells, output bias from their frequency; or "random"
-    precision: str = "auto"         # fp32, bf16, fp16; auto: bf16 on a GPU that has it, else fp32
-    compile: bool = False           # Compile each layer (a GPU gains, most CPUs do not)
-    save_every: int = 1000          # Steps between checkpoints
-    save_minutes: float = 0.        # Minutes between checkpoints instead; 0: by steps
-    ahead: int = -1                 # Batches made ahead by a thread; -1: 4 on a GPU, none on a CPU
+
+    steps: int = 100_000  # Optimizer steps
+    optimizer: str = (
+        "adamw"  # "adamw", or "muon" for the matrices of the layers and AdamW for the rest
+    )
+    learning_rate: float = 1e-3  # Peak; the paper prints 1e-1
+    matrix_rate: float = 0.02  # Peak of Muon
+    warmup_steps: int = 10_000  # Linear warm-up, then linear decay (Hsieh et al., Methods)
+    weight_decay: float = 0.001  # Of AdamW (Hsieh et al., Methods)
+    max_grad_norm: float = 1.0  # Gradient clipping
+    token_budget: int = (
+        16_384  # Tokens a batch and device; 8 cells of 2,048 (Hsieh et al., Methods: batch 8)
+    )
+    # Which cells share a batch: "order", as they come in random order; "fit", those that fill the
+    # budget (several GPUs)
+    packing: str = "order"
+    # Shuffle blocks of so many neighbours, then within a pool of a million; 0: every cell by itself
+    blocks: int = 0
+    accumulation: int = 1  # Batches an optimizer step
+    max_len: int = 2048  # Genes a cell
+    mask_share: float = 0.15  # Genes hidden (Hsieh et al., Methods)
+    # Weight of guessing hidden genes also from the mean vector of the cell; 0: the paper's
+    # objective
+    cell_weight: float = 0.0
+    keep_bin: bool = False  # Show the bin of hidden genes
+    inputs: str = (
+        "both"  # "both", "rank" or "bins": what the model is shown besides the gene (ablations)
+    )
+    validation_share: float = (
+        0.0  # Share of the cells held out from training when no held-out cells are given
+    )
+    eval_every: int = 0  # Steps between scores on held-out cells; 0: only at the end
+    eval_cells: int = 500  # Held-out cells scored (the first of a seeded order)
+    # "corpus": gene embedding from the SVD of the training cells, output bias from their frequency;
+    # or "random"
+    start: str = "corpus"
+    precision: str = "auto"  # fp32, bf16, fp16; auto: bf16 on a GPU that has it, else fp32
+    compile: bool = False  # Compile each layer (a GPU gains, most CPUs do not)
+    save_every: int = 1000  # Steps between checkpoints
+    save_minutes: float = 0.0  # Minutes between checkpoints instead; 0: by steps
+    ahead: int = -1  # Batches made ahead by a thread; -1: 4 on a GPU, none on a CPU
     seed: int = 0
-    allow_paper_lr: bool = False    # Accept a learning rate of 1e-2 or more
+    allow_paper_lr: bool = False  # Accept a learning rate of 1e-2 or more
 
     def __post_init__(self):
         for field in fields(self):
             _check_kind(field.name, getattr(self, field.name), type(field.default))
         if self.learning_rate >= 1e-2 and not self.allow_paper_lr:
-            raise ValueError(f"learning_rate={self.learning_rate:g} diverges for a post-LayerNorm BERT; the paper's 1e-1 is read as a slip for 1e-3. Use about 1e-3, or set allow_paper_lr = true.")
+            raise ValueError(
+                f"learning_rate={self.learning_rate:g} diverges for a post-LayerNorm BERT; the "
+                "paper's 1e-1 is read as a slip for 1e-3. Use about 1e-3, or set allow_paper_lr "
+                "= true."
+            )
         choices = dict(
             start=("corpus", "random"),
             precision=("auto", "fp32", "bf16", "fp16"),
             inputs=("both", "rank", "bins"),
             packing=("order", "fit"),
-            optimizer=OPTIMIZERS)
+            optimizer=OPTIMIZERS,
+        )
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
@@ -85,50 +136,81 @@ class TrainSettings:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value!r}; a whole number of at least 1 is needed.")
-        for name in ("learning_rate", "matrix_rate", "weight_decay", "max_grad_norm", "mask_share", "cell_weight", "save_minutes", "blocks"):
+        for name in (
+            "learning_rate",
+            "matrix_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "mask_share",
+            "cell_weight",
+            "save_minutes",
+            "blocks",
+        ):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name}={value!r}; a number of at least 0 is needed.")
         if self.ahead < -1:
-            raise ValueError(f"ahead={self.ahead!r}; a number of batches is needed, 0 for none, -1 to choose by the device.")
-        if not 0 <= self.validation_share < 1: raise ValueError(f"validation_share={self.validation_share}; a share from 0 to below 1 is needed.")
-        if not 0 < self.mask_share < 1: raise ValueError(f"mask_share={self.mask_share}; a share between 0 and 1 is needed.")
-        if not 0 <= self.warmup_steps < self.steps: raise ValueError(f"warmup_steps={self.warmup_steps} with steps={self.steps}: the rate would never reach its peak. Set warmup_steps to about a tenth of the steps.")
+            raise ValueError(
+                f"ahead={self.ahead!r}; a number of batches is needed, 0 for none, -1 to choose "
+                "by the device."
+            )
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(
+                f"validation_share={self.validation_share}; a share from 0 to below 1 is needed."
+            )
+        if not 0 < self.mask_share < 1:
+            raise ValueError(f"mask_share={self.mask_share}; a share between 0 and 1 is needed.")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} with steps={self.steps}: the rate would never "
+                "reach its peak. Set warmup_steps to about a tenth of the steps."
+            )
 
-def _check_kind(name, value, kind): # refuse a list, a text or a fraction where the file must hold something else
+
+def _check_kind(name, value, kind):
+    # refuse a list, a text or a fraction where the file must hold something else
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{name}={value!r}; {wanted} is needed.")
 
-
 # %% ../nbs/09_pretrain.ipynb #05dac0b7
 class Batches(torch.utils.data.Dataset):
     "The batches of a run, in order: element i is a masked, unpadded batch."
-    def __init__(self,
-        tokens:TokenSet,
-        settings:TrainSettings,
-        start:int=0,                  # First batch of this part of the run
-        rank:int=0, world:int=1,      # This device, and how many there are
-        cells:np.ndarray|None=None,   # Cells trained on; None: all
+
+    def __init__(
+        self,
+        tokens: TokenSet,
+        settings: TrainSettings,
+        start: int = 0,  # First batch of this part of the run
+        rank: int = 0,
+        world: int = 1,  # This device, and how many there are
+        cells: np.ndarray | None = None,  # Cells trained on; None: all
     ):
         self.tokens, self.settings, self.start = tokens, settings, start
         self.rank, self.world = rank, world
         self.cells = np.arange(len(tokens)) if cells is None else np.asarray(cells)
         self.lengths = tokens.lengths if cells is None else tokens.lengths[self.cells]
-        self.epochs = [0]           # first batch of each epoch seen so far
-        self.order = {}             # batches of the current epoch
+        self.epochs = [0]  # first batch of each epoch seen so far
+        self.order = {}  # batches of the current epoch
 
     def __len__(self):
-        return self.settings.steps*self.settings.accumulation - self.start
+        return self.settings.steps * self.settings.accumulation - self.start
 
     def _epoch(self, epoch):
         if epoch not in self.order:
             s = self.settings
             batches_of = packed_batches if s.packing == "fit" else unpadded_batches
             batches = batches_of(
-                self.lengths, s.token_budget, s.max_len, s.seed, epoch, self.rank, self.world,
-                blocks=s.blocks)
+                self.lengths,
+                s.token_budget,
+                s.max_len,
+                s.seed,
+                epoch,
+                self.rank,
+                self.world,
+                blocks=s.blocks,
+            )
             self.order = {epoch: batches}
         return self.order[epoch]
 
@@ -140,58 +222,78 @@ class Batches(torch.utils.data.Dataset):
         s = self.settings
         cells = self.cells[self._epoch(epoch)[i - self.epochs[epoch]]]
         batch = masked_batch(
-            self.tokens, cells, s.max_len, seed=s.seed, epoch=epoch,
-            share=s.mask_share, keep_bin=s.keep_bin)
+            self.tokens,
+            cells,
+            s.max_len,
+            seed=s.seed,
+            epoch=epoch,
+            share=s.mask_share,
+            keep_bin=s.keep_bin,
+        )
         batch = as_tensors(shown(batch, s.inputs))
         return batch | (dict(cell_weight=s.cell_weight) if s.cell_weight else {})
 
-def shown(batch, inputs): # a masked batch without its bins ("rank") or without its ranks ("bins"), for ablations
+
+def shown(
+    batch, inputs
+):  # a masked batch without its bins ("rank") or without its ranks ("bins"), for ablations
     "Leave out what an ablated model must not see."
-    if inputs == "rank": return batch | dict(bins=np.zeros_like(batch["bins"]))
-    if inputs == "bins": return batch | dict(position_ids=np.zeros_like(batch["bins"]))
+    if inputs == "rank":
+        return batch | dict(bins=np.zeros_like(batch["bins"]))
+    if inputs == "bins":
+        return batch | dict(position_ids=np.zeros_like(batch["bins"]))
     return batch
 
+
 def held_out(
-    n_cells:int, share:float, # Cells in all, share to hold out
-    seed:int=0,
-)->np.ndarray:                # Boolean mask of the held-out cells
+    n_cells: int,
+    share: float,  # Cells in all, share to hold out
+    seed: int = 0,
+) -> np.ndarray:  # Boolean mask of the held-out cells
     "A random share of the cells, the same for the same seed."
     mask = np.zeros(n_cells, bool)
-    mask[np.random.default_rng([seed, 4]).permutation(n_cells)[:round(n_cells*share)]] = True
+    mask[np.random.default_rng([seed, 4]).permutation(n_cells)[: round(n_cells * share)]] = True
     return mask
 
 # %% ../nbs/09_pretrain.ipynb #2f5652b5
-GENE_SCALE = 2. # Spread of SVD gene vectors, in units of initializer_range
+GENE_SCALE = 2.0  # Spread of SVD gene vectors, in units of initializer_range
+
 
 def new_model(
-    tokens:TokenSet,          # Training cells
-    settings:TrainSettings,   # max_len, seed and start are used
-    layers:int=12, width:int=768, heads:int=12, # The paper's size
-    dropout:float=.1,         # Of hidden states, and of attention weights unless said otherwise
-    attention_dropout:float|None=None, # Of attention weights; with 0 a GPU can use its kernel for rows of cells
-    **config,                 # Other fields of ScembConfig
-)->ScembForMaskedLM:          # Fresh weights, seeded
+    tokens: TokenSet,  # Training cells
+    settings: TrainSettings,  # max_len, seed and start are used
+    layers: int = 12,
+    width: int = 768,
+    heads: int = 12,  # The paper's size
+    dropout: float = 0.1,  # Of hidden states, and of attention weights unless said otherwise
+    attention_dropout: float
+    | None = None,  # Of attention weights; with 0 a GPU can use its kernel for rows of cells
+    **config,  # Other fields of ScembConfig
+) -> ScembForMaskedLM:  # Fresh weights, seeded
     "Make an untrained model for a token set."
     for name, value in dict(layers=layers, width=width, heads=heads).items():
         _check_kind(name, value, int)
-    for name, value in dict(dropout=dropout, attention_dropout=attention_dropout or 0.).items():
+    for name, value in dict(dropout=dropout, attention_dropout=attention_dropout or 0.0).items():
         _check_kind(name, value, float)
         if not 0 <= value < 1:
             raise ValueError(f"{name}={value!r}; a share from 0 to below 1 is needed.")
-    if min(layers, width, heads) < 1: raise ValueError(f"layers={layers}, width={width}, heads={heads}; each must be at least 1.")
-    if not len(tokens): raise ValueError("There are no cells to train on.")
+    if min(layers, width, heads) < 1:
+        raise ValueError(f"layers={layers}, width={width}, heads={heads}; each must be at least 1.")
+    if not len(tokens):
+        raise ValueError("There are no cells to train on.")
     torch.manual_seed(settings.seed)
     shape = dict(
         vocab_size=len(tokens.vocabulary),
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        intermediate_size=4*width,
+        intermediate_size=4 * width,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout if attention_dropout is None else attention_dropout,
         max_position_embeddings=min(settings.max_len, tokens.settings.max_len),
         type_vocab_size=tokens.settings.n_bins + 1,
-        vocabulary_hash=tokens.vocabulary.hash)
+        vocabulary_hash=tokens.vocabulary.hash,
+    )
     model = ScembForMaskedLM(ScembConfig(**shape | config))
     if settings.start == "corpus":
         vectors = torch.from_numpy(gene_vectors(tokens, width, settings.seed, settings.max_len))
@@ -199,24 +301,27 @@ def new_model(
         weight = model.bert.embeddings.word_embeddings.weight
         seen = vectors.abs().sum(1) > 0
         with torch.no_grad():
-            weight[seen] = vectors[seen]*model.config.initializer_range*GENE_SCALE
+            weight[seen] = vectors[seen] * model.config.initializer_range * GENE_SCALE
             model.cls["predictions"].bias.copy_(torch.from_numpy(frequency).float())
     return model.eval()
 
 # %% ../nbs/09_pretrain.ipynb #401edfca
 def model_scorer(
-    model:ScembForMaskedLM,   # In evaluation mode
-    token_budget:int=32_768,  # Tokens a forward pass
-    inputs:str="both",        # As the model was trained (see `TrainSettings`)
-    precision:str="fp32",     # Of the forward pass: fp32, bf16, fp16
-):                            # batch -> (hidden, 2): nll of each hidden gene and how many genes scored higher; special tokens are no candidates
+    model: ScembForMaskedLM,  # In evaluation mode
+    token_budget: int = 32_768,  # Tokens a forward pass
+    inputs: str = "both",  # As the model was trained (see `TrainSettings`)
+    precision: str = "fp32",  # Of the forward pass: fp32, bf16, fp16
+    # batch -> (hidden, 2): nll of each hidden gene and how many genes scored higher; special tokens
+    # are no candidates
+):
     "Score hidden genes by a model."
-    def scored(part, cells): # arrays (1, t) of some cells, and their lengths -> (hidden, 2)
+
+    def scored(part, cells):  # arrays (1, t) of some cells, and their lengths -> (hidden, 2)
         hidden = np.flatnonzero(part["labels"][0] >= 0)
         part = as_tensors(part | dict(hidden=hidden), model.device)
         with autocast(model.device, precision):
             logits = model(**part, cu_seqlens=Segments.of(cells, model.device)).logits.float()
-        logits[:, :len(SPECIAL)] = -torch.inf
+        logits[:, : len(SPECIAL)] = -torch.inf
         true = part["labels"][0, part["hidden"]]
         above = (logits > logits.gather(1, true[:, None])).sum(1)
         nll = torch.nn.functional.cross_entropy(logits, true, reduction="none")
@@ -230,50 +335,77 @@ def model_scorer(
             full = int(np.searchsorted(cu, cu[first] + token_budget, side="right") - 1)
             last = max(first + 1, full)
             names = ("input_ids", "bins", "labels", "position_ids")
-            part = {k: batch[k][:, cu[first]:cu[last]] for k in names if k in batch}
-            out.append(scored(part, np.diff(cu[first:last + 1])))
+            part = {k: batch[k][:, cu[first] : cu[last]] for k in names if k in batch}
+            out.append(scored(part, np.diff(cu[first : last + 1])))
             first = last
         return np.concatenate(out)
+
     return score
 
+
 def baseline_scorers(
-    tokens:TokenSet,        # Training cells
-    max_len:int=2048, seed:int=0,
-    n_cells:int=50_000,     # Counted at most (a random choice)
-    n_clusters:int=40,
-)->dict:                    # Name -> scorer, for `masked_scores`
+    tokens: TokenSet,  # Training cells
+    max_len: int = 2048,
+    seed: int = 0,
+    n_cells: int = 50_000,  # Counted at most (a random choice)
+    n_clusters: int = 40,
+) -> dict:  # Name -> scorer, for `masked_scores`
     "The four guesses that need no network."
-    if len(tokens) > n_cells: tokens = tokens.subset(np.sort(np.random.default_rng(seed).choice(len(tokens), n_cells, replace=False)))
+    if len(tokens) > n_cells:
+        tokens = tokens.subset(
+            np.sort(np.random.default_rng(seed).choice(len(tokens), n_cells, replace=False))
+        )
     prior = unigram_prior(tokens, max_len)
-    return {"unigram prior": table_scorer(prior), "frequency given bin": table_scorer(bin_table(tokens, max_len)),
-            "table by cluster and bin": ClusterBinTable(tokens, max_len, n_clusters, seed=seed), "order-only adversary": adversary_scorer(tokens, prior, max_len)}
+    return {
+        "unigram prior": table_scorer(prior),
+        "frequency given bin": table_scorer(bin_table(tokens, max_len)),
+        "table by cluster and bin": ClusterBinTable(tokens, max_len, n_clusters, seed=seed),
+        "order-only adversary": adversary_scorer(tokens, prior, max_len),
+    }
+
 
 def score_summary(
-    scores,      # From `masked_scores`
-    seed:int=0,
-):               # DataFrame, a row a method: loss with its 95 % interval over cells, top-1, top-10, n
+    scores,  # From `masked_scores`
+    seed: int = 0,
+):  # DataFrame, a row a method: loss with its 95 % interval over cells, top-1, top-10, n
     "Means over cells."
     import pandas as pd
-    def row(t): i = mean_interval(t.loss, seed=seed); return dict(loss=i.value, ci_low=i.low, ci_high=i.high, top1=t.top1.mean(), top10=t.top10.mean(), n=len(t))
+
+    def row(t):
+        i = mean_interval(t.loss, seed=seed)
+        return dict(
+            loss=i.value,
+            ci_low=i.low,
+            ci_high=i.high,
+            top1=t.top1.mean(),
+            top10=t.top10.mean(),
+            n=len(t),
+        )
+
     return pd.DataFrame([dict(method=m, **row(t)) for m, t in scores.groupby("method", sort=False)])
 
-SCORED_SHARE = .15 # Genes hidden when a model is scored, whatever it was trained with (Hsieh et al., Methods)
 
-def _heldout_log(heldout, tokens, cells, s, out, step, args): # -> function(step, model) that scores and writes heldout.csv
+# Genes hidden when a model is scored, whatever it was trained with (Hsieh et al., Methods)
+SCORED_SHARE = 0.15
+
+
+def _heldout_log(heldout, tokens, cells, s, out, step, args):
+    # -> function(step, model) that scores and writes heldout.csv
     import pandas as pd
+
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
     if heldout is None or (args.process_index and not zero3):
         return lambda *_: None
     heldout = heldout.subset(np.arange(min(len(heldout), s.eval_cells)))
-    path = out/"heldout.csv"
-    asked = dict(max_len=s.max_len, seed=1, share=SCORED_SHARE)      # the same question for all
+    path = out / "heldout.csv"
+    asked = dict(max_len=s.max_len, seed=1, share=SCORED_SHARE)  # the same question for all
     kept = _kept_scores(out)
-    if not args.process_index and not _as_written(out/"baselines.csv", kept["baselines"]):
+    if not args.process_index and not _as_written(out / "baselines.csv", kept["baselines"]):
         chosen = np.sort(np.random.default_rng(s.seed).permutation(cells)[:50_000])
-        clusters = min(40, 1 + len(chosen)//50)
+        clusters = min(40, 1 + len(chosen) // 50)
         guesses = baseline_scorers(tokens.subset(chosen), s.max_len, s.seed, n_clusters=clusters)
         scores = masked_scores(heldout, guesses, **asked)
-        write_file(out/"baselines.csv", score_summary(scores, s.seed).to_csv(index=False))
+        write_file(out / "baselines.csv", score_summary(scores, s.seed).to_csv(index=False))
     rows = [r for r in kept["rows"] if r["step"] <= step] if step else []
     if not args.process_index:
         _keep_scores(out, rows)
@@ -290,49 +422,72 @@ def _heldout_log(heldout, tokens, cells, s, out, step, args): # -> function(step
             write_file(path, pd.DataFrame(rows).to_csv(index=False))
             _keep_scores(out, rows)
         return row["loss"]
+
     return score
 
-def _kept_scores(out): # rows so far, and the checksum of baselines.csv; earlier versions kept no record of them
-    path = out/"steps"/"scores.json"
+
+def _kept_scores(out):
+    # rows so far, and the checksum of baselines.csv; earlier versions kept no record of them
+    path = out / "steps" / "scores.json"
     if path.exists():
-        return read_json(path, keys=("rows", "baselines"), way_out="Remove it: the scores are then taken from heldout.csv.")
-    return dict(rows=_scored_before(out/"heldout.csv"), baselines=None)
+        return read_json(
+            path,
+            keys=("rows", "baselines"),
+            way_out="Remove it: the scores are then taken from heldout.csv.",
+        )
+    return dict(rows=_scored_before(out / "heldout.csv"), baselines=None)
+
 
 def _keep_scores(out, rows):
-    (out/"steps").mkdir(exist_ok=True)
-    sums = checksum(out/"baselines.csv")
-    plain = lambda x: x.item()               # NumPy's numbers
-    write_json(out/"steps"/"scores.json", dict(rows=rows, baselines=sums), sign=True, default=plain)
+    (out / "steps").mkdir(exist_ok=True)
+    sums = checksum(out / "baselines.csv")
 
-def _as_written(path, sums): # whether a table is there, and what was written where that is known
+    def plain(x):
+        return x.item()  # NumPy's numbers
+
+    write_json(
+        out / "steps" / "scores.json", dict(rows=rows, baselines=sums), sign=True, default=plain
+    )
+
+
+def _as_written(path, sums):  # whether a table is there, and what was written where that is known
     return path.exists() and (sums is None or checksum(path) == sums)
 
-def _scored_before(path): # rows of heldout.csv, every digit as it was written
+
+def _scored_before(path):  # rows of heldout.csv, every digit as it was written
     import pandas as pd
+
     if not path.exists():
         return []
     try:
         return pd.read_csv(path, float_precision="round_trip").to_dict("records")
     except ValueError as e:
-        raise Damaged(f"{path} is damaged ({e}). Remove it: the scores from here on are written anew.") from None
-
+        raise Damaged(
+            f"{path} is damaged ({e}). Remove it: the scores from here on are written anew."
+        ) from None
 
 # %% ../nbs/09_pretrain.ipynb #d4d31ca3
-def return_memory()->None:
-    "Give freed memory back to the system, where the C library keeps it (glibc); elsewhere nothing happens."
+def return_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc); elsewhere nothing
+    happens."""
     import ctypes
-    if sys.platform != "linux": return
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError: pass
+
+    if sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        pass
 
 # %% ../nbs/09_pretrain.ipynb #aac25783
 class LossWatch:
     "Finds the first loss that is no number, without waiting for the device."
-    def __init__(self, lag:int=4): # Steps that may be open before it does wait
-        self.lag = lag
-        self.open = deque()        # (step, loss, batch, answer on the host, event)
 
-    def add(self, step, loss, batch): # number of the step, its loss (0-d tensor), its inputs
+    def __init__(self, lag: int = 4):  # Steps that may be open before it does wait
+        self.lag = lag
+        self.open = deque()  # (step, loss, batch, answer on the host, event)
+
+    def add(self, step, loss, batch):  # number of the step, its loss (0-d tensor), its inputs
         "Ask whether the loss is a number; the answer comes later."
         answer, arrived = torch.isfinite(loss.detach()), None
         if answer.is_cuda:
@@ -343,7 +498,7 @@ class LossWatch:
             answer = host
         self.open.append((step, loss.detach(), batch, answer, arrived))
 
-    def failed(self, wait:bool=False): # -> (step, loss, batch) of the first bad loss, or None
+    def failed(self, wait: bool = False):  # -> (step, loss, batch) of the first bad loss, or None
         "Look at the answers that have arrived; `wait` waits for all of them."
         while self.open:
             step, loss, batch, answer, arrived = self.open[0]
@@ -357,9 +512,11 @@ class LossWatch:
                 return step, loss, batch
         return None
 
+
 class Clock:
     "Time between the starts of steps: by events in the queue of a GPU, by the clock on a CPU."
-    def __init__(self, device, keep:int=2000): # Steps remembered
+
+    def __init__(self, device, keep: int = 2000):  # Steps remembered
         self.on_gpu = torch.device(device).type == "cuda"
         self.ticks = deque(maxlen=keep)
 
@@ -371,14 +528,16 @@ class Clock:
         event.record()
         self.ticks.append(event)
 
-    def seconds(self, skip:int=20)->np.ndarray: # Steps left out at the start, where there are enough
+    def seconds(
+        self, skip: int = 20
+    ) -> np.ndarray:  # Steps left out at the start, where there are enough
         "Seconds of each step."
         ticks = list(self.ticks)
-        ticks = ticks[skip if len(ticks) > 2*skip else min(1, max(len(ticks) - 2, 0)):]
+        ticks = ticks[skip if len(ticks) > 2 * skip else min(1, max(len(ticks) - 2, 0)) :]
         if not self.on_gpu:
             return np.diff(ticks)
         torch.cuda.synchronize()
-        return np.array([a.elapsed_time(b)/1000 for a, b in zip(ticks, ticks[1:])])
+        return np.array([a.elapsed_time(b) / 1000 for a, b in zip(ticks, ticks[1:])])
 
 # %% ../nbs/09_pretrain.ipynb #fc757d01
 def _trainer_class():
@@ -395,27 +554,31 @@ def _trainer_class():
         It counts the masked genes on the host, never waits for the device within a step, and
         stops at a loss that is no number.
         """
-        ahead = 0                                     # batches made ahead
-        settings = None                               # TrainSettings of the run
+
+        ahead = 0  # batches made ahead
+        settings = None  # TrainSettings of the run
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.watch = LossWatch()
-            self.n_tokens = self.n_cells = 0          # trained on so far, on this device
+            self.n_tokens = self.n_cells = 0  # trained on so far, on this device
 
         def get_train_dataloader(self):
             return Prefetched(self.train_dataset, self.args.device, self.ahead)
 
         def create_optimizer(self, *args, **kwargs):
-            if self.is_deepspeed_enabled:             # which makes its own
+            if self.is_deepspeed_enabled:  # which makes its own
                 return super().create_optimizer(*args, **kwargs)
             if self.optimizer is None:
                 s = self.settings
                 self.optimizer = make_optimizer(
-                    self.model, s.optimizer, s.learning_rate, s.matrix_rate, s.weight_decay)
+                    self.model, s.optimizer, s.learning_rate, s.matrix_rate, s.weight_decay
+                )
             return self.optimizer
 
-        def get_batch_samples(self, epoch_iterator, num_batches, device): # -> batches of a step, masked genes of all devices
+        def get_batch_samples(
+            self, epoch_iterator, num_batches, device
+        ):  # -> batches of a step, masked genes of all devices
             batches = list(islice(epoch_iterator, num_batches))
             n_hidden = sum(len(b["hidden"]) for b in batches)
             self.n_tokens += sum(b["input_ids"].shape[1] for b in batches)
@@ -434,10 +597,10 @@ def _trainer_class():
             return loss
 
         def _save_checkpoint(self, *args, **kwargs):
-            self.stop_at_no_number(wait=True)         # no checkpoint after a bad step
+            self.stop_at_no_number(wait=True)  # no checkpoint after a bad step
             super()._save_checkpoint(*args, **kwargs)
             if self.args.process_index == 0:
-                folder = Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 write_manifest(folder, "step", names=_own_files(folder))
 
         def stop_at_no_number(self, wait=False):
@@ -447,33 +610,55 @@ def _trainer_class():
             step, loss, batch = found
             name = f"nan_batch_step{step}_rank{self.args.process_index}.npz"
             arrays = {k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in batch.items()}
-            np.savez(Path(self.args.output_dir).parent/name, **arrays)      # read by people only
+            np.savez(Path(self.args.output_dir).parent / name, **arrays)  # read by people only
             raise FloatingPointError(
                 f"The loss of step {step + 1} is {float(loss)}. Its batch is saved as {name}. "
                 f"Lower learning_rate (now {self.args.learning_rate:g}), lengthen warmup_steps, or "
-                "use precision fp32 or bf16; then resume from the last checkpoint.")
+                "use precision fp32 or bf16; then resume from the last checkpoint."
+            )
+
     return ScembTrainer
 
-FIRST_SAVE = 45 # Seconds after which a run is saved for the first time
+
+FIRST_SAVE = 45  # Seconds after which a run is saved for the first time
+
 
 def _progress(settings, start, world, quiet, score):
-    "A Trainer callback: rate and time left on stderr, losses, scores on held-out cells, and when to save."
+    """A Trainer callback: rate and time left on stderr, losses, scores on held-out cells, and when
+    to save."""
     from transformers import TrainerCallback
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     class Report(TrainerCallback):
         def __init__(self):
-            self.losses, self.bar, self.scored, self.trainer, self.clock = [], None, None, None, None
-            self.saved_once = start > 0               # a run that is taken up has a checkpoint
+            self.losses, self.bar, self.scored, self.trainer, self.clock = (
+                [],
+                None,
+                None,
+                None,
+                None,
+            )
+            self.saved_once = start > 0  # a run that is taken up has a checkpoint
 
         def on_train_begin(self, args, state, control, **_):
             self.began = self.saved = time.monotonic()
             self.clock = Clock(args.device)
             self.pace = Pace("steps", self.line, first=10)
             if not quiet and not args.process_index and sys.stderr.isatty():
-                columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(),
-                           TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+                columns = (
+                    TextColumn("training"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TextColumn("{task.fields[note]}"),
+                    TimeRemainingColumn(),
+                )
                 self.bar = Progress(*columns, console=Console(stderr=True))
                 self.bar.start()
                 self.task = self.bar.add_task("", total=settings.steps, completed=start, note="")
@@ -506,9 +691,12 @@ def _progress(settings, start, world, quiet, score):
             if settings.save_minutes:
                 again = f"in {settings.save_minutes:g} minutes"
             else:
-                next_step = (step//settings.save_every + 1)*settings.save_every
+                next_step = (step // settings.save_every + 1) * settings.save_every
                 again = f"at step {next_step:,}" if next_step < settings.steps else "at the end"
-            self.line(f"saved at step {step:,} of {settings.steps:,}; next {again}. After a stop: the same command with --resume")
+            self.line(
+                f"saved at step {step:,} of {settings.steps:,}; next {again}. After a stop: the "
+                "same command with --resume"
+            )
 
         def line(self, words):
             if self.bar:
@@ -517,15 +705,24 @@ def _progress(settings, start, world, quiet, score):
                 print(f"training: {words}", file=sys.stderr, flush=True)
 
         def time_to_save(self, step, args):
-            "The first time within a minute; then by steps, or by the clock of the first process, which the others are told about every 50 steps."
+            """The first time within a minute; then by steps, or by the clock of the first process,
+            which the others are told about every 50 steps."""
             if not settings.save_minutes and self.saved_once:
                 return False
-            every = args.logging_steps       # a loss is a mean since the last one, which a stop should not divide
+            every = (
+                args.logging_steps
+            )  # a loss is a mean since the last one, which a stop should not divide
             alone = args.world_size == 1
-            waits = every*(time.monotonic() - self.began)/max(step - start, 1)
-            if step % (every if alone else every*max(1, 50//every)) and not (alone and waits > 15):
+            waits = every * (time.monotonic() - self.began) / max(step - start, 1)
+            if step % (every if alone else every * max(1, 50 // every)) and not (
+                alone and waits > 15
+            ):
                 return False
-            seconds = 60*settings.save_minutes if self.saved_once else min(FIRST_SAVE, 60*settings.save_minutes or FIRST_SAVE)
+            seconds = (
+                60 * settings.save_minutes
+                if self.saved_once
+                else min(FIRST_SAVE, 60 * settings.save_minutes or FIRST_SAVE)
+            )
             late = time.monotonic() - self.saved >= seconds
             if args.world_size == 1:
                 return late
@@ -535,7 +732,9 @@ def _progress(settings, start, world, quiet, score):
 
         def say(self, step):
             seconds = time.monotonic() - self.began
-            cells, tokens = (n*world/seconds for n in (self.trainer.n_cells, self.trainer.n_tokens))
+            cells, tokens = (
+                n * world / seconds for n in (self.trainer.n_cells, self.trainer.n_tokens)
+            )
             notes = [f"loss {r['loss']:.3f}" for r in self.losses[-1:]]
             notes += [] if self.scored is None else [f"held out {self.scored:.3f}"]
             note = ", ".join(notes + [f"{cells:,.0f} cells/s", f"{tokens:,.0f} tokens/s"])
@@ -547,57 +746,118 @@ def _progress(settings, start, world, quiet, score):
         def on_train_end(self, *_, **__):
             if self.bar:
                 self.bar.stop()
+
     return Report()
 
 # %% ../nbs/09_pretrain.ipynb #c26d4fc7
 def pretrain(
-    tokens:TokenSet,            # Training cells
-    out,                        # Folder for the checkpoint
-    model:ScembForMaskedLM,     # From `new_model`, or loaded
-    settings:TrainSettings=TrainSettings(),
-    heldout:TokenSet|None=None, # Cells to score on; None: `validation_share` of the tokens
-    resume:bool=False,          # Take up an interrupted run in `out`
-    overwrite:bool=False, quiet:bool=False,
-    deepspeed:str|None=None,    # zero1, zero2, zero3, or a DeepSpeed JSON
-    report_to:str="none",       # "tensorboard" and others that the Trainer knows
-    card:dict=None,             # Goes into the checkpoint's card
-)->ScembForMaskedLM:            # The trained model, also saved in `out`
-    "Train on masked genes; writes the checkpoint, training.json, loss.csv and the scores on held-out cells."
+    tokens: TokenSet,  # Training cells
+    out,  # Folder for the checkpoint
+    model: ScembForMaskedLM,  # From `new_model`, or loaded
+    settings: TrainSettings = TrainSettings(),
+    heldout: TokenSet | None = None,  # Cells to score on; None: `validation_share` of the tokens
+    resume: bool = False,  # Take up an interrupted run in `out`
+    overwrite: bool = False,
+    quiet: bool = False,
+    deepspeed: str | None = None,  # zero1, zero2, zero3, or a DeepSpeed JSON
+    report_to: str = "none",  # "tensorboard" and others that the Trainer knows
+    card: dict = None,  # Goes into the checkpoint's card
+) -> ScembForMaskedLM:  # The trained model, also saved in `out`
+    """Train on masked genes; writes the checkpoint, training.json, loss.csv and the scores on
+    held-out cells."""
     rank = int(os.environ.get("RANK", 0))
     with nullcontext() if rank else only_writer(_parent_made(out)):
-        return _pretrain(tokens, Path(out), model, settings, heldout, resume, overwrite, quiet, deepspeed, report_to, card, rank)
+        return _pretrain(
+            tokens,
+            Path(out),
+            model,
+            settings,
+            heldout,
+            resume,
+            overwrite,
+            quiet,
+            deepspeed,
+            report_to,
+            card,
+            rank,
+        )
 
-def _parent_made(out): # the lock lies beside the output
+
+def _parent_made(out):  # the lock lies beside the output
     Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     return out
 
-def _pretrain(tokens, out, model, settings, heldout, resume, overwrite, quiet, deepspeed, report_to, card, rank):
+
+def _pretrain(
+    tokens,
+    out,
+    model,
+    settings,
+    heldout,
+    resume,
+    overwrite,
+    quiet,
+    deepspeed,
+    report_to,
+    card,
+    rank,
+):
     from transformers.utils import logging
-    logging.disable_progress_bar()      # one bar is enough
+
+    logging.disable_progress_bar()  # one bar is enough
     device = "cuda" if torch.cuda.is_available() else "cpu"
     s = replace(settings, precision=chosen_precision(settings.precision, device))
     if not resume and not rank:
         check_output(out, overwrite, "run.json")
     _check_tokens(tokens, heldout, model, s)
     if deepspeed and s.optimizer != "adamw":
-        raise ValueError(f"optimizer={s.optimizer!r} does not run under DeepSpeed; leave deepspeed out, or choose optimizer = 'adamw'.")
+        raise ValueError(
+            f"optimizer={s.optimizer!r} does not run under DeepSpeed; leave deepspeed out, or "
+            "choose optimizer = 'adamw'."
+        )
     if not resume and not rank:
         _clear(out)
-    if not rank: _same_run(out, _run_record(tokens, model, s), resume)
-    last = _last_complete(out/"steps") if resume else None
+    if not rank:
+        _same_run(out, _run_record(tokens, model, s), resume)
+    last = _last_complete(out / "steps") if resume else None
     step = int(last.name.split("-")[1]) if last else 0
     if resume and not rank and not quiet:
-        found = f"going on from step {step:,} of {s.steps:,} ({last.name})" if last else "there is no whole checkpoint yet, so the run begins anew at step 0"
+        found = (
+            f"going on from step {step:,} of {s.steps:,} ({last.name})"
+            if last
+            else "there is no whole checkpoint yet, so the run begins anew at step 0"
+        )
         print(f"training: {out}: {found}", file=sys.stderr, flush=True)
     if step > s.steps or step == s.steps and not unfinished(out):
-        raise ValueError(f"The run in {out} has {step} of {s.steps} steps already: it is finished. Ask for more steps, or load it.")
+        raise ValueError(
+            f"The run in {out} has {step} of {s.steps} steps already: it is finished. Ask for "
+            "more steps, or load it."
+        )
     args = _arguments(out, s, deepspeed, report_to)
-    mask = held_out(len(tokens), 0. if heldout is not None else s.validation_share, s.seed)
-    batches = Batches(tokens, s, step*s.accumulation, args.process_index, args.world_size, np.flatnonzero(~mask) if mask.any() else None)
-    if heldout is None and mask.any(): heldout = tokens.subset(np.flatnonzero(mask)[:s.eval_cells])
+    mask = held_out(len(tokens), 0.0 if heldout is not None else s.validation_share, s.seed)
+    batches = Batches(
+        tokens,
+        s,
+        step * s.accumulation,
+        args.process_index,
+        args.world_size,
+        np.flatnonzero(~mask) if mask.any() else None,
+    )
+    if heldout is None and mask.any():
+        heldout = tokens.subset(np.flatnonzero(mask)[: s.eval_cells])
     score = _heldout_log(heldout, tokens, batches.cells, s, out, step, args)
     if step == s.steps:
-        return _finish_stopped(out, last, model, tokens, s, score if heldout is not None else None, card, rank, deepspeed)
+        return _finish_stopped(
+            out,
+            last,
+            model,
+            tokens,
+            s,
+            score if heldout is not None else None,
+            card,
+            rank,
+            deepspeed,
+        )
     report = _progress(s, step, args.world_size, quiet, score)
     if note := slow_attention(model.config, device, s.precision):
         warnings.warn(note)
@@ -608,32 +868,42 @@ def _pretrain(tokens, out, model, settings, heldout, resume, overwrite, quiet, d
     trainer.ahead = s.ahead if s.ahead >= 0 else (4 if device == "cuda" else 0)
     report.trainer = trainer
     from transformers.trainer_callback import PrinterCallback
+
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(report)
-    torch.set_flush_denormal(True)      # gradients of rare genes fall below 1e-38, where a CPU is several times slower
+    torch.set_flush_denormal(
+        True
+    )  # gradients of rare genes fall below 1e-38, where a CPU is several times slower
     began = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except Exception as e:
         if last and _unreadable(e):
-            raise Damaged(f"{last} does not open ({str(e).splitlines()[0][:120]}). Remove this folder; the run is then taken up at the one before.") from e
+            raise Damaged(
+                f"{last} does not open ({str(e).splitlines()[0][:120]}). Remove this folder; the "
+                "run is then taken up at the one before."
+            ) from e
         raise
     trainer.stop_at_no_number(wait=True)
     seconds = time.monotonic() - began
     rates = _rates(trainer, batches, report.clock.seconds(), seconds)
     if not rank:
-        write_json(out/"steps"/"rates.json", dict(step=s.steps, seconds=round(seconds, 1), **rates))
+        write_json(
+            out / "steps" / "rates.json", dict(step=s.steps, seconds=round(seconds, 1), **rates)
+        )
     if heldout is not None:
         score(s.steps, trainer.model)
     _finish(trainer, out, tokens, s, dict(seconds=round(seconds, 1), **rates), card)
     return model.eval()
 
-def _arguments(out, s, deepspeed, report_to): # settings -> what the Trainer wants
+
+def _arguments(out, s, deepspeed, report_to):  # settings -> what the Trainer wants
     from transformers import TrainingArguments
+
     if deepspeed:
         deepspeed = str(deepspeed_config(deepspeed))
     args = TrainingArguments(
-        output_dir=str(out/"steps"),
+        output_dir=str(out / "steps"),
         max_steps=s.steps,
         learning_rate=s.learning_rate,
         warmup_steps=s.warmup_steps,
@@ -657,127 +927,221 @@ def _arguments(out, s, deepspeed, report_to): # settings -> what the Trainer wan
         deepspeed=deepspeed,
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
-        use_cpu=not torch.cuda.is_available())
+        use_cpu=not torch.cuda.is_available(),
+    )
     return one_gpu_a_process(args)
 
-def _logging_steps(s): # a divisor of save_every: a run that is taken up divides no mean of losses
-    most = max(1, min(25, s.steps//20))
+
+def _logging_steps(s):  # a divisor of save_every: a run that is taken up divides no mean of losses
+    most = max(1, min(25, s.steps // 20))
     if s.save_minutes:
         return most
     return max(k for k in range(1, most + 1) if s.save_every % k == 0)
 
-FINAL = ("manifest.json", "training.json", "model.safetensors", "config.json", "token_settings.json", "gene_vocabulary.json",
-         "tokenizer_config.json", "card.json", "loss.csv", "heldout.csv", "baselines.csv")
 
-def _clear(out): # what an earlier run left in the folder; its sign of being complete goes first
+FINAL = (
+    "manifest.json",
+    "training.json",
+    "model.safetensors",
+    "config.json",
+    "token_settings.json",
+    "gene_vocabulary.json",
+    "tokenizer_config.json",
+    "card.json",
+    "loss.csv",
+    "heldout.csv",
+    "baselines.csv",
+)
+
+
+def _clear(out):  # what an earlier run left in the folder; its sign of being complete goes first
     for name in FINAL:
-        (out/name).unlink(missing_ok=True)
-    shutil.rmtree(out/"steps", ignore_errors=True)
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "steps", ignore_errors=True)
 
-def _own_files(folder): # of a checkpoint, written by this process alone
-    return [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("rng_state_") and p.suffix != ".md"]
 
-def _unreadable(error): # whether an error comes from a file that torch does not open
+def _own_files(folder):  # of a checkpoint, written by this process alone
+    return [
+        p.name
+        for p in folder.iterdir()
+        if p.is_file() and not p.name.startswith("rng_state_") and p.suffix != ".md"
+    ]
+
+
+def _unreadable(error):  # whether an error comes from a file that torch does not open
     words = ("PytorchStreamReader", "central directory", "Weights only load failed", "weights_only")
-    return isinstance(error, (pickle.UnpicklingError, EOFError)) or any(w in str(error) for w in words)
+    return isinstance(error, (pickle.UnpicklingError, EOFError)) or any(
+        w in str(error) for w in words
+    )
 
-def one_gpu_a_process(args): # TrainingArguments -> the same
-    "Several GPUs in sight of one process: use the first, where the Trainer would split rows of cells over all."
+
+def one_gpu_a_process(args):  # TrainingArguments -> the same
+    """Several GPUs in sight of one process: use the first, where the Trainer would split rows of
+    cells over all."""
     if args.n_gpu > 1:
-        warnings.warn(f"{args.n_gpu} GPUs in sight, one is used. Start with --nproc {args.n_gpu} to use them all.")
+        warnings.warn(
+            f"{args.n_gpu} GPUs in sight, one is used. Start with --nproc {args.n_gpu} to use "
+            "them all."
+        )
         args._n_gpu = 1
     return args
 
-def deepspeed_config(name:str)->Path: # zero1, zero2, zero3, or a path
+
+def deepspeed_config(name: str) -> Path:  # zero1, zero2, zero3, or a path
     "The DeepSpeed JSON that comes with the package, or the user's own."
-    shipped = sorted(p.stem for p in (ASSETS/"deepspeed").glob("*.json"))
-    path = ASSETS/"deepspeed"/f"{name}.json" if str(name) in shipped else Path(name)
-    if not path.is_file(): raise FileNotFoundError(f"There is no DeepSpeed configuration {name!r}: give {', '.join(shipped)}, or the path of a JSON file.")
+    shipped = sorted(p.stem for p in (ASSETS / "deepspeed").glob("*.json"))
+    path = ASSETS / "deepspeed" / f"{name}.json" if str(name) in shipped else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no DeepSpeed configuration {name!r}: give {', '.join(shipped)}, or the "
+            "path of a JSON file."
+        )
     return path
 
-def _check_tokens(tokens, heldout, model, s): # what can be refused before long work starts
-    for t in [tokens] + [heldout]*(heldout is not None):
-        if model.config.vocabulary_hash: check_fit(t, _NameOnly(model.config.vocabulary_hash, model.config.vocab_size))
-        if not len(t) or not t.lengths.max(): raise ValueError(f"There are no cells to {'train' if t is tokens else 'score'} on.")
-        if s.max_len < t.settings.max_len and t.settings.bins_over == "window" and t.lengths.max() > s.max_len:
-            raise ValueError(f"The tokens have windows of {t.settings.max_len} genes and bins within them; training asks for max_len={s.max_len}. "
-                             f"Tokenise with max_len {s.max_len} (scemb tokenize --max-len {s.max_len}), or train with max_len={t.settings.max_len}.")
-    if heldout is not None and tokenizer_hash(heldout.settings, heldout.vocabulary) != tokenizer_hash(tokens.settings, tokens.vocabulary):
-        raise ValueError(f"The held-out cells were tokenised otherwise than the training cells ({heldout.settings} against {tokens.settings}); tokenise them with the same settings.")
+
+def _check_tokens(tokens, heldout, model, s):  # what can be refused before long work starts
+    for t in [tokens] + [heldout] * (heldout is not None):
+        if model.config.vocabulary_hash:
+            check_fit(t, _NameOnly(model.config.vocabulary_hash, model.config.vocab_size))
+        if not len(t) or not t.lengths.max():
+            raise ValueError(f"There are no cells to {'train' if t is tokens else 'score'} on.")
+        if (
+            s.max_len < t.settings.max_len
+            and t.settings.bins_over == "window"
+            and t.lengths.max() > s.max_len
+        ):
+            raise ValueError(
+                f"The tokens have windows of {t.settings.max_len} genes and bins within them; "
+                f"training asks for max_len={s.max_len}. "
+                f"Tokenise with max_len {s.max_len} (scemb tokenize --max-len {s.max_len}), or "
+                f"train with max_len={t.settings.max_len}."
+            )
+    if heldout is not None and tokenizer_hash(
+        heldout.settings, heldout.vocabulary
+    ) != tokenizer_hash(tokens.settings, tokens.vocabulary):
+        raise ValueError(
+            "The held-out cells were tokenised otherwise than the training cells "
+            f"({heldout.settings} against {tokens.settings}); tokenise them with the same "
+            "settings."
+        )
+
 
 @dataclass
-class _NameOnly: # what `check_fit` needs to know of a vocabulary
+class _NameOnly:  # what `check_fit` needs to know of a vocabulary
     hash: str
     size: int
-    def __len__(self): return self.size
 
-def _run_record(tokens, model, s): # what must be the same when a run is taken up again
+    def __len__(self):
+        return self.size
+
+
+def _run_record(tokens, model, s):  # what must be the same when a run is taken up again
     free = ("steps", "save_every", "save_minutes", "eval_every", "eval_cells", "compile", "ahead")
     settings = {k: v for k, v in asdict(s).items() if k not in free}
-    size = {k: getattr(model.config, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
+    size = {
+        k: getattr(model.config, k)
+        for k in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    }
     return dict(
         settings=settings,
         tokenizer=tokenizer_hash(tokens.settings, tokens.vocabulary),
         n_cells=len(tokens),
-        processes=int(os.environ.get("WORLD_SIZE", 1)),     # batches are dealt to so many
-        **size)
+        processes=int(os.environ.get("WORLD_SIZE", 1)),  # batches are dealt to so many
+        **size,
+    )
 
-def _same_run(out, run, resume): # a resumed run must be the one that was begun, but for its length
-    path = out/"run.json"
+
+def _same_run(out, run, resume):  # a resumed run must be the one that was begun, but for its length
+    path = out / "run.json"
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, run)
         return
-    if not path.exists(): raise FileNotFoundError(f"There is no run to take up in {out}; start one without resume.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no run to take up in {out}; start one without resume.")
     begun = read_json(path, keys=["settings"], way_out="Start anew in another folder.")
     if not isinstance(begun["settings"], dict):
-        raise Damaged(f"{path} is damaged: its settings must be an object. Start anew in another folder.")
-    flat = lambda r: {k: v for k, v in r.items() if k != "settings"} | r["settings"]
-    other = [f"{k}: begun with {flat(begun).get(k)}, now {v}" for k, v in flat(run).items() if flat(begun).get(k) != v]
-    if other: raise ValueError(f"The run in {out} is another one ({'; '.join(other)}). Resume it with its own settings, or start anew in another folder.")
+        raise Damaged(
+            f"{path} is damaged: its settings must be an object. Start anew in another folder."
+        )
 
-def _last_complete(folder): # the newest checkpoint that is whole; its trainer state was written last
+    def flat(r):
+        return {k: v for k, v in r.items() if k != "settings"} | r["settings"]
+
+    other = [
+        f"{k}: begun with {flat(begun).get(k)}, now {v}"
+        for k, v in flat(run).items()
+        if flat(begun).get(k) != v
+    ]
+    if other:
+        raise ValueError(
+            f"The run in {out} is another one ({'; '.join(other)}). Resume it with its own "
+            "settings, or start anew in another folder."
+        )
+
+
+def _last_complete(folder):
+    # the newest checkpoint that is whole; its trainer state was written last
     "A half-written or damaged checkpoint is never taken up."
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 0
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit() and (p/"trainer_state.json").exists()]
+    found = [
+        p
+        for p in folder.glob("checkpoint-*")
+        if p.name.split("-")[1].isdigit() and (p / "trainer_state.json").exists()
+    ]
     for path in sorted(found, key=lambda p: -int(p.name.split("-")[1])):
-        if not all((path/f"rng_state_{r}.pth").exists() for r in range(world)):
+        if not all((path / f"rng_state_{r}.pth").exists() for r in range(world)):
             continue
         try:
             manifest = open_folder(path, "step")
             for name in manifest.files if manifest else ():
                 manifest.check(name)
-            if read_json(path/"trainer_state.json").get("global_step") == int(path.name.split("-")[1]):
+            if read_json(path / "trainer_state.json").get("global_step") == int(
+                path.name.split("-")[1]
+            ):
                 return path
         except (Damaged, ValueError) as e:
             warnings.warn(f"{e} The run is taken up at an earlier one.")
     return None
 
-def _rates(trainer, batches, step_seconds, seconds): # throughput of this part of the run; no token is padding, so all are useful
+
+def _rates(trainer, batches, step_seconds, seconds):
+    # throughput of this part of the run; no token is padding, so all are useful
     import resource
+
     model, s, world = trainer.model, batches.settings, trainer.args.world_size
-    n_cells, n_tokens = trainer.n_cells*world, trainer.n_tokens*world
+    n_cells, n_tokens = trainer.n_cells * world, trainer.n_tokens * world
     on_gpu = torch.cuda.is_available()
-    memory = (torch.cuda.max_memory_allocated()/2**20 if on_gpu
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+    memory = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
     some = np.random.default_rng(0).permutation(len(batches.lengths))[:5000]
     lengths = np.minimum(batches.lengths[some], s.max_len).tolist()
     per_token = flops_per_token(model.config, lengths, s.mask_share, bool(s.cell_weight))
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[s.precision]
     peak, _ = peak_flops(model.device, dtype)
-    share = mfu(per_token*n_tokens, seconds, peak*world)
-    n_steps = max(len(batches)//s.accumulation, 1)
+    share = mfu(per_token * n_tokens, seconds, peak * world)
+    n_steps = max(len(batches) // s.accumulation, 1)
     rates = {
-        "cells_seen": n_cells, "tokens_seen": n_tokens,
-        "cells/s": round(n_cells/seconds, 1), "tokens/s": round(n_tokens/seconds),
-        "useful_share": 1., "mfu": round(share, 3), "peak_memory_mb": round(memory), "world": world}
-    if len(step_seconds):           # the typical step, without compiling, scoring and saving
+        "cells_seen": n_cells,
+        "tokens_seen": n_tokens,
+        "cells/s": round(n_cells / seconds, 1),
+        "tokens/s": round(n_tokens / seconds),
+        "useful_share": 1.0,
+        "mfu": round(share, 3),
+        "peak_memory_mb": round(memory),
+        "world": world,
+    }
+    if len(step_seconds):  # the typical step, without compiling, scoring and saving
         typical = float(np.median(step_seconds))
-        rates["step_ms"] = round(1000*typical, 2)
-        rates["step_mfu"] = round(mfu(per_token*n_tokens/n_steps, typical, peak*world), 3)
+        rates["step_ms"] = round(1000 * typical, 2)
+        rates["step_mfu"] = round(mfu(per_token * n_tokens / n_steps, typical, peak * world), 3)
     return rates
 
-def _weights(trainer): # gather the weights from all devices; called by every process
+
+def _weights(trainer):  # gather the weights from all devices; called by every process
     "The fp32 weights of a DeepSpeed run; None: the model holds them."
     if not trainer.is_deepspeed_enabled:
         return None
@@ -786,6 +1150,7 @@ def _weights(trainer): # gather the weights from all devices; called by every pr
     if not trainer.args.bf16 and not trainer.args.fp16:
         return None
     from deepspeed.utils import safe_get_full_fp32_param
+
     weights = dict(trainer.model.state_dict())
     for name, p in trainer.model.named_parameters():
         full = safe_get_full_fp32_param(p)
@@ -793,35 +1158,48 @@ def _weights(trainer): # gather the weights from all devices; called by every pr
             weights[name] = full.detach().cpu()
     return weights
 
-def _finish(trainer, out, tokens, s, rates, card): # write the checkpoint and the records
+
+def _finish(trainer, out, tokens, s, rates, card):  # write the checkpoint and the records
     weights = _weights(trainer)
     if trainer.is_world_process_zero():
         _write_model(trainer.model, out, tokens, s, rates, card, weights, trainer.state.log_history)
 
-def _finish_stopped(out, last, model, tokens, s, score, card, rank, deepspeed): # -> the model; all steps are there, the final files are not
-    "Finish a run that was stopped between its last step and its final files, from its last checkpoint."
+
+def _finish_stopped(out, last, model, tokens, s, score, card, rank, deepspeed):
+    # -> the model; all steps are there, the final files are not
+    """Finish a run that was stopped between its last step and its final files, from its last
+    checkpoint."""
     if deepspeed:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
         weights = get_fp32_state_dict_from_zero_checkpoint(str(last))
     else:
-        weights = read_tensors(last/"model.safetensors")
+        weights = read_tensors(last / "model.safetensors")
     lost, extra = model.load_state_dict(weights, strict=False)
     if extra or set(lost) - set(model._tied_weights_keys):
-        raise Damaged(f"{last} does not hold the weights of this model ({', '.join([*extra, *lost][:3])}). Remove this folder; the run is then taken up at the one before.")
+        raise Damaged(
+            f"{last} does not hold the weights of this model ({', '.join([*extra, *lost][:3])}). "
+            "Remove this folder; the run is then taken up at the one before."
+        )
     model.tie_weights()
-    model.config.use_cache = False       # as the Trainer sets it
+    model.config.use_cache = False  # as the Trainer sets it
     if rank:
         return model.eval()
     if score is not None:
         score(s.steps, model)
-    rates = read_json(out/"steps"/"rates.json") if (out/"steps"/"rates.json").exists() else {}
+    rates = (
+        read_json(out / "steps" / "rates.json") if (out / "steps" / "rates.json").exists() else {}
+    )
     rates = rates if rates.pop("step", None) == s.steps else {}
-    history = read_json(last/"trainer_state.json", keys=["log_history"])["log_history"]
+    history = read_json(last / "trainer_state.json", keys=["log_history"])["log_history"]
     _write_model(model, out, tokens, s, rates, card, None, history)
     return model.eval()
 
-def _write_model(model, out, tokens, s, rates, card, weights, history): # all files at once, the sign that they are complete last
+
+def _write_model(model, out, tokens, s, rates, card, weights, history):
+    # all files at once, the sign that they are complete last
     import pandas as pd
+
     columns = ("step", "loss", "grad_norm", "learning_rate")
     log = [{k: r.get(k) for k in columns} for r in history if "loss" in r]
     n_weights = model.num_parameters()
@@ -829,20 +1207,34 @@ def _write_model(model, out, tokens, s, rates, card, weights, history): # all fi
         tied = "cls.predictions.decoder"
         n_weights = sum(v.numel() for k, v in weights.items() if not k.startswith(tied))
     record = dict(
-        settings=asdict(s), **rates, versions=versions(), n_cells=len(tokens),
-        n_weights=n_weights, **(card or {}))
+        settings=asdict(s),
+        **rates,
+        versions=versions(),
+        n_cells=len(tokens),
+        n_weights=n_weights,
+        **(card or {}),
+    )
     if scored := _kept_scores(out)["rows"]:
         record["heldout"] = scored[-1]
     window = replace(tokens.settings, max_len=min(s.max_len, tokens.settings.max_len))
-    more = {"loss.csv": pd.DataFrame(log).to_csv(index=False), "training.json": json.dumps(record, indent=1)}
-    (out/"training.json").unlink(missing_ok=True)        # of a shorter run: from here on this one is unfinished
+    more = {
+        "loss.csv": pd.DataFrame(log).to_csv(index=False),
+        "training.json": json.dumps(record, indent=1),
+    }
+    (out / "training.json").unlink(
+        missing_ok=True
+    )  # of a shorter run: from here on this one is unfinished
     save_checkpoint(model.eval(), out, tokens.vocabulary, window, record, weights, more=more)
 
-def versions()->dict:
+
+def versions() -> dict:
     "Versions of what decides a result."
     from importlib.metadata import version, PackageNotFoundError
+
     out = dict(python=platform.python_version(), threads=torch.get_num_threads())
     for p in ("scemb", "torch", "transformers", "numpy", "anndata", "scanpy", "numba"):
-        try: out[p] = version(p)
-        except PackageNotFoundError: out[p] = "not installed"
+        try:
+            out[p] = version(p)
+        except PackageNotFoundError:
+            out[p] = "not installed"
     return out

@@ -18,11 +18,12 @@ from .fit import PENALTIES, class_weights, fit_temperature, nll, probabilities
 # %% ../nbs/11c_probe.ipynb #90aa3e0f
 N_FOLDS = 5
 
+
 def dealt_folds(
-    y,          # Class of each cell, shape (cells,)
-    units=None, # Donor of each cell; with three or more, whole donors are dealt
-    seed:int=0,
-)->np.ndarray:  # Fold of each cell, 0 to 4 at most
+    y,  # Class of each cell, shape (cells,)
+    units=None,  # Donor of each cell; with three or more, whole donors are dealt
+    seed: int = 0,
+) -> np.ndarray:  # Fold of each cell, 0 to 4 at most
     "Deal cells, or whole donors, into folds."
     y = np.asarray(y)
     if units is not None and len(np.unique(units)) >= 3:
@@ -34,7 +35,8 @@ def dealt_folds(
         dealt += len(rows)
     return fold
 
-def _donors_dealt(units): # the largest donor first, each into the fold that is smallest so far
+
+def _donors_dealt(units):  # the largest donor first, each into the fold that is smallest so far
     names, cells = np.unique(units, return_counts=True)
     size = np.zeros(min(N_FOLDS, len(names)), int)
     fold = np.empty(len(units), int)
@@ -47,21 +49,24 @@ def _donors_dealt(units): # the largest donor first, each into the fold that is 
 # %% ../nbs/11c_probe.ipynb #d7749fd9
 SCALINGS = ("one for all", "each feature")
 
+
 @dataclass
 class Probe:
     "A logistic regression of vectors of cells."
-    mean: np.ndarray      # Subtracted from the vectors, shape (D,)
-    spread: np.ndarray    # The vectors are divided by it, shape (D,)
-    weight: np.ndarray    # Shape (classes, D); 0 for a class that it never saw
-    bias: np.ndarray      # Shape (classes,); very low for a class that it never saw
 
-    def scores(self, v): # vectors (cells, D) -> (cells, classes)
-        return (v - self.mean)/self.spread @ self.weight.T + self.bias
+    mean: np.ndarray  # Subtracted from the vectors, shape (D,)
+    spread: np.ndarray  # The vectors are divided by it, shape (D,)
+    weight: np.ndarray  # Shape (classes, D); 0 for a class that it never saw
+    bias: np.ndarray  # Shape (classes,); very low for a class that it never saw
+
+    def scores(self, v):  # vectors (cells, D) -> (cells, classes)
+        return (v - self.mean) / self.spread @ self.weight.T + self.bias
+
 
 def scale_of(
-    v,            # Vectors, shape (cells, D)
-    scaling:str,  # One of `SCALINGS`
-)->tuple:         # Mean (D,) and spread (D,)
+    v,  # Vectors, shape (cells, D)
+    scaling: str,  # One of `SCALINGS`
+) -> tuple:  # Mean (D,) and spread (D,)
     "Where vectors lie and how far they spread."
     if scaling not in SCALINGS:
         raise ValueError(f"scaling={scaling!r}; choose one of {', '.join(SCALINGS)}.")
@@ -70,57 +75,70 @@ def scale_of(
         spread = np.full_like(spread, np.sqrt((spread**2).mean()))
     return mean, spread + 1e-6
 
+
 def fitted_probes(
-    v, y,              # Vectors of the cells to learn from (cells, D), and their classes
-    n_classes:int,
-    scaling:str,       # One of `SCALINGS`
-    penalties,         # Values of C; each fit starts where the one before ended
-    power:float=.5,    # Of the class weights, see `class_weights`
-)->list:               # A `Probe` a penalty
+    v,
+    y,  # Vectors of the cells to learn from (cells, D), and their classes
+    n_classes: int,
+    scaling: str,  # One of `SCALINGS`
+    penalties,  # Values of C; each fit starts where the one before ended
+    power: float = 0.5,  # Of the class weights, see `class_weights`
+) -> list:  # A `Probe` a penalty
     "Fit logistic regressions of rising C."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+
     mean, spread = scale_of(v, scaling)
-    x, weights = (v - mean)/spread, class_weights(y, n_classes, power)[y]
+    x, weights = (v - mean) / spread, class_weights(y, n_classes, power)[y]
     regression, probes = LogisticRegression(max_iter=300, warm_start=True), []
     for C in penalties:
         regression.set_params(C=C)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)   # unseen cells judge what came out
+            warnings.simplefilter("ignore", ConvergenceWarning)  # unseen cells judge what came out
             regression.fit(x, y, weights)
         probes.append(_probe(regression, mean, spread, n_classes))
     return probes
 
+
 def _probe(regression, mean, spread, n_classes):
     w, b, seen = regression.coef_, regression.intercept_, regression.classes_
-    if len(seen) == 2:                                            # scikit-learn keeps one row for two classes
-        w, b = np.concatenate([-w, w])/2, np.concatenate([-b, b])/2
-    weight, bias = np.zeros((n_classes, len(mean)), np.float32), np.full(n_classes, -50., np.float32)
+    if len(seen) == 2:  # scikit-learn keeps one row for two classes
+        w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2
+    weight, bias = (
+        np.zeros((n_classes, len(mean)), np.float32),
+        np.full(n_classes, -50.0, np.float32),
+    )
     weight[seen], bias[seen] = w, b
     return Probe(mean, spread, weight, bias)
 
 # %% ../nbs/11c_probe.ipynb #994a4dd3
-CHOICE_CELLS = 2000 # On which scaling and penalty are chosen, at most
+CHOICE_CELLS = 2000  # On which scaling and penalty are chosen, at most
+
 
 @dataclass
 class Probed:
     "A probe that was chosen and checked on unseen cells."
-    probe: Probe          # Fitted on all cells
-    scaling: str          # One of `SCALINGS`
-    penalty: float        # C
-    scores: np.ndarray    # Of each cell by a probe that had not seen it, shape (cells, classes)
-    checked: np.ndarray   # Cells whose class that probe knew, shape (cells,), booleans
-    temperature: float    # Scores divided by it are calibrated
 
-    def probabilities(self): # of the unseen cells, (cells, classes)
+    probe: Probe  # Fitted on all cells
+    scaling: str  # One of `SCALINGS`
+    penalty: float  # C
+    scores: np.ndarray  # Of each cell by a probe that had not seen it, shape (cells, classes)
+    checked: np.ndarray  # Cells whose class that probe knew, shape (cells,), booleans
+    temperature: float  # Scores divided by it are calibrated
+
+    def probabilities(self):  # of the unseen cells, (cells, classes)
         return probabilities(self.scores, self.temperature)
 
+
 def unseen_scores(
-    v, y,          # Vectors (cells, D) and classes
-    n_classes:int,
-    fold,          # Fold of each cell, from `dealt_folds`
-    scaling:str, penalties, power:float=.5, # See `fitted_probes`
-)->tuple:          # Scores (penalties, cells, classes); whether a cell's class was known, (cells,)
+    v,
+    y,  # Vectors (cells, D) and classes
+    n_classes: int,
+    fold,  # Fold of each cell, from `dealt_folds`
+    scaling: str,
+    penalties,
+    power: float = 0.5,  # See `fitted_probes`
+) -> tuple:  # Scores (penalties, cells, classes); whether a cell's class was known, (cells,)
     "Name each fold by probes that learned from the others."
     scores = np.full((len(penalties), len(y), n_classes), np.nan, np.float32)
     checked = np.zeros(len(y), bool)
@@ -134,26 +152,33 @@ def unseen_scores(
             scores[i, asked] = probe.scores(v[asked])
     return scores, checked
 
+
 def chosen_setting(
-    v, y, n_classes:int, fold, power:float=.5, # See `unseen_scores`
-)->tuple:      # Scaling and C
+    v,
+    y,
+    n_classes: int,
+    fold,
+    power: float = 0.5,  # See `unseen_scores`
+) -> tuple:  # Scaling and C
     "The setting under which unseen cells are likeliest."
     loss = {}
     for scaling in SCALINGS:
         scores, checked = unseen_scores(v, y, n_classes, fold, scaling, PENALTIES, power)
         if checked.sum() < 10:
-            return SCALINGS[0], 1.
+            return SCALINGS[0], 1.0
         for C, s in zip(PENALTIES, scores):
             loss[scaling, C] = nll(s[checked], y[checked])
     return min(loss, key=loss.get)
 
+
 def probed(
-    v, y,           # Vectors (cells, D) and classes of the labelled cells
-    n_classes:int,
-    units=None,     # Donors, see `dealt_folds`
-    power:float=.5, # Of the class weights
-    seed:int=0,
-)->Probed:
+    v,
+    y,  # Vectors (cells, D) and classes of the labelled cells
+    n_classes: int,
+    units=None,  # Donors, see `dealt_folds`
+    power: float = 0.5,  # Of the class weights
+    seed: int = 0,
+) -> Probed:
     "Choose, check and fit a probe."
     v, y = np.asarray(v, np.float32), np.asarray(y)
     fold = dealt_folds(y, units, seed)
@@ -166,27 +191,33 @@ def probed(
 
 # %% ../nbs/11c_probe.ipynb #f20d33a3
 def simple_rival(
-    adata,           # AnnData: the labelled cells, raw counts
-    y,               # Their classes
-    n_classes:int,
-    units=None, power:float=.5, seed:int=0, # See `probed`
-    layer:str|None=None,
-)->Probed:
+    adata,  # AnnData: the labelled cells, raw counts
+    y,  # Their classes
+    n_classes: int,
+    units=None,
+    power: float = 0.5,
+    seed: int = 0,  # See `probed`
+    layer: str | None = None,
+) -> Probed:
     "The probe on principal components of log counts."
     n_components = min(50, adata.n_obs - 2, adata.n_vars - 2)
     vectors = pca_embedding(adata, None, None, n_components, layer, seed)
     return probed(vectors, y, n_classes, units, power, seed)
 
+
 def probe_scores(
-    p,       # Probabilities of unseen cells, shape (cells, classes)
-    y,       # Their classes
-)->dict:     # accuracy, macro_f1 and loss (mean negative log likelihood), n
+    p,  # Probabilities of unseen cells, shape (cells, classes)
+    y,  # Their classes
+) -> dict:  # accuracy, macro_f1 and loss (mean negative log likelihood), n
     "How well unseen cells are named."
     from sklearn.metrics import f1_score
+
     if not len(y):
         return dict(accuracy=None, macro_f1=None, loss=None, n=0)
     guess = p.argmax(1)
     return dict(
         accuracy=float((guess == y).mean()),
         macro_f1=float(f1_score(y, guess, labels=np.unique(y), average="macro")),
-        loss=float(-np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)).mean()), n=len(y))
+        loss=float(-np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)).mean()),
+        n=len(y),
+    )

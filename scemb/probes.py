@@ -12,25 +12,27 @@ import numpy as np
 
 # %% ../nbs/08d_probes.ipynb #939dfb67
 SCALINGS = ("one scale", "each feature")
-PENALTIES = (.001, .01, .1, 1., 10., 100.)  # C of scikit-learn: large is weak
+PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)  # C of scikit-learn: large is weak
+
 
 def feature_scale(
-    x:np.ndarray,  # Vectors, shape (cells, D)
-    scaling:str,   # One of SCALINGS
-)->np.ndarray:     # What to divide by, shape (D,); nowhere 0
+    x: np.ndarray,  # Vectors, shape (cells, D)
+    scaling: str,  # One of SCALINGS
+) -> np.ndarray:  # What to divide by, shape (D,); nowhere 0
     "The scale of each feature, or the root mean square of all of them."
     if scaling not in SCALINGS:
         raise ValueError(f"scaling={scaling!r}; choose one of {', '.join(SCALINGS)}.")
     each = x.std(0, dtype=np.float64)
     if scaling == "one scale":
         each = np.full_like(each, np.sqrt((each**2).mean()))
-    return np.where(each > 0, each, 1.)
+    return np.where(each > 0, each, 1.0)
+
 
 def stratified_folds(
-    y,              # Classes, shape (cells,)
-    n_folds:int=5,
-    seed:int=0,
-)->np.ndarray:      # Fold of each cell, shape (cells,)
+    y,  # Classes, shape (cells,)
+    n_folds: int = 5,
+    seed: int = 0,
+) -> np.ndarray:  # Fold of each cell, shape (cells,)
     "Deal the cells of each class to the folds in turn, in random order."
     fold = np.empty(len(y), int)
     rng = np.random.default_rng(seed)
@@ -43,29 +45,35 @@ def stratified_folds(
 @dataclass
 class Probe:
     "A fitted logistic regression and the scaling before it."
+
     center: np.ndarray  # (D,)
-    scale: np.ndarray   # (D,)
+    scale: np.ndarray  # (D,)
     regression: object  # scikit-learn's
-    scaling: str        # What was chosen
-    penalty: float      # C of scikit-learn
+    scaling: str  # What was chosen
+    penalty: float  # C of scikit-learn
 
-    def predict(self,
-        x:np.ndarray,   # Vectors, shape (cells, D)
-    )->np.ndarray:      # Classes, shape (cells,)
+    def predict(
+        self,
+        x: np.ndarray,  # Vectors, shape (cells, D)
+    ) -> np.ndarray:  # Classes, shape (cells,)
         "Name cells."
-        return self.regression.predict((x - self.center)/self.scale)
+        return self.regression.predict((x - self.center) / self.scale)
 
-    def predict_proba(self,
-        x:np.ndarray,   # Vectors, shape (cells, D)
-    )->np.ndarray:      # Shape (cells, classes), in the order of `regression.classes_`
+    def predict_proba(
+        self,
+        x: np.ndarray,  # Vectors, shape (cells, D)
+    ) -> np.ndarray:  # Shape (cells, classes), in the order of `regression.classes_`
         "Probability of each class."
-        return self.regression.predict_proba((x - self.center)/self.scale)
+        return self.regression.predict_proba((x - self.center) / self.scale)
+
 
 def _regression(penalty, seed):
     from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=penalty, max_iter=1000, random_state=seed, warm_start=True)
 
-def _losses_outside(x, y, fold, scaling, penalties, seed): # -> (penalties,), sums over cells
+
+def _losses_outside(x, y, fold, scaling, penalties, seed):  # -> (penalties,), sums over cells
     "Loss on the cells of each fold of a regression on the others, for each penalty."
     total = np.zeros(len(penalties))
     for f in np.unique(fold):
@@ -74,7 +82,7 @@ def _losses_outside(x, y, fold, scaling, penalties, seed): # -> (penalties,), su
         if len(set(y[learned])) < 2 or not asked.any():
             continue
         center, scale = x[learned].mean(0), feature_scale(x[learned], scaling)
-        shown, hidden = ((x[cells] - center)/scale for cells in (learned, asked))
+        shown, hidden = ((x[cells] - center) / scale for cells in (learned, asked))
         regression = _regression(penalties[0], seed)
         for i, penalty in enumerate(penalties):
             regression.set_params(C=penalty).fit(shown, y[learned])  # goes on from the last fit
@@ -83,22 +91,27 @@ def _losses_outside(x, y, fold, scaling, penalties, seed): # -> (penalties,), su
             total[i] -= np.log(np.maximum(chance, 1e-12)).sum()
     return total
 
+
 def fit_probe(
-    x:np.ndarray,         # Vectors of the labelled cells, shape (cells, D)
-    y,                    # Their classes, shape (cells,); at least two
-    scalings=SCALINGS,    # Those that may be chosen
+    x: np.ndarray,  # Vectors of the labelled cells, shape (cells, D)
+    y,  # Their classes, shape (cells,); at least two
+    scalings=SCALINGS,  # Those that may be chosen
     penalties=PENALTIES,  # C of scikit-learn, those that may be chosen
-    n_folds:int=5,        # Of the labelled cells
-    max_cells:int=1000,   # That choose; all are learned from
-    seed:int=0,           # Of folds and of the cells that choose
-)->Probe:
+    n_folds: int = 5,  # Of the labelled cells
+    max_cells: int = 1000,  # That choose; all are learned from
+    seed: int = 0,  # Of folds and of the cells that choose
+) -> Probe:
     "Logistic regression with the scaling and the penalty that suit these vectors."
     x, y = np.asarray(x, np.float64), np.asarray(y)
     if len(x) != len(y) or len(set(y)) < 2:
-        raise ValueError(f"{len(x)} vectors with {len(y)} labels of {len(set(y))} classes; "
-                         "a probe needs a label for each vector, and two classes.")
+        raise ValueError(
+            f"{len(x)} vectors with {len(y)} labels of {len(set(y))} classes; "
+            "a probe needs a label for each vector, and two classes."
+        )
     if not np.isfinite(x).all():
-        raise ValueError(f"{(~np.isfinite(x)).any(1).sum()} vectors are not finite; leave them out.")
+        raise ValueError(
+            f"{(~np.isfinite(x)).any(1).sum()} vectors are not finite; leave them out."
+        )
     penalties = sorted(penalties)
     pairs = [(s, p) for s in scalings for p in penalties]
     best = pairs[0]
@@ -108,37 +121,41 @@ def fit_probe(
         losses = [_losses_outside(x[some], y[some], fold, s, penalties, seed) for s in scalings]
         best = pairs[int(np.argmin(np.concatenate(losses)))]
     center, scale = x.mean(0), feature_scale(x, best[0])
-    regression = _regression(best[1], seed).fit((x - center)/scale, y)
+    regression = _regression(best[1], seed).fit((x - center) / scale, y)
     return Probe(center, scale, regression, *best)
 
 # %% ../nbs/08d_probes.ipynb #66712789
 def neighbour_vote(
-    x:np.ndarray,        # Vectors of the labelled cells, shape (cells, D)
-    y,                   # Their classes, shape (cells,)
-    x_query:np.ndarray,  # Vectors of the cells to name, shape (queries, D)
-    k:int=15,            # Neighbours
-    scalings=SCALINGS,   # Those that may be chosen
-    max_cells:int=1000,  # Labelled cells that choose
-    seed:int=0,          # Of these
-)->np.ndarray:           # Classes, shape (queries,)
+    x: np.ndarray,  # Vectors of the labelled cells, shape (cells, D)
+    y,  # Their classes, shape (cells,)
+    x_query: np.ndarray,  # Vectors of the cells to name, shape (queries, D)
+    k: int = 15,  # Neighbours
+    scalings=SCALINGS,  # Those that may be chosen
+    max_cells: int = 1000,  # Labelled cells that choose
+    seed: int = 0,  # Of these
+) -> np.ndarray:  # Classes, shape (queries,)
     "Majority among the nearest labelled cells, in the scaling that suits the labelled ones."
     from sklearn.neighbors import KNeighborsClassifier
+
     x, y, x_query = np.asarray(x), np.asarray(y), np.asarray(x_query)
     best = scalings[0]
     if len(scalings) > 1:
         some = np.random.default_rng(seed).permutation(len(x))[:max_cells]
-        shares = [_named_rightly(x[some]/feature_scale(x, s), y[some], k) for s in scalings]
+        shares = [_named_rightly(x[some] / feature_scale(x, s), y[some], k) for s in scalings]
         best = scalings[int(np.argmax(shares))]
     scale = feature_scale(x, best)
     vote = KNeighborsClassifier(min(k, len(x)))
-    return vote.fit(x/scale, y).predict(x_query/scale)
+    return vote.fit(x / scale, y).predict(x_query / scale)
 
-def _named_rightly(x, y, k): # -> share of cells that their own neighbours name rightly
+
+def _named_rightly(x, y, k):  # -> share of cells that their own neighbours name rightly
     from sklearn.neighbors import NearestNeighbors
+
     search = NearestNeighbors(n_neighbors=min(k, len(x) - 1)).fit(x)
     around = search.kneighbors(return_distance=False)  # no cell is its own neighbour
     return np.mean([_most(y[near]) == own for near, own in zip(around, y, strict=True)])
 
-def _most(names): # -> the most frequent name, the first in order where several are
+
+def _most(names):  # -> the most frequent name, the first in order where several are
     found, n = np.unique(names, return_counts=True)
     return found[n.argmax()]

@@ -11,38 +11,42 @@ from contextlib import contextmanager, nullcontext
 
 # %% ../nbs/00b_progress.ipynb #8daa8a31
 def in_words_of_time(
-    seconds:float,
-)->str: # "40 s", "3 min", "1.5 h"
+    seconds: float,
+) -> str:  # "40 s", "3 min", "1.5 h"
     "A length of time as people say it."
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 5400:
-        return f"{round(seconds/60)} min"
-    return f"{seconds/3600:.1f} h"
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
 
 class Pace:
     "Says how far counted work is."
-    def __init__(self,
-        what:str,        # What is counted: cells, steps
-        say,             # Called with a line; a `Voice` in a terminal shows a bar
-        first:float=5.,  # Seconds after which the first line is said
-        every:float=30., # Seconds between lines
+
+    def __init__(
+        self,
+        what: str,  # What is counted: cells, steps
+        say,  # Called with a line; a `Voice` in a terminal shows a bar
+        first: float = 5.0,  # Seconds after which the first line is said
+        every: float = 30.0,  # Seconds between lines
         clock=time.monotonic,
     ):
         self.what, self.say, self.every, self.clock = what, say, every, clock
         self.began = clock()
         self.next = self.began + first
-        self.start = None                      # done when the work began
+        self.start = None  # done when the work began
         self.bar, self.note = None, ""
         self.in_terminal = getattr(say, "in_terminal", False)
         if hasattr(say, "watch"):
             say.watch()
 
-    def due(self)->bool:
+    def due(self) -> bool:
         "Whether it is time for a line."
         return self.clock() >= self.next
 
-    def __call__(self, done, total, note="", now=False): # how much is done, of how much; what else there is to say; say it at once
+    def __call__(self, done, total, note="", now=False):
+        # how much is done, of how much; what else there is to say; say it at once
         if self.in_terminal:
             self.bar = self.bar or self.say.bar(self.what)
             self.note = note or self.note
@@ -54,33 +58,47 @@ class Pace:
         if not ask and (now < self.next or done >= total):
             return
         self.next = now + self.every
-        rate = (done - self.start)/max(now - self.began, 1e-9)
-        left = f", about {in_words_of_time((total - done)/rate)} left" if rate > 0 and done < total else ""
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        left = (
+            f", about {in_words_of_time((total - done) / rate)} left"
+            if rate > 0 and done < total
+            else ""
+        )
         speed = f", {rate:,.3g}/s" if rate > 0 else ""
         self.say(f"{done:,} of {total:,} {self.what}{speed}{left}{', ' + note if note else ''}")
 
-def json_line(what:str, done:int, total:int, out=None): # a line of JSON for a program that watches
+
+def json_line(
+    what: str, done: int, total: int, out=None
+):  # a line of JSON for a program that watches
     "Progress for a program: one JSON object a line, on stderr."
-    print(json.dumps(dict(what=what, done=int(done), total=int(total))), file=out or sys.stderr, flush=True)
+    print(
+        json.dumps(dict(what=what, done=int(done), total=int(total))),
+        file=out or sys.stderr,
+        flush=True,
+    )
 
 # %% ../nbs/00b_progress.ipynb #b62d482b
-SILENCE = 30. # Seconds after which work that said nothing says that it goes on
+SILENCE = 30.0  # Seconds after which work that said nothing says that it goes on
+
 
 class Voice:
     "Words about the work, on stderr: lines, bars in a terminal, JSON, or nothing."
-    def __init__(self,
-        style:str="auto",     # auto (bars in a terminal, else lines), lines, json or none
-        silence:float=SILENCE, # Seconds without a word at most
+
+    def __init__(
+        self,
+        style: str = "auto",  # auto (bars in a terminal, else lines), lines, json or none
+        silence: float = SILENCE,  # Seconds without a word at most
         clock=time.monotonic,
     ):
         self.style, self.silence, self.clock = style, silence, clock
-        self.doing = [("at work", clock())]    # stages, the innermost last, and when they began
-        self.bars, self.moving = None, 0       # of rich, and how many of them move
-        self.ended = None                      # set when the watching thread is to stop
-        self.last = clock()                    # when something was said
+        self.doing = [("at work", clock())]  # stages, the innermost last, and when they began
+        self.bars, self.moving = None, 0  # of rich, and how many of them move
+        self.ended = None  # set when the watching thread is to stop
+        self.last = clock()  # when something was said
 
     @property
-    def in_terminal(self)->bool:
+    def in_terminal(self) -> bool:
         "Whether bars are shown."
         return self.style == "auto" and sys.stderr.isatty()
 
@@ -93,22 +111,24 @@ class Voice:
             print(line, file=sys.stderr, flush=True)
         self.watch()
 
-    def bar(self, what:str):
+    def bar(self, what: str):
         "A bar with rate and time left: called with done, total and a note."
         task = self._start(what, "left")
+
         def move(done, total, note=""):
             if self.bars is None or task.finished_time is not None:
                 return
-            speed = task.speed or 0.
+            speed = task.speed or 0.0
             rate = f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s" if speed else ""
             words = f"{done:,}/{total:,} {rate} {note}".rstrip()
             self.bars.update(task.id, completed=done, total=total, said=words)
             if done >= total:
                 self._stop(task)
+
         return move
 
     @contextmanager
-    def stage(self, what:str):
+    def stage(self, what: str):
         "Name work that cannot be counted, while it goes on."
         self.doing.append((what, self.clock()))
         task = self._start(what) if self.in_terminal else None
@@ -131,13 +151,26 @@ class Voice:
         self.bars, self.moving, self.ended = None, 0, None
         del self.doing[1:]
 
-    def _start(self, what, left=""): # -> task of rich; a word beside the time left
+    def _start(self, what, left=""):  # -> task of rich; a word beside the time left
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         if self.bars is None:
             columns = (
-                TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}", markup=False),
-                TimeElapsedColumn(), TextColumn("so far"), TimeRemainingColumn(), TextColumn("{task.fields[left]}"))
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[said]}", markup=False),
+                TimeElapsedColumn(),
+                TextColumn("so far"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
+            )
             console = Console(stderr=True, force_jupyter=False)
             self.bars = Progress(*columns, console=console, redirect_stdout=False)
             self.bars.start()
@@ -145,7 +178,7 @@ class Voice:
         made = self.bars.add_task(what, total=None, said="", left=left)
         return next(t for t in self.bars.tasks if t.id == made)
 
-    def _stop(self, task): # bars that do not move leave the terminal to others
+    def _stop(self, task):  # bars that do not move leave the terminal to others
         self.bars.stop_task(task.id)
         self.moving -= 1
         if self.moving <= 0:
@@ -160,14 +193,15 @@ class Voice:
         threading.Thread(target=self._break_silence, args=(self.ended,), daemon=True).start()
 
     def _break_silence(self, ended):
-        while not ended.wait(self.silence/20):
-            if self.clock() - self.last >= .9*self.silence and not ended.is_set():
+        while not ended.wait(self.silence / 20):
+            if self.clock() - self.last >= 0.9 * self.silence and not ended.is_set():
                 what, began = self.doing[-1]
                 self(f"{what}: {in_words_of_time(self.clock() - began)} so far")
 
+
 def stage(
-    say,      # A `Voice`, or any function that is called with lines
-    what:str, # What is being done
-):            # A context manager
+    say,  # A `Voice`, or any function that is called with lines
+    what: str,  # What is being done
+):  # A context manager
     "Name work that cannot be counted; other functions than a `Voice` are not called."
     return say.stage(what) if hasattr(say, "stage") else nullcontext()

@@ -15,25 +15,37 @@ from .folders import new_file, room_for
 
 # %% ../nbs/02c_results.ipynb #60e5569f
 def check_key(
-    key:str,              # Name in obsm
-    taken=(),             # Names that are there already and are not to be replaced
-    overwrite:bool=False, # Replace them
-)->str:                   # The same key
+    key: str,  # Name in obsm
+    taken=(),  # Names that are there already and are not to be replaced
+    overwrite: bool = False,  # Replace them
+) -> str:  # The same key
     "Refuse a key that a file cannot hold, or that would replace what is there."
-    if not isinstance(key, str) or not key.strip() or key.strip() in (".", "..") or any(c in key for c in "/\\\x00\n"):
-        raise ValueError(f"key={key!r} is no name for obsm; choose letters, digits and _, such as X_scemb.")
+    if (
+        not isinstance(key, str)
+        or not key.strip()
+        or key.strip() in (".", "..")
+        or any(c in key for c in "/\\\x00\n")
+    ):
+        raise ValueError(
+            f"key={key!r} is no name for obsm; choose letters, digits and _, such as X_scemb."
+        )
     if key in taken and not overwrite:
-        raise FileExistsError(f"obsm has {key!r} already, which would be replaced; choose another key, or pass overwrite (--overwrite).")
+        raise FileExistsError(
+            f"obsm has {key!r} already, which would be replaced; choose another key, or pass "
+            "overwrite (--overwrite)."
+        )
     return key
 
+
 def remembered(
-    uns:dict,    # Of an AnnData, as it is
-    record:dict, # What a step has to say
-    step:str="", # "annotation", "integration", ...; empty: the embedding, whose record stands at the top
-)->dict:         # For uns["scemb"]
+    uns: dict,  # Of an AnnData, as it is
+    record: dict,  # What a step has to say
+    # "annotation", "integration", ...; empty: the embedding, whose record stands at the top
+    step: str = "",
+) -> dict:  # For uns["scemb"]
     "The record of a step beside those of earlier steps."
     before = uns.get("scemb", {})
-    before = dict(before) if hasattr(before, "keys") else {}     # somebody may have put a text there
+    before = dict(before) if hasattr(before, "keys") else {}  # somebody may have put a text there
     if step:
         return before | {step: record}
     steps = {k: v for k, v in before.items() if isinstance(v, dict)}
@@ -41,68 +53,91 @@ def remembered(
 
 # %% ../nbs/02c_results.ipynb #6a0985e3
 def check_results(
-    out,                  # Where the cells with their results will be written
-    overwrite:bool=False, # Accept that it exists
-    endings=(".h5ad",),   # Endings that are written
-    beside=(),            # Files that will be written beside it
-)->Path:                  # The path
+    out,  # Where the cells with their results will be written
+    overwrite: bool = False,  # Accept that it exists
+    endings=(".h5ad",),  # Endings that are written
+    beside=(),  # Files that will be written beside it
+) -> Path:  # The path
     "Refuse, before the work, an output that cannot be written or would replace something unasked."
     out = Path(out)
     if out.suffix not in endings:
         raise ValueError(f"The output {out.name} must end in {' or '.join(endings)}.")
     marker = None
     if out.suffix == ".zarr":
-        marker = ".zattrs" if (out/".zattrs").exists() else "zarr.json"
+        marker = ".zattrs" if (out / ".zattrs").exists() else "zarr.json"
     check_output(out, overwrite, marker)
     for path in beside:
         check_output(path, overwrite)
     return out
 
+
 def check_readable(
-    path, # A file just written
+    path,  # A file just written
     adata,
-)->None:
+) -> None:
     "Open a file once more: its size and its tables."
     back = open_cells(path)
     if tuple(back.shape) != tuple(adata.shape) or len(back.obs) != adata.n_obs:
-        raise OSError(f"{path} was written, but holds {back.shape[0]:,} cells x {back.shape[1]:,} genes in place of {adata.n_obs:,} x {adata.n_vars:,}. Is the disk sound?")
+        raise OSError(
+            f"{path} was written, but holds {back.shape[0]:,} cells x {back.shape[1]:,} genes in "
+            f"place of {adata.n_obs:,} x {adata.n_vars:,}. Is the disk sound?"
+        )
     if hasattr(back, "close"):
         back.close()
 
-def size_of(adata)->int:
+
+def size_of(adata) -> int:
     "Bytes of an AnnData in a file without compression, a little more than less."
+
     def array(x):
         if x is None:
             return 0
         if hasattr(x, "indptr"):
             return x.data.nbytes + x.indices.nbytes + x.indptr.nbytes
-        if hasattr(x, "memory_usage"):                       # a table: texts are kept with a head of 16 bytes
+        if hasattr(x, "memory_usage"):  # a table: texts are kept with a head of 16 bytes
             return int(x.memory_usage(deep=True).sum())
         return int(getattr(x, "nbytes", 0))
-    parts = [adata.X, adata.obs, adata.var, *adata.layers.values(), *adata.obsm.values(), *adata.varm.values(), *adata.obsp.values(), *adata.varp.values()]
+
+    parts = [
+        adata.X,
+        adata.obs,
+        adata.var,
+        *adata.layers.values(),
+        *adata.obsm.values(),
+        *adata.varm.values(),
+        *adata.obsp.values(),
+        *adata.varp.values(),
+    ]
     if adata.raw is not None:
         parts += [adata.raw.X, adata.raw.var]
-    return int(1.02*sum(array(x) for x in parts)) + (1 << 18)
+    return int(1.02 * sum(array(x) for x in parts)) + (1 << 18)
+
 
 def write_cells(
-    adata, # AnnData in memory
-    out,   # .h5ad or .zarr; what is there is replaced
-)->Path:
+    adata,  # AnnData in memory
+    out,  # .h5ad or .zarr; what is there is replaced
+) -> Path:
     "Write cells whole or not at all, and see that they can be opened."
     out = Path(out)
     with new_file(out) as part:
         room_for(part, size_of(adata))
         try:
             if out.suffix == ".zarr":
-                with warnings.catch_warnings():          # of the next version's format
+                with warnings.catch_warnings():  # of the next version's format
                     warnings.simplefilter("ignore")
                     adata.write_zarr(part)
             else:
                 adata.write_h5ad(part)
         except Exception as e:
-            if not isinstance(e, (TypeError, NotImplementedError)) and type(e).__name__ != "IORegistryError":
+            if (
+                not isinstance(e, (TypeError, NotImplementedError))
+                and type(e).__name__ != "IORegistryError"
+            ):
                 raise
             said = " ".join(str(e).split())
-            raise ValueError(f"{out} cannot be written: something in the AnnData has no place in the file ({said[:200]}). Take it out, or turn it to text.") from e
+            raise ValueError(
+                f"{out} cannot be written: something in the AnnData has no place in the file "
+                f"({said[:200]}). Take it out, or turn it to text."
+            ) from e
         check_readable(part, adata)
     return out

@@ -19,162 +19,416 @@ from .embed import cell_encoder
 from .genes import gene_table, map_genes, protein_coding
 from .model import ScembConfig, ScembModel, ScembPreTrainedModel
 from .peers import check_sizes, layers_in, Peer, fill, local_folder, read_json, read_weights
-from .tokenize import Encoder, SPECIAL, TokenizerSettings, Vocabulary, _mix64, _tie_keys, kernel_arrays
+from scemb.tokenize import (
+    Encoder,
+    SPECIAL,
+    TokenizerSettings,
+    Vocabulary,
+    _mix64,
+    _tie_keys,
+    kernel_arrays,
+)
 
 # %% ../nbs/18b_scgpt.ipynb #b43896ef
-SIZE = dict(layers=12, width=512, heads=8, hidden=512) # Of the published whole-human model
+SIZE = dict(layers=12, width=512, heads=8, hidden=512)  # Of the published whole-human model
+
 
 def toy_scgpt(
-    folder,                     # To make
-    layers:int=2, width:int=32, heads:int=2, hidden:int=32,
-    symbols=None,               # Genes of its vocabulary; None: the symbols of the protein-coding genes
-    fused:bool=True,            # Names of the attention weights: Wqkv, or in_proj
-    seed:int=0,
-)->Path:                        # The folder
+    folder,  # To make
+    layers: int = 2,
+    width: int = 32,
+    heads: int = 2,
+    hidden: int = 32,
+    symbols=None,  # Genes of its vocabulary; None: the symbols of the protein-coding genes
+    fused: bool = True,  # Names of the attention weights: Wqkv, or in_proj
+    seed: int = 0,
+) -> Path:  # The folder
     "Write an scGPT folder with random weights, in the published file formats."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); g = torch.Generator().manual_seed(seed)
-    symbols = sorted({s for s in gene_table().symbol.to_numpy()[protein_coding()] if s}) if symbols is None else list(symbols)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    g = torch.Generator().manual_seed(seed)
+    symbols = (
+        sorted({s for s in gene_table().symbol.to_numpy()[protein_coding()] if s})
+        if symbols is None
+        else list(symbols)
+    )
     vocab = {s: i for i, s in enumerate([*symbols, "<pad>", "<cls>", "<eoc>"])}
-    args = dict(embsize=width, nheads=heads, d_hid=hidden, nlayers=layers, n_layers_cls=3, dropout=.2, pad_token="<pad>", pad_value=-2, mask_value=-1, input_style="binned", input_emb_style="continuous", n_bins=51, max_seq_len=1200)
-    w = lambda *shape: torch.randn(*shape, generator=g)/math.sqrt(shape[-1])
-    norm = lambda name: {f"{name}.weight": 1 + .1*w(width), f"{name}.bias": .1*w(width)}
-    linear = lambda name, to, of: {f"{name}.weight": w(to, of), f"{name}.bias": .1*w(to)}
-    state = {"encoder.embedding.weight": w(len(vocab), width)} | norm("encoder.enc_norm") | linear("value_encoder.linear1", width, 1) | linear("value_encoder.linear2", width, width) | norm("value_encoder.norm")
+    args = dict(
+        embsize=width,
+        nheads=heads,
+        d_hid=hidden,
+        nlayers=layers,
+        n_layers_cls=3,
+        dropout=0.2,
+        pad_token="<pad>",
+        pad_value=-2,
+        mask_value=-1,
+        input_style="binned",
+        input_emb_style="continuous",
+        n_bins=51,
+        max_seq_len=1200,
+    )
+
+    def w(*shape):
+        return torch.randn(*shape, generator=g) / math.sqrt(shape[-1])
+
+    def norm(name):
+        return {f"{name}.weight": 1 + 0.1 * w(width), f"{name}.bias": 0.1 * w(width)}
+
+    def linear(name, to, of):
+        return {f"{name}.weight": w(to, of), f"{name}.bias": 0.1 * w(to)}
+
+    state = (
+        {"encoder.embedding.weight": w(len(vocab), width)}
+        | norm("encoder.enc_norm")
+        | linear("value_encoder.linear1", width, 1)
+        | linear("value_encoder.linear2", width, width)
+        | norm("value_encoder.norm")
+    )
     for i in range(layers):
-        at = f"transformer_encoder.layers.{i}"; qkv = (f"{at}.self_attn.Wqkv.weight", f"{at}.self_attn.Wqkv.bias") if fused else (f"{at}.self_attn.in_proj_weight", f"{at}.self_attn.in_proj_bias")
-        state |= {qkv[0]: w(3*width, width), qkv[1]: .1*w(3*width)} | linear(f"{at}.self_attn.out_proj", width, width) | linear(f"{at}.linear1", hidden, width) | linear(f"{at}.linear2", width, hidden) | norm(f"{at}.norm1") | norm(f"{at}.norm2")
-    state |= linear("decoder.fc.0", width, width) | linear("cls_decoder.out_layer", 1, width)                     # heads, which an embedding does not use
-    torch.save(state, folder/"best_model.pt"); (folder/"args.json").write_text(json.dumps(args)); (folder/"vocab.json").write_text(json.dumps(vocab))
+        at = f"transformer_encoder.layers.{i}"
+        qkv = (
+            (f"{at}.self_attn.Wqkv.weight", f"{at}.self_attn.Wqkv.bias")
+            if fused
+            else (f"{at}.self_attn.in_proj_weight", f"{at}.self_attn.in_proj_bias")
+        )
+        state |= (
+            {qkv[0]: w(3 * width, width), qkv[1]: 0.1 * w(3 * width)}
+            | linear(f"{at}.self_attn.out_proj", width, width)
+            | linear(f"{at}.linear1", hidden, width)
+            | linear(f"{at}.linear2", width, hidden)
+            | norm(f"{at}.norm1")
+            | norm(f"{at}.norm2")
+        )
+    state |= linear("decoder.fc.0", width, width) | linear(
+        "cls_decoder.out_layer", 1, width
+    )  # heads, which an embedding does not use
+    torch.save(state, folder / "best_model.pt")
+    (folder / "args.json").write_text(json.dumps(args))
+    (folder / "vocab.json").write_text(json.dumps(vocab))
     return folder
 
 # %% ../nbs/18b_scgpt.ipynb #6d3ef4b9
 QUANTILES = np.linspace(0, 1, 50)
 
-@njit(nogil=True)
-def _drawn(cell, gene): # uint64 key of a cell, token of a gene -> uniform number in [0, 1)
-    return (_mix64(cell ^ _mix64(np.uint64(gene) + np.uint64(0x9E3779B97F4A7C15))) >> np.uint64(11))*(1.0/9007199254740992.0)
 
 @njit(nogil=True)
-def _edges(ordered, q, out): # sorted values (n,), quantiles -> edges by linear interpolation, as numpy has them
+def _drawn(cell, gene):  # uint64 key of a cell, token of a gene -> uniform number in [0, 1)
+    return (
+        _mix64(cell ^ _mix64(np.uint64(gene) + np.uint64(0x9E3779B97F4A7C15))) >> np.uint64(11)
+    ) * (1.0 / 9007199254740992.0)
+
+
+@njit(nogil=True)
+def _edges(ordered, q, out):
+    # sorted values (n,), quantiles -> edges by linear interpolation, as numpy has them
     last = ordered.size - 1
     for k in range(q.size):
-        at = q[k]*last; i = int(math.floor(at)); t = at - i
+        at = q[k] * last
+        i = int(math.floor(at))
+        t = at - i
         a, b = float(ordered[i]), float(ordered[min(i + 1, last)])
-        out[k] = a + (b - a)*t if t < .5 else b - (b - a)*(1 - t)
+        out[k] = a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
 
 # %% ../nbs/18b_scgpt.ipynb #8104a739
-@njit(nogil=True) # not kept on disk: numba would not see when a function of another module inside it changes
-def _values(indptr, indices, data, token, mixed, q, seed, limit, genes, bins, offsets, detected, total, cut):
-    "Gene and value bin of the expressed genes of each cell of a CSR chunk, in an order that depends on the cell alone."
+@njit(
+    nogil=True
+)  # not kept on disk: numba would not see when a function of another module inside it changes
+def _values(
+    indptr, indices, data, token, mixed, q, seed, limit, genes, bins, offsets, detected, total, cut
+):
+    """Gene and value bin of the expressed genes of each cell of a CSR chunk, in an order that
+    depends on the cell alone."""
     size = 1
-    for c in range(indptr.size - 1): size = max(size, indptr[c + 1] - indptr[c])
-    gene, value, key, edges, at = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64), np.empty(q.size), 0
+    for c in range(indptr.size - 1):
+        size = max(size, indptr[c + 1] - indptr[c])
+    gene, value, key, edges, at = (
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+        np.empty(q.size),
+        0,
+    )
     for c in range(indptr.size - 1):
         m, h, sum_of_counts, kept = 0, np.uint64(0), np.int64(0), np.int64(0)
         for j in range(indptr[c], indptr[c + 1]):
-            if token[indices[j]] >= 0 and data[j] > 0: gene[m], value[m] = token[indices[j]], data[j]; sum_of_counts += data[j]; h += mixed[indices[j]]; m += 1
+            if token[indices[j]] >= 0 and data[j] > 0:
+                gene[m], value[m] = token[indices[j]], data[j]
+                sum_of_counts += data[j]
+                h += mixed[indices[j]]
+                m += 1
         cell = _mix64(h) ^ seed
-        if m: _edges(np.sort(value[:m]), q, edges); _tie_keys(gene, m, cell, key)
-        order = np.argsort(key[:m])                              # the keys are distinct: an order, and the first `limit` a sample
+        if m:
+            _edges(np.sort(value[:m]), q, edges)
+            _tie_keys(gene, m, cell, key)
+        order = np.argsort(
+            key[:m]
+        )  # the keys are distinct: an order, and the first `limit` a sample
         for i in range(min(m, limit)):
             x, g = value[order[i]], gene[order[i]]
-            upper, lower = np.searchsorted(edges, x, side="right"), np.searchsorted(edges, x, side="left")   # edges up to x, and below x
-            genes[at], bins[at] = g, math.ceil(_drawn(cell, g)*(lower - upper) + upper); at += 1; kept += x
+            upper, lower = (
+                np.searchsorted(edges, x, side="right"),
+                np.searchsorted(edges, x, side="left"),
+            )  # edges up to x, and below x
+            genes[at], bins[at] = g, math.ceil(_drawn(cell, g) * (lower - upper) + upper)
+            at += 1
+            kept += x
         offsets[c + 1], detected[c], total[c], cut[c] = at, m, sum_of_counts, sum_of_counts - kept
     return at
 
+
 class ValueEncoder(Encoder):
-    "Counts of a chunk of cells -> (gene, value bin), scGPT's way. Made and called like our `Encoder`."
-    def __call__(self, chunk)->dict: # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut, rescued
-        if self.shared: chunk = self._summed(chunk)
-        n, limit = chunk.shape[0], self.settings.max_len; bound = int(np.minimum(np.diff(chunk.indptr), limit).sum())
-        out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32), total=np.empty(n, np.int64), cut=np.empty(n, np.int64))
-        size = _values(*kernel_arrays(chunk), self.token, self.mixed, QUANTILES, self.seed, limit, *out.values())
-        return {**out, "genes": out["genes"][:size], "bins": out["bins"][:size], "rescued": np.zeros(n, np.int32)}
+    """Counts of a chunk of cells -> (gene, value bin), scGPT's way. Made and called like our
+    `Encoder`."""
+
+    def __call__(
+        self,
+        chunk,
+        # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut,
+        # rescued
+    ) -> dict:
+        if self.shared:
+            chunk = self._summed(chunk)
+        n, limit = chunk.shape[0], self.settings.max_len
+        bound = int(np.minimum(np.diff(chunk.indptr), limit).sum())
+        out = dict(
+            genes=np.empty(bound, np.uint16),
+            bins=np.empty(bound, np.uint8),
+            offsets=np.zeros(n + 1, np.int64),
+            detected=np.empty(n, np.int32),
+            total=np.empty(n, np.int64),
+            cut=np.empty(n, np.int64),
+        )
+        size = _values(
+            *kernel_arrays(chunk),
+            self.token,
+            self.mixed,
+            QUANTILES,
+            self.seed,
+            limit,
+            *out.values(),
+        )
+        return {
+            **out,
+            "genes": out["genes"][:size],
+            "bins": out["bins"][:size],
+            "rescued": np.zeros(n, np.int32),
+        }
 
 # %% ../nbs/18b_scgpt.ipynb #c57f7797
 class ValueEmbeddings(nn.Module):
     "A normalised gene vector plus a normalised vector of its value; positions are not looked at."
+
     def __init__(self, config):
         super().__init__()
-        D = config.hidden_size; self.special_value = float(config.special_value)
-        self.word_embeddings, self.LayerNorm = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id), nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.value_in, self.value_out, self.value_norm = nn.Linear(1, D), nn.Linear(D, D), nn.LayerNorm(D, eps=config.layer_norm_eps)
+        D = config.hidden_size
+        self.special_value = float(config.special_value)
+        self.word_embeddings, self.LayerNorm = (
+            nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id),
+            nn.LayerNorm(D, eps=config.layer_norm_eps),
+        )
+        self.value_in, self.value_out, self.value_norm = (
+            nn.Linear(1, D),
+            nn.Linear(D, D),
+            nn.LayerNorm(D, eps=config.layer_norm_eps),
+        )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, bins, position_ids=None): # each (B, L) -> (B, L, D)
-        value_BL1 = torch.where(bins == 0, self.special_value, bins.to(self.value_in.weight.dtype))[..., None]
-        return self.LayerNorm(self.word_embeddings(input_ids)) + self.dropout(self.value_norm(self.value_out(self.value_in(value_BL1).relu())))
+    def forward(self, input_ids, bins, position_ids=None):  # each (B, L) -> (B, L, D)
+        value_BL1 = torch.where(bins == 0, self.special_value, bins.to(self.value_in.weight.dtype))[
+            ..., None
+        ]
+        return self.LayerNorm(self.word_embeddings(input_ids)) + self.dropout(
+            self.value_norm(self.value_out(self.value_in(value_BL1).relu()))
+        )
+
 
 class ScgptModel(ScembPreTrainedModel):
-    "Our encoder with scGPT's embeddings; `.bert` takes what `ScembModel` takes, bins being value bins."
+    """Our encoder with scGPT's embeddings; `.bert` takes what `ScembModel` takes, bins being value
+    bins."""
+
     def __init__(self, config):
         super().__init__(config)
-        self.bert = ScembModel(config); self.bert.embeddings = ValueEmbeddings(config)
+        self.bert = ScembModel(config)
+        self.bert.embeddings = ValueEmbeddings(config)
         self.post_init()
-    def get_input_embeddings(self): return self.bert.embeddings.word_embeddings
-    def set_input_embeddings(self, value): self.bert.embeddings.word_embeddings = value
+
+    def get_input_embeddings(self):
+        return self.bert.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.bert.embeddings.word_embeddings = value
 
 # %% ../nbs/18b_scgpt.ipynb #06b9d18b
-_NAMES = {"encoder.enc_norm": "bert.embeddings.LayerNorm", "value_encoder.linear1": "bert.embeddings.value_in", "value_encoder.linear2": "bert.embeddings.value_out", "value_encoder.norm": "bert.embeddings.value_norm"}
-_IN_LAYER = {"self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm", "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm"}
+_NAMES = {
+    "encoder.enc_norm": "bert.embeddings.LayerNorm",
+    "value_encoder.linear1": "bert.embeddings.value_in",
+    "value_encoder.linear2": "bert.embeddings.value_out",
+    "value_encoder.norm": "bert.embeddings.value_norm",
+}
+_IN_LAYER = {
+    "self_attn.out_proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "linear1": "intermediate.dense",
+    "linear2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+
 
 def renamed(
-    state:dict,      # Name -> tensor, scGPT's names
-    ids:np.ndarray,  # Its number of each of our tokens, -1 = it has none
-)->dict:             # Name -> tensor, our names; heads are left out
+    state: dict,  # Name -> tensor, scGPT's names
+    ids: np.ndarray,  # Its number of each of our tokens, -1 = it has none
+) -> dict:  # Name -> tensor, our names; heads are left out
     "Translate scGPT's weights: names, the fused matrix, the places of the tokens."
     w = {}
     for k, v in state.items():
         stem, end = k.rsplit(".", 1)
-        if k == "encoder.embedding.weight": w["bert.embeddings.word_embeddings.weight"] = torch.where(torch.from_numpy(ids < 0)[:, None], 0., v[torch.from_numpy(ids.clip(0))].float())
-        elif stem in _NAMES: w[f"{_NAMES[stem]}.{end}"] = v.float()
+        if k == "encoder.embedding.weight":
+            w["bert.embeddings.word_embeddings.weight"] = torch.where(
+                torch.from_numpy(ids < 0)[:, None], 0.0, v[torch.from_numpy(ids.clip(0))].float()
+            )
+        elif stem in _NAMES:
+            w[f"{_NAMES[stem]}.{end}"] = v.float()
         elif k.startswith("transformer_encoder.layers."):
-            i, inside = k.removeprefix("transformer_encoder.layers.").split(".", 1); stem = inside.rsplit(".", 1)[0]; at = f"bert.encoder.layer.{i}"
-            if inside.replace("Wqkv.", "in_proj_") in ("self_attn.in_proj_weight", "self_attn.in_proj_bias"):
-                for name, part in zip(("query", "key", "value"), v.float().chunk(3)): w[f"{at}.attention.self.{name}.{'bias' if inside.endswith('bias') else 'weight'}"] = part
-            elif stem in _IN_LAYER: w[f"{at}.{_IN_LAYER[stem]}.{end}"] = v.float()
+            i, inside = k.removeprefix("transformer_encoder.layers.").split(".", 1)
+            stem = inside.rsplit(".", 1)[0]
+            at = f"bert.encoder.layer.{i}"
+            if inside.replace("Wqkv.", "in_proj_") in (
+                "self_attn.in_proj_weight",
+                "self_attn.in_proj_bias",
+            ):
+                kind = "bias" if inside.endswith("bias") else "weight"
+                for name, part in zip(("query", "key", "value"), v.float().chunk(3)):
+                    w[f"{at}.attention.self.{name}.{kind}"] = part
+            elif stem in _IN_LAYER:
+                w[f"{at}.{_IN_LAYER[stem]}.{end}"] = v.float()
     return w
 
+
 def scgpt_vocabulary(
-    vocab:dict, # Symbol or special token -> number
-)->tuple:       # (our Vocabulary, its number of each of our tokens (V,), -1 = it has none, its symbols by our tokens)
-    "scGPT's genes in our layout: by Ensembl id where our gene table knows the symbol, else by the symbol."
-    symbols = sorted((s for s in vocab if not s.startswith("<")), key=vocab.get); rows = map_genes(symbols, duplicates="sum").rows
-    ensembl, taken = gene_table().ensembl_id.to_numpy(), set(symbols); names = []
-    for s, r in zip(symbols, rows): names.append(s if r < 0 or ensembl[r] in taken else ensembl[r]); taken.add(names[-1])
+    vocab: dict,  # Symbol or special token -> number
+    # (our Vocabulary, its number of each of our tokens (V,), -1 = it has none, its symbols by our
+    # tokens)
+) -> tuple:
+    """scGPT's genes in our layout: by Ensembl id where our gene table knows the symbol, else by the
+    symbol."""
+    symbols = sorted((s for s in vocab if not s.startswith("<")), key=vocab.get)
+    rows = map_genes(symbols, duplicates="sum").rows
+    ensembl, taken = gene_table().ensembl_id.to_numpy(), set(symbols)
+    names = []
+    for s, r in zip(symbols, rows):
+        names.append(s if r < 0 or ensembl[r] in taken else ensembl[r])
+        taken.add(names[-1])
     special = [vocab.get("<pad>", -1), -1, vocab.get("<cls>", -1), -1]
     return Vocabulary(tuple(names)), np.array(special + [vocab[s] for s in symbols]), symbols
 
 # %% ../nbs/18b_scgpt.ipynb #ee408348
 class ScgptPeer(Peer):
     "A `Peer` whose cells are sets of (gene, value bin)."
-    def tokenizer(self, counts): return ValueEncoder(self.tokens_of(counts)[0], self.vocabulary, self.settings)
+
+    def tokenizer(self, counts):
+        return ValueEncoder(self.tokens_of(counts)[0], self.vocabulary, self.settings)
+
 
 def ScGPT(
-    path,                  # Its folder
-    max_len:int=1200,      # Tokens a cell with <cls>, as its `embed_data` has it
-    device:str|None=None, precision:str="fp32", token_budget:int|None=None, # See `cell_encoder`
-    seed:int=0,            # Of ties between bins, and of the genes that a long cell shows
-)->Peer:
+    path,  # Its folder
+    max_len: int = 1200,  # Tokens a cell with <cls>, as its `embed_data` has it
+    device: str | None = None,
+    precision: str = "fp32",
+    token_budget: int | None = None,  # See `cell_encoder`
+    seed: int = 0,  # Of ties between bins, and of the genes that a long cell shows
+) -> Peer:
     "Open an scGPT folder for embedding."
     folder = local_folder(path)
-    if missing := [f for f in ("args.json", "vocab.json", "best_model.pt") if not (folder/f).exists()]: raise FileNotFoundError(f"{path} is no scGPT folder: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.")
-    args, vocab = read_json(folder/"args.json"), read_json(folder/"vocab.json")
-    if lacks := [k for k in ("embsize", "nheads", "d_hid", "nlayers", "pad_value") if not isinstance(args.get(k), (int, float))]: raise ValueError(f"{path}: args.json does not say {lacks}; these are the sizes of the model.")
-    if args.get("input_emb_style", "continuous") != "continuous": raise ValueError(f"{path}: values enter as {args['input_emb_style']!r}; only 'continuous' (as in the published models) is read.")
-    for s in ("<pad>", "<cls>", "<eoc>"): vocab.setdefault(s, len(vocab))                          # as its own reader does
-    if sorted(map(str, vocab.values())) != sorted(map(str, range(len(vocab)))): raise ValueError(f"{path}: vocab.json is no vocabulary: its numbers must be 0 to {len(vocab) - 1}.")
-    state = {k.removeprefix("module."): v for k, v in read_weights(folder/"best_model.pt").items()}
+    if missing := [
+        f for f in ("args.json", "vocab.json", "best_model.pt") if not (folder / f).exists()
+    ]:
+        raise FileNotFoundError(
+            f"{path} is no scGPT folder: {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing."
+        )
+    args, vocab = read_json(folder / "args.json"), read_json(folder / "vocab.json")
+    if lacks := [
+        k
+        for k in ("embsize", "nheads", "d_hid", "nlayers", "pad_value")
+        if not isinstance(args.get(k), (int, float))
+    ]:
+        raise ValueError(
+            f"{path}: args.json does not say {lacks}; these are the sizes of the model."
+        )
+    if args.get("input_emb_style", "continuous") != "continuous":
+        raise ValueError(
+            f"{path}: values enter as {args['input_emb_style']!r}; only 'continuous' (as in the "
+            "published models) is read."
+        )
+    for s in ("<pad>", "<cls>", "<eoc>"):
+        vocab.setdefault(s, len(vocab))  # as its own reader does
+    if sorted(map(str, vocab.values())) != sorted(map(str, range(len(vocab)))):
+        raise ValueError(
+            f"{path}: vocab.json is no vocabulary: its numbers must be 0 to {len(vocab) - 1}."
+        )
+    state = {
+        k.removeprefix("module."): v for k, v in read_weights(folder / "best_model.pt").items()
+    }
     rows = len(state["encoder.embedding.weight"]) if "encoder.embedding.weight" in state else None
-    if rows != len(vocab): raise ValueError(f"{path}: the weights have {'no gene vectors' if rows is None else f'{rows:,} tokens'} and vocab.json {len(vocab):,}: another vocabulary. Take both from the same model.")
-    inner = next((x.shape[0] for name, x in state.items() if name.endswith("layers.0.linear1.weight")), None)
-    check_sizes(path, [("embsize", args["embsize"], state["encoder.embedding.weight"].shape[1]), ("nlayers", args["nlayers"], layers_in(state)), ("d_hid", args["d_hid"], inner)])
-    if not 2 <= max_len: raise ValueError(f"max_len={max_len}; <cls> and at least one gene are needed.")
+    if rows != len(vocab):
+        raise ValueError(
+            f"{path}: the weights have "
+            f"{'no gene vectors' if rows is None else f'{rows:,} tokens'} and vocab.json "
+            f"{len(vocab):,}: another vocabulary. Take both from the same model."
+        )
+    inner = next(
+        (x.shape[0] for name, x in state.items() if name.endswith("layers.0.linear1.weight")), None
+    )
+    check_sizes(
+        path,
+        [
+            ("embsize", args["embsize"], state["encoder.embedding.weight"].shape[1]),
+            ("nlayers", args["nlayers"], layers_in(state)),
+            ("d_hid", args["d_hid"], inner),
+        ],
+    )
+    if not 2 <= max_len:
+        raise ValueError(f"max_len={max_len}; <cls> and at least one gene are needed.")
     vocabulary, ids, symbols = scgpt_vocabulary(vocab)
-    dropout = args.get("dropout", .2)
-    net = ScgptModel(ScembConfig(vocab_size=len(vocabulary), hidden_size=args["embsize"], num_hidden_layers=args["nlayers"], num_attention_heads=args["nheads"], intermediate_size=args["d_hid"], hidden_act="relu",
-        layer_norm_eps=1e-5, max_position_embeddings=max_len, type_vocab_size=51, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, special_value=args["pad_value"])).eval()
+    dropout = args.get("dropout", 0.2)
+    net = ScgptModel(
+        ScembConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=args["embsize"],
+            num_hidden_layers=args["nlayers"],
+            num_attention_heads=args["nheads"],
+            intermediate_size=args["d_hid"],
+            hidden_act="relu",
+            layer_norm_eps=1e-5,
+            max_position_embeddings=max_len,
+            type_vocab_size=51,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            special_value=args["pad_value"],
+        )
+    ).eval()
     fill(net, renamed(state, ids), str(path))
-    e = cell_encoder((net, vocabulary, TokenizerSettings(max_len=max_len - 1, n_bins=50)), "mean12", None, device, precision, token_budget, seed)
-    return ScgptPeer(e.net, vocabulary, e.settings, "cls", precision, e.token_budget, f"scGPT {Path(path).name}", {s: i for i, s in enumerate(symbols, len(SPECIAL))}, {}, ids, (2,), unit_length=True)
+    e = cell_encoder(
+        (net, vocabulary, TokenizerSettings(max_len=max_len - 1, n_bins=50)),
+        "mean12",
+        None,
+        device,
+        precision,
+        token_budget,
+        seed,
+    )
+    return ScgptPeer(
+        e.net,
+        vocabulary,
+        e.settings,
+        "cls",
+        precision,
+        e.token_budget,
+        f"scGPT {Path(path).name}",
+        {s: i for i, s in enumerate(symbols, len(SPECIAL))},
+        {},
+        ids,
+        (2,),
+        unit_length=True,
+    )

@@ -27,10 +27,11 @@ from .tokenize import MASK
 
 # %% ../nbs/14a_screen.ipynb #2b40b1b9
 def tokens_at_once(
-    n_heads:int, n_tokens:int, # Of the model; of the cell
-    device,                    # A torch device
-    free:int|None=None,        # Bytes free on a GPU; None: asked of the GPU
-)->int:
+    n_heads: int,
+    n_tokens: int,  # Of the model; of the cell
+    device,  # A torch device
+    free: int | None = None,  # Bytes free on a GPU; None: asked of the GPU
+) -> int:
     "Tokens j of a block: 64 on a CPU, whose cache they fill; on a GPU up to 1,024, by its memory."
     device = torch.device(device)
     if device.type != "cuda":
@@ -38,25 +39,33 @@ def tokens_at_once(
     if free is None:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
-    bytes_a_token = 4*4*n_heads*n_tokens                    # P, R and two in the making, float32
-    return int(min(1024, max(64, free//2//bytes_a_token)))
+    bytes_a_token = 4 * 4 * n_heads * n_tokens  # P, R and two in the making, float32
+    return int(min(1024, max(64, free // 2 // bytes_a_token)))
+
 
 def response(
-    q, k, v,           # Queries (over the root of their width), keys, values, each (H, L, d)
-    lse, o,            # Log-sum of scores (H, L) and attention output (H, L, d)
-    k_new, v_new,      # Of each token if it were perturbed (H, L, d)
-    g,                 # Gradient with respect to o, (directions, H, L, d)
-    block:int=64,      # Tokens j at a time
-): # (directions, L): what perturbing token i does, summed over the others
+    q,
+    k,
+    v,  # Queries (over the root of their width), keys, values, each (H, L, d)
+    lse,
+    o,  # Log-sum of scores (H, L) and attention output (H, L, d)
+    k_new,
+    v_new,  # Of each token if it were perturbed (H, L, d)
+    g,  # Gradient with respect to o, (directions, H, L, d)
+    block: int = 64,  # Tokens j at a time
+):  # (directions, L): what perturbing token i does, summed over the others
     "Exact softmax response of all tokens to each one's new key and value, projected on gradients."
     H, L, d = k.shape
     K = len(g)
     one = torch.ones(H, L, 1, device=k.device)
-    wide = lambda x: torch.cat([x, one], 2)
-    k, k_new, v, v_new = wide(k), wide(k_new), wide(v), wide(v_new)     # (H, L, d + 1)
+
+    def wide(x):
+        return torch.cat([x, one], 2)
+
+    k, k_new, v, v_new = wide(k), wide(k_new), wide(v), wide(v_new)  # (H, L, d + 1)
     q = torch.cat([q, -lse[..., None]], 2)
-    g = torch.cat([g, -(g*o).sum(-1, keepdim=True)], 3)
-    g_HLe = g.permute(1, 2, 0, 3).flatten(2)                # e: directions side by side
+    g = torch.cat([g, -(g * o).sum(-1, keepdim=True)], 3)
+    g_HLe = g.permute(1, 2, 0, 3).flatten(2)  # e: directions side by side
     old_HLe, new_HLe = torch.zeros_like(g_HLe), torch.zeros_like(g_HLe)
     for a in range(0, L, block):
         rows = slice(a, min(a + block, L))
@@ -66,25 +75,32 @@ def response(
         inverse = (R - P).add_(1).clamp_(min=1e-6).reciprocal_()
         P *= inverse
         R *= inverse
-        P[:, own, a + own] = 0                              # a token's effect on itself is its own path
+        P[:, own, a + own] = 0  # a token's effect on itself is its own path
         R[:, own, a + own] = 0
         old_HLe.baddbmm_(P.transpose(1, 2), g_HLe[:, rows])
         new_HLe.baddbmm_(R.transpose(1, 2), g_HLe[:, rows])
-    apart = lambda x: x.unflatten(2, (K, d + 1))            # (H, L, K, d + 1)
-    change = apart(new_HLe)*v_new[:, :, None] - apart(old_HLe)*v[:, :, None]
+
+    def apart(x):
+        return x.unflatten(2, (K, d + 1))  # (H, L, K, d + 1)
+
+    change = apart(new_HLe) * v_new[:, :, None] - apart(old_HLe) * v[:, :, None]
     return change.sum((0, 3)).T
 
 # %% ../nbs/14a_screen.ipynb #61e88ec4
-def _heads(own, x): # (L, D) -> q, k, v (H, L, d); queries over the root of d
-    q, k, v = (f(x).unflatten(-1, (own.heads, -1)).transpose(0, 1) for f in (own.query, own.key, own.value))
-    return q/math.sqrt(q.shape[-1]), k, v
+def _heads(own, x):  # (L, D) -> q, k, v (H, L, d); queries over the root of d
+    q, k, v = (
+        f(x).unflatten(-1, (own.heads, -1)).transpose(0, 1) for f in (own.query, own.key, own.value)
+    )
+    return q / math.sqrt(q.shape[-1]), k, v
 
-def _rest(layer, o_HLd, x): # attention output and input of a layer -> its output (L, D)
+
+def _rest(layer, o_HLd, x):  # attention output and input of a layer -> its output (L, D)
     x = layer.attention["output"](o_HLd.transpose(0, 1).flatten(1), x)
     return layer.output(layer.act(layer.intermediate["dense"](x)), x)
 
+
 @torch.no_grad()
-def _up(net, ids, bins): # -> of each layer: input (L, D), lse (H, L), o, k', v' (H, L, d)
+def _up(net, ids, bins):  # -> of each layer: input (L, D), lse (H, L), o, k', v' (H, L, d)
     "Walk the cell as it is (x) and every gene as if masked (y) up the layers, side by side."
     embeddings = net.bert.embeddings
     rank = torch.arange(len(ids), device=ids.device)
@@ -100,111 +116,156 @@ def _up(net, ids, bins): # -> of each layer: input (L, D), lse (H, L), o, k', v'
         o = (scores - lse[..., None]).exp_() @ v
         # each masked gene sees the others as they were, and itself masked
         scores_new = q_new @ k.transpose(1, 2)
-        scores_new.diagonal(dim1=1, dim2=2).copy_((q_new*k_new).sum(-1))
+        scores_new.diagonal(dim1=1, dim2=2).copy_((q_new * k_new).sum(-1))
         W = scores_new.softmax(-1)
-        o_new = W @ v + W.diagonal(dim1=1, dim2=2)[..., None]*(v_new - v)
+        o_new = W @ v + W.diagonal(dim1=1, dim2=2)[..., None] * (v_new - v)
         kept.append((x, lse, o, k_new, v_new))
         x, y = _rest(layer, o, x), _rest(layer, o_new, y)
     return kept
 
+
 def screened(
-    net,                # ScembForMaskedLM in evaluation mode
-    ids, bins,          # Tokens of one cell on the device, (L,)
-    directions,         # (directions, D), on the device
-    pooling:str="mean12",
-    block:int|None=None, # Tokens j at a time; None: see `tokens_at_once`
-)->np.ndarray:          # (directions, L): effect of masking each gene on the mean of the others
+    net,  # ScembForMaskedLM in evaluation mode
+    ids,
+    bins,  # Tokens of one cell on the device, (L,)
+    directions,  # (directions, D), on the device
+    pooling: str = "mean12",
+    block: int | None = None,  # Tokens j at a time; None: see `tokens_at_once`
+) -> np.ndarray:  # (directions, L): effect of masking each gene on the mean of the others
     "Effects of masking every gene of a cell, along given directions."
     layers = net.bert.encoder["layer"]
     kept = _up(net, ids, bins)
     L = len(ids)
     block = block or tokens_at_once(net.config.num_attention_heads, L, ids.device)
-    share = directions/len(layers) if pooling == "mean12" else directions
-    total = 0.
+    share = directions / len(layers) if pooling == "mean12" else directions
+    total = 0.0
     # gradients by the output of a layer, (directions, L, D)
     G = share[:, None].expand(-1, L, -1)
     for layer, (x, lse, o, k_new, v_new) in zip(reversed(layers), reversed(kept)):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             q, k, v = _heads(layer.attention["self"], x)
-            o = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.)[0]
+            o = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0]
             out = _rest(layer, o, x)
             by_o, by_x = torch.autograd.grad(out, (o, x), G, is_grads_batched=True)
         q, k, v, o = (part.detach() for part in (q, k, v, o))
         total = total + response(q, k, v, lse, o, k_new, v_new, by_o, block)
         G = by_x + (share[:, None] if pooling == "mean12" else 0)
-    return (total/(L - 1)).cpu().numpy()
+    return (total / (L - 1)).cpu().numpy()
 
 # %% ../nbs/14a_screen.ipynb #fa719ba2
 def goal_direction(
-    x,      # Embedding, shape (cells, D)
-    labels, # State of each cell
-    start:str, goal:str, # From and to
-)->np.ndarray: # Unit vector (D,)
+    x,  # Embedding, shape (cells, D)
+    labels,  # State of each cell
+    start: str,
+    goal: str,  # From and to
+) -> np.ndarray:  # Unit vector (D,)
     "Direction from the mean of one state to the mean of another."
     labels, x = np.asarray(labels).astype(str), np.asarray(x, float)
     for name in (start, goal):
-        if not (labels == name).any(): raise ValueError(f"No cell is {name!r}; the states are {', '.join(sorted(set(labels))[:8])}.")
+        if not (labels == name).any():
+            raise ValueError(
+                f"No cell is {name!r}; the states are {', '.join(sorted(set(labels))[:8])}."
+            )
     d = np.nanmean(x[labels == goal], 0) - np.nanmean(x[labels == start], 0)
-    if not np.linalg.norm(d) > 0: raise ValueError(f"{start!r} and {goal!r} have the same mean; there is no direction between them.")
-    return d/np.linalg.norm(d)
+    if not np.linalg.norm(d) > 0:
+        raise ValueError(
+            f"{start!r} and {goal!r} have the same mean; there is no direction between them."
+        )
+    return d / np.linalg.norm(d)
 
 # %% ../nbs/14a_screen.ipynb #803055c6
 def trust(
-    screened, exact, # Effects, shape (genes,)
-)->dict:             # spearman, relative_rmse, n
-    "How well screened effects match exact ones: rank correlation, and root mean square error over root mean square effect."
+    screened,
+    exact,  # Effects, shape (genes,)
+) -> dict:  # spearman, relative_rmse, n
+    """How well screened effects match exact ones: rank correlation, and root mean square error over
+    root mean square effect."""
     from scipy.stats import spearmanr
+
     s, x = np.asarray(screened, float), np.asarray(exact, float)
-    return dict(spearman=float(spearmanr(s, x).statistic), relative_rmse=float(np.sqrt(np.mean((s - x)**2)/np.mean(x**2))), n=len(x))
+    return dict(
+        spearman=float(spearmanr(s, x).statistic),
+        relative_rmse=float(np.sqrt(np.mean((s - x) ** 2) / np.mean(x**2))),
+        n=len(x),
+    )
 
 # %% ../nbs/14a_screen.ipynb #7fdbb877
 @dataclass
 class Screen:
     "Effects of masking genes on directions."
-    table: object # DataFrame: direction, gene, symbol, group, n_cells, effect, sd, exact (bool), screened; largest effects first
-    # DataFrame, against exact runs on a sample: direction, spearman, relative_rmse, refined_rmse, n;
+
+    # DataFrame: direction, gene, symbol, group, n_cells, effect, sd, exact (bool), screened;
+    # largest effects first
+    table: object
+    # DataFrame, against exact runs on a sample: direction, spearman, relative_rmse, refined_rmse,
+    # n;
     # products: fp32 or tf32
     trust: object
-    def __repr__(self):
-        t = self.trust; return f"Screen of {len(self.table):,} rows, {int(self.table.exact.sum()):,} exact; " + (f"the others against exact runs: Spearman {t.spearman.min():.3f}, relative error {t.relative_rmse.max():.3f} ({int(t.n.iloc[0])} pairs)" if len(t) else "the others not checked")
 
-def _directions(direction, width): # vector, or name -> vector -> names, unit vectors (K, D)
+    def __repr__(self):
+        t = self.trust
+        return f"Screen of {len(self.table):,} rows, {int(self.table.exact.sum()):,} exact; " + (
+            f"the others against exact runs: Spearman {t.spearman.min():.3f}, relative error "
+            f"{t.relative_rmse.max():.3f} ({int(t.n.iloc[0])} pairs)"
+            if len(t)
+            else "the others not checked"
+        )
+
+
+def _directions(direction, width):  # vector, or name -> vector -> names, unit vectors (K, D)
     named = direction if isinstance(direction, dict) else {"goal": direction}
     U = np.array([np.asarray(d, float) for d in named.values()])
-    if U.ndim != 2 or U.shape[1] != width: raise ValueError(f"A direction has shape {U.shape[1:]}, the model is {width} wide; give a vector of its embedding space, such as goal_direction(adata.obsm['X_scemb'], ...).")
-    if not (np.isfinite(U).all() and (np.linalg.norm(U, axis=1) > 0).all()): raise ValueError("A direction is zero or not finite; it must point somewhere.")
-    return list(named), U/np.linalg.norm(U, axis=1, keepdims=True)
+    if U.ndim != 2 or U.shape[1] != width:
+        raise ValueError(
+            f"A direction has shape {U.shape[1:]}, the model is {width} wide; give a vector of "
+            "its embedding space, such as goal_direction(adata.obsm['X_scemb'], ...)."
+        )
+    if not (np.isfinite(U).all() and (np.linalg.norm(U, axis=1) > 0).all()):
+        raise ValueError("A direction is zero or not finite; it must point somewhere.")
+    return list(named), U / np.linalg.norm(U, axis=1, keepdims=True)
 
 # %% ../nbs/14a_screen.ipynb #e3630bde
 def screen(
-    adata,                     # AnnData with raw counts, or a path: the cells
-    direction,                 # Vector (D,) in the embedding, or {name: vector}; see `goal_direction`
-    model="scemb-small",       # As for `embed`, or a CellEncoder
-    by:str|None=None,          # Column of obs: average within its groups
-    refine:int=0,              # Rows of largest effect, of each direction and group, that must be exact
-    check_cells:int=2, check_genes:int=24, # Sample run exactly to judge the screen; 0: none
-    min_cells:int=5,           # Cells that must express a gene
-    seed:int=0,                # Of the sample
-    folder=None, window:int=64, # From `open_job`: where finished windows are kept; cells a window
-    progress=None, **settings, # Called with (cells done, cells in all); as for `perturb`
-)->Screen:
-    "Mask every expressed gene of every cell, and say how far it moves the cell along each direction."
+    adata,  # AnnData with raw counts, or a path: the cells
+    direction,  # Vector (D,) in the embedding, or {name: vector}; see `goal_direction`
+    model="scemb-small",  # As for `embed`, or a CellEncoder
+    by: str | None = None,  # Column of obs: average within its groups
+    refine: int = 0,  # Rows of largest effect, of each direction and group, that must be exact
+    check_cells: int = 2,
+    check_genes: int = 24,  # Sample run exactly to judge the screen; 0: none
+    min_cells: int = 5,  # Cells that must express a gene
+    seed: int = 0,  # Of the sample
+    folder=None,
+    window: int = 64,  # From `open_job`: where finished windows are kept; cells a window
+    progress=None,
+    **settings,  # Called with (cells done, cells in all); as for `perturb`
+) -> Screen:
+    """Mask every expressed gene of every cell, and say how far it moves the cell along each
+    direction."""
     import pandas as pd
+
     if other := sorted(set(settings) & {"kind", "factor", "outside", "per_cell"}):
         raise ValueError(
             f"{other[0]}= belongs to perturb; a screen masks one gene at a time "
-            "and takes the mean over all the others.")
+            "and takes the mean over all the others."
+        )
     p = plan(adata, model, None, by=by, min_cells=min_cells, **settings)
     names, U = _directions(direction, p.coder.net.config.hidden_size)
     n = p.counts.n_cells
     drawn = np.random.default_rng(seed).permutation(n)[:check_cells] if check_genes else []
     sample = Sample({int(cell) for cell in drawn}, check_genes, seed)
     products = _kept_choice(folder, lambda: chosen_products(p, U, sample, window))
-    work = lambda first: _sums(p, U, window, first, sample, products)
-    parts = resumed(folder, -(-n//window), work, progress and (lambda done: progress(done, n)))
+
+    def work(first):
+        return _sums(p, U, window, first, sample, products)
+
+    parts = resumed(folder, -(-n // window), work, progress and (lambda done: progress(done, n)))
     table = _refined(_effects(p, names, parts, min_cells), p, names, U, refine, folder, window)
-    joined = lambda key: np.concatenate([part[key] for part in parts], -1)
+
+    def joined(key):
+        return np.concatenate([part[key] for part in parts], -1)
+
     at, s, x = joined("at_checked"), joined("screened"), joined("checked")
     rows = []
     for i, name in enumerate(names if len(at) else ()):
@@ -220,17 +281,20 @@ def screen(
 @dataclass
 class Sample:
     "What is run exactly to judge a screen."
-    cells: set   # Numbers of cells
-    n_genes: int # Genes of each
+
+    cells: set  # Numbers of cells
+    n_genes: int  # Genes of each
     seed: int
-    def genes(self, cell, n): # number of a cell, its genes in all -> places of those drawn
+
+    def genes(self, cell, n):  # number of a cell, its genes in all -> places of those drawn
         order = np.random.default_rng([self.seed, cell]).permutation(n)
-        return np.sort(order[:self.n_genes])
+        return np.sort(order[: self.n_genes])
+
 
 @contextmanager
 def products_in(
-    kind:str, # "fp32" or "tf32": factors as they are, or cut to ten bits where a GPU can
-):            # Context manager
+    kind: str,  # "fp32" or "tf32": factors as they are, or cut to ten bits where a GPU can
+):  # Context manager
     "Set how float32 matrices are multiplied, and set it back."
     former = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -239,14 +303,16 @@ def products_in(
     finally:
         torch.set_float32_matmul_precision(former)
 
-TOLERANCE = dict(spearman=.005, relative_rmse=.01) # What cut factors may cost in `trust`
+
+TOLERANCE = dict(spearman=0.005, relative_rmse=0.01)  # What cut factors may cost in `trust`
+
 
 def chosen_products(
-    p,            # Plan of the screen
-    U,            # Unit vectors (directions, D)
-    sample:Sample,
-    window:int=64, # Cells read at a time
-)->str:           # "fp32" or "tf32"
+    p,  # Plan of the screen
+    U,  # Unit vectors (directions, D)
+    sample: Sample,
+    window: int = 64,  # Cells read at a time
+) -> str:  # "fp32" or "tf32"
     "Let the sample decide whether factors may be cut."
     device = p.coder.net.device
     if p.coder.precision != "bf16" or not has_flash(device) or not sample.cells:
@@ -268,25 +334,31 @@ def chosen_products(
         of_full, of_cut = trust(f, e), trust(c, e)
         lost_order = of_full["spearman"] - of_cut["spearman"]
         more_error = of_cut["relative_rmse"] - of_full["relative_rmse"]
-        within = (lost_order <= TOLERANCE["spearman"]) and (more_error <= TOLERANCE["relative_rmse"])
+        within = (lost_order <= TOLERANCE["spearman"]) and (
+            more_error <= TOLERANCE["relative_rmse"]
+        )
         if not within:
             warnings.warn(
                 "With factors cut to ten bits the screen matches exact runs by Spearman "
                 f"{of_cut['spearman']:.3f} and relative error {of_cut['relative_rmse']:.3f}, "
-                f"in full precision by {of_full['spearman']:.3f} and {of_full['relative_rmse']:.3f}; "
-                "it goes on in full precision.")
+                f"in full precision by {of_full['spearman']:.3f} and "
+                f"{of_full['relative_rmse']:.3f}; "
+                "it goes on in full precision."
+            )
             return "fp32"
     return "tf32"
 
-def _kept_choice(folder, choose): # the choice of a job that was stopped holds for its rest
+
+def _kept_choice(folder, choose):  # the choice of a job that was stopped holds for its rest
     if folder is None:
         return choose()
-    note = folder/"products.txt"
+    note = folder / "products.txt"
     if not note.exists() or note.read_bytes() not in (b"fp32", b"tf32"):
         write_file(note, choose())
     return note.read_text()
 
-def kept_arrays(path, make): # .npz; () -> dict of arrays
+
+def kept_arrays(path, make):  # .npz; () -> dict of arrays
     "Arrays that are kept in a file, made where it is not there or damaged."
     try:
         return read_arrays(path)
@@ -296,34 +368,37 @@ def kept_arrays(path, make): # .npz; () -> dict of arrays
         return read_arrays(path)
 
 # %% ../nbs/14a_screen.ipynb #1fa13156
-def _cells_of_chunk(p, chunk): # counts -> yields (place in the chunk, Cells, tokens on the host)
+def _cells_of_chunk(p, chunk):  # counts -> yields (place in the chunk, Cells, tokens on the host)
     "Cells with two genes or more, one at a time."
     e = p.encoder(chunk)
     values = token_values(chunk, e, p.encoder)
     for c in np.flatnonzero(np.diff(e["offsets"]) > 1):
-        ids = e["genes"][e["offsets"][c]:e["offsets"][c + 1]].astype(np.int64)
+        ids = e["genes"][e["offsets"][c] : e["offsets"][c + 1]].astype(np.int64)
         yield c, cells_on(p.coder.net.device, e, values, np.array([c])), ids
 
-def _cells_of_screen(p, size, numbers): # yields (number, Cells, tokens on the host)
+
+def _cells_of_screen(p, size, numbers):  # yields (number, Cells, tokens on the host)
     "The cells asked for, read as windows are."
-    for window in sorted({number//size for number in numbers}):
-        first, chunk = next(p.counts.chunks(size, window*size))
+    for window in sorted({number // size for number in numbers}):
+        first, chunk = next(p.counts.chunks(size, window * size))
         for c, cell, ids in _cells_of_chunk(p, chunk):
             if first + c in numbers:
                 yield first + c, cell, ids
 
-def _exact_effects(p, cell, ids, some, U): # `some`: places of genes -> (directions, genes)
+
+def _exact_effects(p, cell, ids, some, U):  # `some`: places of genes -> (directions, genes)
     "Exact runs, always in full precision."
     coder = replace(p.coder, precision="fp32")
     same_cell = np.zeros(len(some), int)
     shift, _, _ = shifts_of(coder, cell, same_cell, some[:, None], ids[some, None])
     return U @ shift.T
 
-def _sums(p, U, size, start, sample, products): # yields (cells done, sums of a window)
+
+def _sums(p, U, size, start, sample, products):  # yields (cells done, sums of a window)
     "Screen window after window; `at` is group x vocabulary + token."
-    coder, K, n_places = p.coder, len(U), len(p.groups)*len(p.coder.vocabulary)
+    coder, K, n_places = p.coder, len(U), len(p.groups) * len(p.coder.vocabulary)
     u = torch.tensor(U, dtype=torch.float32, device=coder.net.device)
-    for first, chunk in p.counts.chunks(size, start*size):
+    for first, chunk in p.counts.chunks(size, start * size):
         total, square = np.zeros((K, n_places)), np.zeros((K, n_places))
         n = np.zeros(n_places, int)
         at_checked = [np.zeros(0, int)]
@@ -331,7 +406,7 @@ def _sums(p, U, size, start, sample, products): # yields (cells done, sums of a 
         for c, cell, ids in _cells_of_chunk(p, chunk):
             with products_in(products):
                 effect = screened(coder.net, cell.ids, cell.bins, u, coder.pooling)
-            at = p.group[first + c]*len(coder.vocabulary) + ids
+            at = p.group[first + c] * len(coder.vocabulary) + ids
             total[:, at] += effect
             square[:, at] += effect**2
             n[at] += 1
@@ -346,86 +421,233 @@ def _sums(p, U, size, start, sample, products): # yields (cells done, sums of a 
         sums = dict(at=at, total=total[:, at], square=square[:, at], n=n[at])
         yield first + chunk.shape[0], sums | checked
 
-def _effects(p, names, parts, min_cells): # sums of windows -> table
+
+def _effects(p, names, parts, min_cells):  # sums of windows -> table
     import pandas as pd
-    V, ids, symbols = len(p.coder.vocabulary), np.array((None,)*4 + p.coder.vocabulary.genes, object), np.asarray(p.coder.vocabulary.symbols)
-    total, square, n = np.zeros((len(names), len(p.groups)*V)), np.zeros((len(names), len(p.groups)*V)), np.zeros(len(p.groups)*V, int)
-    for part in parts: total[:, part["at"]] += part["total"]; square[:, part["at"]] += part["square"]; n[part["at"]] += part["n"]
-    at = np.flatnonzero(n >= min_cells); frames = []
+
+    V, ids, symbols = (
+        len(p.coder.vocabulary),
+        np.array((None,) * 4 + p.coder.vocabulary.genes, object),
+        np.asarray(p.coder.vocabulary.symbols),
+    )
+    total, square, n = (
+        np.zeros((len(names), len(p.groups) * V)),
+        np.zeros((len(names), len(p.groups) * V)),
+        np.zeros(len(p.groups) * V, int),
+    )
+    for part in parts:
+        total[:, part["at"]] += part["total"]
+        square[:, part["at"]] += part["square"]
+        n[part["at"]] += part["n"]
+    at = np.flatnonzero(n >= min_cells)
+    frames = []
     for name, t, s in zip(names, total, square):
-        mean = t[at]/n[at]; sd = np.sqrt(np.maximum(s[at]/n[at] - mean**2, 0)*n[at]/np.maximum(n[at] - 1, 1))
-        frames.append(pd.DataFrame(dict(at=at, direction=name, gene=ids[at % V], symbol=symbols[at % V], group=p.groups[at//V], n_cells=n[at], effect=mean, sd=np.where(n[at] > 1, sd, np.nan), exact=False, screened=mean)))
+        mean = t[at] / n[at]
+        sd = np.sqrt(np.maximum(s[at] / n[at] - mean**2, 0) * n[at] / np.maximum(n[at] - 1, 1))
+        frames.append(
+            pd.DataFrame(
+                dict(
+                    at=at,
+                    direction=name,
+                    gene=ids[at % V],
+                    symbol=symbols[at % V],
+                    group=p.groups[at // V],
+                    n_cells=n[at],
+                    effect=mean,
+                    sd=np.where(n[at] > 1, sd, np.nan),
+                    exact=False,
+                    screened=mean,
+                )
+            )
+        )
     return _largest_first(pd.concat(frames, ignore_index=True))
 
-def _largest_first(table): return table.iloc[np.lexsort((-table.effect.abs(), table.group, table.direction))].reset_index(drop=True)
+
+def _largest_first(table):
+    return table.iloc[np.lexsort((-table.effect.abs(), table.group, table.direction))].reset_index(
+        drop=True
+    )
 
 # %% ../nbs/14a_screen.ipynb #821bdc53
-def _refined(table, p, names, U, k, folder, window): # run the largest effects exactly until the first k of each direction and group are exact
-    V, symbols, n = len(p.coder.vocabulary), np.asarray(p.coder.vocabulary.symbols), -(-p.counts.n_cells//window)
+def _refined(table, p, names, U, k, folder, window):
+    # run the largest effects exactly until the first k of each direction and group are exact
+    V, symbols, n = (
+        len(p.coder.vocabulary),
+        np.asarray(p.coder.vocabulary.symbols),
+        -(-p.counts.n_cells // window),
+    )
     while k:
-        head = table.groupby(["direction", "group"], sort=False).head(k); todo = np.unique(head["at"][~head.exact] % V)
-        if not len(todo): break
-        sets = Sets(list(symbols[todo]), todo[:, None], [""]*len(todo))
+        head = table.groupby(["direction", "group"], sort=False).head(k)
+        todo = np.unique(head["at"][~head.exact] % V)
+        if not len(todo):
+            break
+        sets = Sets(list(symbols[todo]), todo[:, None], [""] * len(todo))
         q = replace(p, coder=replace(p.coder, precision="fp32"), sets=sets, per_cell=True)
-        parts = resumed(folder and open_job(folder/f"exact_{int(table.exact.sum())}", todo.tolist()), n, lambda first, q=q: _projected(q, U, window, first))
-        at, effect = (np.concatenate([x[key] for x in parts]) for key in ("at", "effect")); rows, owner = np.unique(at, return_inverse=True); m = np.bincount(owner)
+        parts = resumed(
+            folder and open_job(folder / f"exact_{int(table.exact.sum())}", todo.tolist()),
+            n,
+            lambda first, q=q: _projected(q, U, window, first),
+        )
+        at, effect = (np.concatenate([x[key] for x in parts]) for key in ("at", "effect"))
+        rows, owner = np.unique(at, return_inverse=True)
+        m = np.bincount(owner)
         for i, name in enumerate(names):
-            mean = np.bincount(owner, effect[:, i])/m; sd = np.sqrt(np.bincount(owner, (effect[:, i] - mean[owner])**2)/np.maximum(m - 1, 1)); mine = (table.direction == name) & table["at"].isin(rows)
-            place = np.searchsorted(rows, table["at"][mine]); table.loc[mine, "effect"] = mean[place]; table.loc[mine, "sd"] = np.where(m > 1, sd, np.nan)[place]; table.loc[mine, "exact"] = True
+            mean = np.bincount(owner, effect[:, i]) / m
+            sd = np.sqrt(
+                np.bincount(owner, (effect[:, i] - mean[owner]) ** 2) / np.maximum(m - 1, 1)
+            )
+            mine = (table.direction == name) & table["at"].isin(rows)
+            place = np.searchsorted(rows, table["at"][mine])
+            table.loc[mine, "effect"] = mean[place]
+            table.loc[mine, "sd"] = np.where(m > 1, sd, np.nan)[place]
+            table.loc[mine, "exact"] = True
         table = _largest_first(table)
     return table
 
-def _projected(q, U, size, start): # yields (cells done, exact effects of a window: at, effect (variants, directions))
+
+def _projected(q, U, size, start):
+    # yields (cells done, exact effects of a window: at, effect (variants, directions))
     V = len(q.coder.vocabulary)
     for done, _, part in windows(q, size, start):
-        if part is None: yield done, dict(at=np.zeros(0, int), effect=np.zeros((0, len(U)))); continue
-        yield done, dict(at=q.group[part["cell"]]*V + q.sets.tokens[part["sets"], 0], effect=part["shift"].astype(float) @ U.T)
+        if part is None:
+            yield done, dict(at=np.zeros(0, int), effect=np.zeros((0, len(U))))
+            continue
+        yield (
+            done,
+            dict(
+                at=q.group[part["cell"]] * V + q.sets.tokens[part["sets"], 0],
+                effect=part["shift"].astype(float) @ U.T,
+            ),
+        )
 
 # %% ../nbs/14a_screen.ipynb #4f46a722
 def screen_file(
-    path, out,                 # An .h5ad with raw counts; CSV to write, and NAME_trust.csv beside it
-    label:str, start:str, goal:str, # Column of obs; the state whose cells are screened; the state they are to move to
-    model="scemb-small",       # As for `embed`, or a CellEncoder
-    cells:int=200,             # Of each state at most
-    refine:int=20, min_cells:int=5, seed:int=0, # See `screen`; the seed also draws the cells
-    layer:str|Reading|None=None, device:str|None=None, precision:str="auto", # As for `embed`
-    window:int=16,             # Cells a window: what a stop can lose
-    overwrite:bool=False, progress=None, # Replace an earlier result; called with (cells done, cells in all)
-)->Screen:
+    path,
+    out,  # An .h5ad with raw counts; CSV to write, and NAME_trust.csv beside it
+    label: str,
+    start: str,
+    goal: str,  # Column of obs; the state whose cells are screened; the state they are to move to
+    model="scemb-small",  # As for `embed`, or a CellEncoder
+    cells: int = 200,  # Of each state at most
+    refine: int = 20,
+    min_cells: int = 5,
+    seed: int = 0,  # See `screen`; the seed also draws the cells
+    layer: str | Reading | None = None,
+    device: str | None = None,
+    precision: str = "auto",  # As for `embed`
+    window: int = 16,  # Cells a window: what a stop can lose
+    overwrite: bool = False,
+    progress=None,  # Replace an earlier result; called with (cells done, cells in all)
+) -> Screen:
     "Screen the cells of a file from one state towards another, resumable."
     path, out = Path(path), Path(out)
     check_results(out, overwrite, (".csv",), [out.with_name(f"{out.stem}_trust.csv")])
     with only_writer(out):
-        return _screen_file(path, out, label, start, goal, model, cells, refine, min_cells, seed, layer, device, precision, window, progress)
+        return _screen_file(
+            path,
+            out,
+            label,
+            start,
+            goal,
+            model,
+            cells,
+            refine,
+            min_cells,
+            seed,
+            layer,
+            device,
+            precision,
+            window,
+            progress,
+        )
 
-def _screen_file(path, out, label, start, goal, model, cells, refine, min_cells, seed, layer, device, precision, window, progress):
+
+def _screen_file(
+    path,
+    out,
+    label,
+    start,
+    goal,
+    model,
+    cells,
+    refine,
+    min_cells,
+    seed,
+    layer,
+    device,
+    precision,
+    window,
+    progress,
+):
     adata = open_h5ad(path, backed=False)
-    if label not in adata.obs: raise ValueError(f"{path} has no obs column {label!r}; it has {', '.join(adata.obs) or 'none'}.")
+    if label not in adata.obs:
+        raise ValueError(
+            f"{path} has no obs column {label!r}; it has {', '.join(adata.obs) or 'none'}."
+        )
     states, rng = adata.obs[label].astype(str).to_numpy(), np.random.default_rng(seed)
-    if missing := [s for s in (start, goal) if not (states == s).any()]: raise ValueError(f"No cell of {path} has {label} = {missing[0]!r}; there are {', '.join(sorted(set(states))[:8])}.")
+    if missing := [s for s in (start, goal) if not (states == s).any()]:
+        raise ValueError(
+            f"No cell of {path} has {label} = {missing[0]!r}; there are "
+            f"{', '.join(sorted(set(states))[:8])}."
+        )
     keep = [np.sort(rng.permutation(np.flatnonzero(states == s))[:cells]) for s in (start, goal)]
     coder = model
     if not isinstance(model, CellEncoder):
         coder = cell_encoder(model, device=device, precision=precision)
-    folder = open_job(out.with_name(f".{out.name}.partial"), job_of(coder, path, label, start, goal, cells, layer, seed, window)); kept = folder/"direction.npz"
-    def made(): # the direction, where it was not kept
+    folder = open_job(
+        out.with_name(f".{out.name}.partial"),
+        job_of(coder, path, label, start, goal, cells, layer, seed, window),
+    )
+    kept = folder / "direction.npz"
+
+    def made():  # the direction, where it was not kept
         both = adata[np.concatenate(keep)].copy()
         embed(both, coder, layer=layer)
         return dict(direction=goal_direction(both.obsm["X_scemb"], both.obs[label], start, goal))
+
     direction = kept_arrays(kept, made)["direction"]
-    found = screen(adata[keep[0]].copy(), {f"{start} to {goal}": direction}, coder, refine=refine, min_cells=min_cells, seed=seed, layer=layer, folder=folder, window=window, progress=progress)
-    if not len(found.table): raise ValueError(f"No gene is expressed in {min_cells} of the {len(keep[0])} cells, so nothing was screened and nothing is written. Lower min_cells.")
-    for table, to in ((found.trust, out.with_name(f"{out.stem}_trust.csv")), (found.table, out)): write_file(to, table_for_csv(table).to_csv(index=False))
+    found = screen(
+        adata[keep[0]].copy(),
+        {f"{start} to {goal}": direction},
+        coder,
+        refine=refine,
+        min_cells=min_cells,
+        seed=seed,
+        layer=layer,
+        folder=folder,
+        window=window,
+        progress=progress,
+    )
+    if not len(found.table):
+        raise ValueError(
+            f"No gene is expressed in {min_cells} of the {len(keep[0])} cells, so nothing was "
+            "screened and nothing is written. Lower min_cells."
+        )
+    for table, to in ((found.trust, out.with_name(f"{out.stem}_trust.csv")), (found.table, out)):
+        write_file(to, table_for_csv(table).to_csv(index=False))
     shutil.rmtree(folder)
     return found
 
 # %% ../nbs/14a_screen.ipynb #1db9d8a0
 def screened_impact(
-    net, ids, bins,       # See `screened`
-    n_directions:int=16,  # K
-    pooling:str="mean12", seed:int=0,
-)->np.ndarray:            # (L,) estimated length of the shift when each gene is masked
+    net,
+    ids,
+    bins,  # See `screened`
+    n_directions: int = 16,  # K
+    pooling: str = "mean12",
+    seed: int = 0,
+) -> np.ndarray:  # (L,) estimated length of the shift when each gene is masked
     "Length of the shift of every single masking, from random directions."
-    D = net.config.hidden_size; rng = np.random.default_rng(seed)
+    D = net.config.hidden_size
+    rng = np.random.default_rng(seed)
     U = np.linalg.qr(rng.normal(size=(D, min(n_directions, D))))[0].T
-    return np.sqrt(D*np.mean(screened(net, ids, bins, torch.tensor(U, dtype=torch.float32, device=ids.device), pooling)**2, axis=0))
+    return np.sqrt(
+        D
+        * np.mean(
+            screened(
+                net, ids, bins, torch.tensor(U, dtype=torch.float32, device=ids.device), pooling
+            )
+            ** 2,
+            axis=0,
+        )
+    )

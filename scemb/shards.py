@@ -19,91 +19,167 @@ from .sources import open_counts
 
 # %% ../nbs/04b_shards.ipynb #0ae8d51a
 class ShardWriter:
-    "An .h5ad file whose rows are appended chunk by chunk; it appears under its name only when it is whole."
-    CHUNK = 1 << 17 # values a compressed block
+    """An .h5ad file whose rows are appended chunk by chunk; it appears under its name only when it
+    is whole."""
+
+    CHUNK = 1 << 17  # values a compressed block
 
     def __init__(self, path, n_genes, pool=None):
         import h5py
-        self.path, self.part, self.pool = Path(path), Path(path).with_suffix(f".{os.getpid()}.part"), pool
+
+        self.path, self.part, self.pool = (
+            Path(path),
+            Path(path).with_suffix(f".{os.getpid()}.part"),
+            pool,
+        )
         self.part.unlink(missing_ok=True)
-        self.file = h5py.File(self.part, "x")            # made anew, so a link is not followed
+        self.file = h5py.File(self.part, "x")  # made anew, so a link is not followed
         self.n_genes, self.indptr = n_genes, [np.zeros(1, np.int64)]
-        self.x = self.file.create_group("X"); self.x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        self.sets = {k: self.x.create_dataset(k, (0,), np.int32, maxshape=(None,), chunks=(self.CHUNK,), compression="gzip", compression_opts=1, shuffle=True) for k in ("data", "indices")}
-        self.open = {k: [] for k in self.sets}; self.held, self.size = 0, 0
+        self.x = self.file.create_group("X")
+        self.x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+        self.sets = {
+            k: self.x.create_dataset(
+                k,
+                (0,),
+                np.int32,
+                maxshape=(None,),
+                chunks=(self.CHUNK,),
+                compression="gzip",
+                compression_opts=1,
+                shuffle=True,
+            )
+            for k in ("data", "indices")
+        }
+        self.open = {k: [] for k in self.sets}
+        self.held, self.size = 0, 0
 
-    def append(self, chunk): # CSR int32
-        self.indptr.append(chunk.indptr[1:].astype(np.int64) + self.indptr[-1][-1]); self.held += chunk.nnz
-        for k in self.sets: self.open[k].append(getattr(chunk, k).astype(np.int32, copy=False))
-        if self.held >= self.CHUNK: self._write(self.held//self.CHUNK*self.CHUNK)
+    def append(self, chunk):  # CSR int32
+        self.indptr.append(chunk.indptr[1:].astype(np.int64) + self.indptr[-1][-1])
+        self.held += chunk.nnz
+        for k in self.sets:
+            self.open[k].append(getattr(chunk, k).astype(np.int32, copy=False))
+        if self.held >= self.CHUNK:
+            self._write(self.held // self.CHUNK * self.CHUNK)
 
-    def _write(self, n): # the first n values of what is held, block after block, so that the bytes do not depend on the chunks; a last block is filled up with zeros
+    def _write(
+        self,
+        n,
+        # the first n values of what is held, block after block, so that the bytes do not depend on
+        # the chunks; a last block is filled up with zeros
+    ):
         blocks = []
         for k in self.sets:
-            flat = np.concatenate(self.open[k]) if self.open[k] else np.zeros(0, np.int32); self.open[k] = [flat[n:]]
+            flat = np.concatenate(self.open[k]) if self.open[k] else np.zeros(0, np.int32)
+            self.open[k] = [flat[n:]]
             blocks.append(np.pad(flat[:n], (0, -n % self.CHUNK)).reshape(-1, self.CHUNK))
         order = [block for pair in zip(*blocks) for block in pair]
         compressed = list((self.pool.map if self.pool else map)(_deflate, order))
         self._room(sum(len(packed) for packed in compressed))
         for i, packed in enumerate(compressed):
-            at, d = self.size + i//2*self.CHUNK, list(self.sets.values())[i % 2]
-            d.resize((min(at + self.CHUNK, self.size + n),)); d.id.write_direct_chunk((at,), packed)
-        self.size += n; self.held -= n
+            at, d = self.size + i // 2 * self.CHUNK, list(self.sets.values())[i % 2]
+            d.resize((min(at + self.CHUNK, self.size + n),))
+            d.id.write_direct_chunk((at,), packed)
+        self.size += n
+        self.held -= n
 
-    def _room(self, n_bytes): # HDF5 does not survive a full disk
+    def _room(self, n_bytes):  # HDF5 does not survive a full disk
         self.file.flush()
         room_for(self.part, n_bytes + (1 << 16), self.part.stat().st_size)
 
-    def close(self, obs, var, uns): # -> the file
+    def close(self, obs, var, uns):  # -> the file
         import anndata as ad
+
         self._write(self.held)
         indptr = np.concatenate(self.indptr)
-        self._room(indptr.nbytes + int(obs.memory_usage(deep=True).sum() + var.memory_usage(deep=True).sum()))
-        self.x.create_dataset("indptr", data=indptr, compression="gzip", compression_opts=1, shuffle=True)
+        self._room(
+            indptr.nbytes
+            + int(obs.memory_usage(deep=True).sum() + var.memory_usage(deep=True).sum())
+        )
+        self.x.create_dataset(
+            "indptr", data=indptr, compression="gzip", compression_opts=1, shuffle=True
+        )
         self.x.attrs["shape"] = np.array([len(indptr) - 1, self.n_genes])
         self.file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for k, v in dict(obs=obs, var=var, uns=uns, layers={}, obsm={}, varm={}, obsp={}, varp={}).items(): ad.io.write_elem(self.file, k, v)
+        for k, v in dict(
+            obs=obs, var=var, uns=uns, layers={}, obsm={}, varm={}, obsp={}, varp={}
+        ).items():
+            ad.io.write_elem(self.file, k, v)
         self.file.close()
         flush(self.part)
         os.replace(self.part, self.path)
         return self.path
 
-    def discard(self): self.file.close(); self.part.unlink(missing_ok=True)
+    def discard(self):
+        self.file.close()
+        self.part.unlink(missing_ok=True)
 
-def _deflate(block): # 1-D int32 of full length -> shuffled and compressed as HDF5 would
+
+def _deflate(block):  # 1-D int32 of full length -> shuffled and compressed as HDF5 would
     from isal import isal_zlib
+
     return isal_zlib.compress(np.ascontiguousarray(block.view(np.uint8).reshape(-1, 4).T).data, 2)
 
 # %% ../nbs/04b_shards.ipynb #392047f9
-def shard_obs(obs, rows, measured, axis): # standard columns, and what was measured
-    mito = (measured["n_mito"]/np.maximum(measured["n_counts"], 1)).astype(np.float32) if axis.mito.any() else np.full(len(rows), np.nan, np.float32)
-    obs = obs.assign(source_row=rows, n_genes=measured["n_genes"], n_counts=measured["n_counts"], mito_fraction=mito, cell_hash=measured["hash"])
+def shard_obs(obs, rows, measured, axis):  # standard columns, and what was measured
+    mito = (
+        (measured["n_mito"] / np.maximum(measured["n_counts"], 1)).astype(np.float32)
+        if axis.mito.any()
+        else np.full(len(rows), np.nan, np.float32)
+    )
+    obs = obs.assign(
+        source_row=rows,
+        n_genes=measured["n_genes"],
+        n_counts=measured["n_counts"],
+        mito_fraction=mito,
+        cell_hash=measured["hash"],
+    )
     obs.index = obs.dataset_id.astype(str) + ":" + obs.source_row.astype(str)
     return obs
 
+
 def shard_var(axis, measured):
     symbols = gene_table().set_index("ensembl_id").symbol.reindex(list(axis.ids)).to_numpy()
-    return pd.DataFrame(dict(symbol=symbols, measured=measured, exact=axis.exact), index=pd.Index(axis.ids, name="ensembl_id"))
+    return pd.DataFrame(
+        dict(symbol=symbols, measured=measured, exact=axis.exact),
+        index=pd.Index(axis.ids, name="ensembl_id"),
+    )
 
 # %% ../nbs/04b_shards.ipynb #303c2ca3
 COMPOSITION = ("tissue", "assay", "suspension_type", "cell_type", "donor_id")
-GENE_STEP, MITO_STEP = 100, .005 # widths of the histograms in the card
+GENE_STEP, MITO_STEP = 100, 0.005  # widths of the histograms in the card
 
-def enter(folder, name, record, path, obs, size): # write a record; obs None: no cell was left
+
+def enter(folder, name, record, path, obs, size):  # write a record; obs None: no cell was left
     "Describe a finished shard."
-    record = record | dict(file=path and path.name, n_cells=0 if obs is None else len(obs), n_values=size, bytes=path.stat().st_size if path else 0, xxh3_128=checksum(path) if path else None)
+    record = record | dict(
+        file=path and path.name,
+        n_cells=0 if obs is None else len(obs),
+        n_values=size,
+        bytes=path.stat().st_size if path else 0,
+        xxh3_128=checksum(path) if path else None,
+    )
     if obs is not None:
-        count = lambda v: {str(k): int(n) for k, n in sorted(pd.Series(v).value_counts().items()) if n}
+
+        def count(v):
+            return {str(k): int(n) for k, n in sorted(pd.Series(v).value_counts().items()) if n}
+
         mito = obs.mito_fraction.to_numpy()
-        record |= dict(n_counts=int(obs.n_counts.sum()), composition={c: count(obs[c].astype(str)) for c in COMPOSITION},
-                       genes=count(obs.n_genes//GENE_STEP*GENE_STEP), mito=count(np.floor(mito[~np.isnan(mito)]/MITO_STEP).astype(int)))
-    write_json(folder/name, record, sign=True)
+        record |= dict(
+            n_counts=int(obs.n_counts.sum()),
+            composition={c: count(obs[c].astype(str)) for c in COMPOSITION},
+            genes=count(obs.n_genes // GENE_STEP * GENE_STEP),
+            mito=count(np.floor(mito[~np.isnan(mito)] / MITO_STEP).astype(int)),
+        )
+    write_json(folder / name, record, sign=True)
     return record
 
-def finished(folder, unit, deep, plan=None): # the record of a unit whose shard is there and, if `deep`, has its checksum; else None
+
+def finished(
+    folder, unit, deep, plan=None
+):  # the record of a unit whose shard is there and, if `deep`, has its checksum; else None
     "A record that names another file than its unit's, or belongs to another plan, does not count."
     try:
-        r = read_json(folder/unit.record, keys=("file", "bytes", "xxh3_128"))
+        r = read_json(folder / unit.record, keys=("file", "bytes", "xxh3_128"))
         if r["file"] is None:
             return r if r.get("plan", plan) == plan else None
         if r["file"] != unit.shard or r.get("plan", plan) != plan:
@@ -117,24 +193,44 @@ def finished(folder, unit, deep, plan=None): # the record of a unit whose shard 
 # %% ../nbs/04b_shards.ipynb #89701306
 def shard_column(path, name):
     import h5py
-    with h5py.File(path) as f: return f["obs"][name][:]
+
+    with h5py.File(path) as f:
+        return f["obs"][name][:]
+
 
 def _uns_of(path):
     import h5py
     from anndata.io import read_elem
+
     with h5py.File(path) as f:
         return read_elem(f["uns"]) if "uns" in f else {}
 
-def rewrite(folder, unit, record, left): # a shard without some of its cells
-    counts = open_counts(folder/record["file"]); adata = counts.adata
-    writer = ShardWriter(folder/record["file"], adata.n_vars)
-    for first, chunk in counts.chunks(): writer.append(chunk[left[first:first + chunk.shape[0]]])
+
+def rewrite(folder, unit, record, left):  # a shard without some of its cells
+    counts = open_counts(folder / record["file"])
+    adata = counts.adata
+    writer = ShardWriter(folder / record["file"], adata.n_vars)
+    for first, chunk in counts.chunks():
+        writer.append(chunk[left[first : first + chunk.shape[0]]])
     obs, var = adata.obs[left].copy(), adata.var.copy()
     counts.close()
-    uns = _uns_of(folder/record["file"])
-    for c in obs.select_dtypes("category"): obs[c] = obs[c].cat.remove_unused_categories()
-    path = folder/record["file"] if left.any() else None
-    if path: writer.close(obs, var, uns)
-    else: writer.discard(); (folder/record["file"]).unlink()
-    kept = {k: v for k, v in record.items() if k not in ("composition", "genes", "mito", "n_counts")}
-    return enter(folder, unit.record, kept | dict(duplicates=record.get("duplicates", 0) + int((~left).sum())), path, obs if path else None, writer.size)
+    uns = _uns_of(folder / record["file"])
+    for c in obs.select_dtypes("category"):
+        obs[c] = obs[c].cat.remove_unused_categories()
+    path = folder / record["file"] if left.any() else None
+    if path:
+        writer.close(obs, var, uns)
+    else:
+        writer.discard()
+        (folder / record["file"]).unlink()
+    kept = {
+        k: v for k, v in record.items() if k not in ("composition", "genes", "mito", "n_counts")
+    }
+    return enter(
+        folder,
+        unit.record,
+        kept | dict(duplicates=record.get("duplicates", 0) + int((~left).sum())),
+        path,
+        obs if path else None,
+        writer.size,
+    )

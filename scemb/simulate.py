@@ -14,334 +14,487 @@ from scipy import sparse
 from .genes import gene_table, is_mitochondrial, protein_coding
 
 # %% ../nbs/01_simulate.ipynb #eca92faa
-simulator_version = 1 # Raised when the same seed would give another tissue
+simulator_version = 1  # Raised when the same seed would give another tissue
+
 
 @dataclass(frozen=True)
 class ToySettings:
     "The finer numbers of a toy tissue; `toy_tissue` takes each of them by name."
-    block_size:int=None            # Genes in a marker set, a programme, the disease module; None: n_genes // 50, at least 5
-    n_programmes:int=5             # Gene programmes whose activity varies between cells of one type
-    n_regulators:int=6             # Perturbable genes that drive targets
-    n_idle:int=2                   # Perturbable genes that drive nothing and follow nothing
-    n_passengers:int=0             # Perturbable genes that follow a regulator but drive nothing
-    targets_per_regulator:int=12   # Genes driven by one regulator
-    repressed:float=1/3            # Fraction of the targets that a regulator pushes down
-    base_mean:float=.3             # Median UMIs of an unplanted gene in a cell of median depth
-    base_sd:float=1.1              # Spread of the unplanted genes on the log scale
-    depth_sd:float=.35             # Spread of the log size factors
-    overdispersion:float=.15       # Negative binomial: variance = mean + overdispersion * mean^2
-    marker_shift:float=1.5         # Log fold of a marker gene in its own type
-    batch_sd:float=.2              # Log effect of a batch on each gene
-    donor_sd:float=.1              # Log effect of a donor on each gene
-    programme_sd:float=.6          # Loading of a programme on its genes
-    regulator_sd:float=.7          # Log spread of a regulator's level between unperturbed cells
-    target_slope:float=.7          # Log change of a target per log change of its regulator
-    guides_per_target:int=6        # Guides for each perturbed gene
-    n_control_guides:int=12        # Non-targeting guides
-    control_fraction:float=.3      # Chance that a guide taken up is non-targeting
-    unassigned:float=0.            # Fraction of cells without a guide
-    doubles:float=0.               # Fraction of cells that take up two guides
-    efficiency_low:float=.5        # Least efficient guide: fraction of the level that it removes
-    efficiency_high:float=.95      # Most efficient guide
-    disease_shift:float=1.         # Log change of the two regulators that the disease moves
-    severity_sd:float=.2           # Spread of the disease between diseased donors
-    disease_depth:float=0.         # Log change of the size factor in diseased donors
-    symbols:bool=False             # Name genes by symbol; otherwise by Ensembl id
+
+    # Genes in a marker set, a programme, the disease module; None: n_genes // 50, at least 5
+    block_size: int = None
+    n_programmes: int = 5  # Gene programmes whose activity varies between cells of one type
+    n_regulators: int = 6  # Perturbable genes that drive targets
+    n_idle: int = 2  # Perturbable genes that drive nothing and follow nothing
+    n_passengers: int = 0  # Perturbable genes that follow a regulator but drive nothing
+    targets_per_regulator: int = 12  # Genes driven by one regulator
+    repressed: float = 1 / 3  # Fraction of the targets that a regulator pushes down
+    base_mean: float = 0.3  # Median UMIs of an unplanted gene in a cell of median depth
+    base_sd: float = 1.1  # Spread of the unplanted genes on the log scale
+    depth_sd: float = 0.35  # Spread of the log size factors
+    overdispersion: float = 0.15  # Negative binomial: variance = mean + overdispersion * mean^2
+    marker_shift: float = 1.5  # Log fold of a marker gene in its own type
+    batch_sd: float = 0.2  # Log effect of a batch on each gene
+    donor_sd: float = 0.1  # Log effect of a donor on each gene
+    programme_sd: float = 0.6  # Loading of a programme on its genes
+    regulator_sd: float = 0.7  # Log spread of a regulator's level between unperturbed cells
+    target_slope: float = 0.7  # Log change of a target per log change of its regulator
+    guides_per_target: int = 6  # Guides for each perturbed gene
+    n_control_guides: int = 12  # Non-targeting guides
+    control_fraction: float = 0.3  # Chance that a guide taken up is non-targeting
+    unassigned: float = 0.0  # Fraction of cells without a guide
+    doubles: float = 0.0  # Fraction of cells that take up two guides
+    efficiency_low: float = 0.5  # Least efficient guide: fraction of the level that it removes
+    efficiency_high: float = 0.95  # Most efficient guide
+    disease_shift: float = 1.0  # Log change of the two regulators that the disease moves
+    severity_sd: float = 0.2  # Spread of the disease between diseased donors
+    disease_depth: float = 0.0  # Log change of the size factor in diseased donors
+    symbols: bool = False  # Name genes by symbol; otherwise by Ensembl id
 
 # %% ../nbs/01_simulate.ipynb #9fad9da8
 def toy_genes(
-    n_genes:int,             # Genes to choose
-    rng:np.random.Generator, # Source of the choice
-    symbols:bool=False,      # Index by symbol; otherwise by Ensembl id
-)->pd.DataFrame:             # One row a gene: ensembl_id, symbol; index = the chosen name
+    n_genes: int,  # Genes to choose
+    rng: np.random.Generator,  # Source of the choice
+    symbols: bool = False,  # Index by symbol; otherwise by Ensembl id
+) -> pd.DataFrame:  # One row a gene: ensembl_id, symbol; index = the chosen name
     "Choose real protein-coding genes at random."
     table = gene_table().iloc[protein_coding()][["ensembl_id", "symbol"]].astype(str)
     named = ~table.symbol.isin(["", "nan", "None"]) & ~table.symbol.duplicated(keep=False)
     table = table[named & ~is_mitochondrial(table.ensembl_id.to_numpy())]
     if n_genes > len(table):
-        raise ValueError(f"n_genes is {n_genes}, but the gene table offers {len(table)} protein-coding genes: ask for fewer.")
+        raise ValueError(
+            f"n_genes is {n_genes}, but the gene table offers {len(table)} protein-coding genes: "
+            "ask for fewer."
+        )
     var = table.iloc[np.sort(rng.choice(len(table), n_genes, replace=False))]
     return var.set_index("symbol" if symbols else "ensembl_id", drop=False).rename_axis(None)
 
 # %% ../nbs/01_simulate.ipynb #9ebe205b
 def deal_roles(
-    n_genes:int,             # Genes in the deck
-    n_types:int,             # Cell types that need markers
-    s:ToySettings,           # Sizes of the sets
-    rng:np.random.Generator, # Source of the shuffle
-)->dict:                     # Role -> integer array of gene positions, one row a set
+    n_genes: int,  # Genes in the deck
+    n_types: int,  # Cell types that need markers
+    s: ToySettings,  # Sizes of the sets
+    rng: np.random.Generator,  # Source of the shuffle
+) -> dict:  # Role -> integer array of gene positions, one row a set
     "Deal the genes to the planted sets; no gene gets two roles."
-    size = max(5, n_genes//50) if s.block_size is None else s.block_size
-    shapes = dict(regulators=(s.n_regulators,), idle=(s.n_idle,), targets=(s.n_regulators, s.targets_per_regulator),
-                  disease=(size,), programmes=(s.n_programmes, size), markers=(n_types, size))
+    size = max(5, n_genes // 50) if s.block_size is None else s.block_size
+    shapes = dict(
+        regulators=(s.n_regulators,),
+        idle=(s.n_idle,),
+        targets=(s.n_regulators, s.targets_per_regulator),
+        disease=(size,),
+        programmes=(s.n_programmes, size),
+        markers=(n_types, size),
+    )
     wanted = sum(int(np.prod(shape)) for shape in shapes.values())
     if wanted > n_genes:
-        raise ValueError(f"The planted sets need {wanted} genes, but n_genes is {n_genes}: ask for at least {wanted} genes, "
-                         "or lower block_size, n_types, n_programmes, n_regulators or targets_per_regulator.")
-    if s.n_passengers > shapes["targets"][0]*shapes["targets"][1]:
-        raise ValueError(f"n_passengers is {s.n_passengers}, but only {np.prod(shapes['targets'])} genes follow a regulator: ask for fewer.")
+        raise ValueError(
+            f"The planted sets need {wanted} genes, but n_genes is {n_genes}: ask for at least "
+            f"{wanted} genes, "
+            "or lower block_size, n_types, n_programmes, n_regulators or targets_per_regulator."
+        )
+    if s.n_passengers > shapes["targets"][0] * shapes["targets"][1]:
+        raise ValueError(
+            f"n_passengers is {s.n_passengers}, but only {np.prod(shapes['targets'])} genes "
+            "follow a regulator: ask for fewer."
+        )
     deck, roles = rng.permutation(n_genes), {}
     for role, shape in shapes.items():
-        roles[role], deck = deck[:np.prod(shape, dtype=int)].reshape(shape), deck[np.prod(shape, dtype=int):]
-    roles["passengers"] = roles["targets"].T.ravel()[:s.n_passengers]
+        roles[role], deck = (
+            deck[: np.prod(shape, dtype=int)].reshape(shape),
+            deck[np.prod(shape, dtype=int) :],
+        )
+    roles["passengers"] = roles["targets"].T.ravel()[: s.n_passengers]
     return roles
 
 # %% ../nbs/01_simulate.ipynb #af0dfff3
 def plant_genes(
-    roles:dict,              # From `deal_roles`
-    names:np.ndarray,        # Gene names, shape (genes,)
-    types:list,              # Names of the cell types
-    s:ToySettings,           # Sizes of the effects
-    rng:np.random.Generator, # Source of the effects
-)->dict:                     # Factor -> loadings on the log scale, shape (genes,)
+    roles: dict,  # From `deal_roles`
+    names: np.ndarray,  # Gene names, shape (genes,)
+    types: list,  # Names of the cell types
+    s: ToySettings,  # Sizes of the effects
+    rng: np.random.Generator,  # Source of the effects
+) -> dict:  # Factor -> loadings on the log scale, shape (genes,)
     "Say what regulators, the disease, programmes and cell types do to each gene."
     genes = np.r_[roles["regulators"], roles["idle"], roles["passengers"]]
     loadings = {names[g]: np.eye(1, len(names), g)[0] for g in genes}
     for g, targets in zip(genes, roles["targets"]):
-        sign = rng.permutation(np.where(np.arange(len(targets)) < round(s.repressed*len(targets)), -1, 1))
-        loadings[names[g]][targets] = sign * s.target_slope * rng.uniform(.75, 1.25, len(targets))
+        sign = rng.permutation(
+            np.where(np.arange(len(targets)) < round(s.repressed * len(targets)), -1, 1)
+        )
+        loadings[names[g]][targets] = sign * s.target_slope * rng.uniform(0.75, 1.25, len(targets))
     disease = np.zeros(len(names))
-    disease[roles["disease"]] = rng.normal(0, .6*s.disease_shift, len(roles["disease"]))
-    for g, direction in zip(roles["regulators"][:2], (1, -1)): disease += direction * s.disease_shift * loadings[names[g]]
+    disease[roles["disease"]] = rng.normal(0, 0.6 * s.disease_shift, len(roles["disease"]))
+    for g, direction in zip(roles["regulators"][:2], (1, -1)):
+        disease += direction * s.disease_shift * loadings[names[g]]
     loadings["disease"] = disease
     for i, members in enumerate(roles["programmes"], 1):
         loadings[f"programme_{i}"] = np.zeros(len(names))
         loadings[f"programme_{i}"][members] = s.programme_sd * rng.choice([-1, 1, 1], len(members))
     for cell_type, markers in zip(types, roles["markers"]):
         loadings[cell_type] = np.zeros(len(names))
-        loadings[cell_type][markers] = s.marker_shift * rng.uniform(.7, 1.3, len(markers))
+        loadings[cell_type][markers] = s.marker_shift * rng.uniform(0.7, 1.3, len(markers))
     return loadings
 
 # %% ../nbs/01_simulate.ipynb #61cb6ca9
 def plant_noise(
-    n_genes:int,             # Genes
-    batches:list,            # Names of the batches
-    donors:list,             # Names of the donors
-    s:ToySettings,           # Sizes of the effects
-    rng:np.random.Generator, # Source of the effects
-)->dict:                     # Factor -> loadings on the log scale, shape (genes,)
+    n_genes: int,  # Genes
+    batches: list,  # Names of the batches
+    donors: list,  # Names of the donors
+    s: ToySettings,  # Sizes of the effects
+    rng: np.random.Generator,  # Source of the effects
+) -> dict:  # Factor -> loadings on the log scale, shape (genes,)
     "Give each batch and each donor a multiplicative effect on each gene."
-    return {name: rng.normal(0, sd, n_genes) for level, sd in ((batches, s.batch_sd), (donors, s.donor_sd)) for name in level}
+    return {
+        name: rng.normal(0, sd, n_genes)
+        for level, sd in ((batches, s.batch_sd), (donors, s.donor_sd))
+        for name in level
+    }
+
 
 def base_levels(
-    roles:dict,              # From `deal_roles`
-    n_genes:int,             # Genes
-    s:ToySettings,           # Levels
-    rng:np.random.Generator, # Source of the levels
-)->np.ndarray:               # Log mean count in a cell of median depth, shape (genes,)
+    roles: dict,  # From `deal_roles`
+    n_genes: int,  # Genes
+    s: ToySettings,  # Levels
+    rng: np.random.Generator,  # Source of the levels
+) -> np.ndarray:  # Log mean count in a cell of median depth, shape (genes,)
     "Draw the base level of each gene."
     base = rng.normal(np.log(s.base_mean), s.base_sd, n_genes)
-    for role, mean, sd in (("markers", .6, .5), ("programmes", .9, .5), ("disease", .9, .5), ("targets", 2, .4),
-                           ("regulators", 4, .2), ("idle", 4, .2)):
+    for role, mean, sd in (
+        ("markers", 0.6, 0.5),
+        ("programmes", 0.9, 0.5),
+        ("disease", 0.9, 0.5),
+        ("targets", 2, 0.4),
+        ("regulators", 4, 0.2),
+        ("idle", 4, 0.2),
+    ):
         base[roles[role].ravel()] = rng.normal(np.log(mean), sd, roles[role].size)
     return base
 
 # %% ../nbs/01_simulate.ipynb #5fd1320c
 def draw_cells(
-    n_cells:int,             # Cells
-    types:list,              # Names of the cell types; each is four fifths as frequent as the one before
-    batches:list,            # Names of the batches
-    donors:list,             # Names of the donors
-    s:ToySettings,           # Spread of the depth
-    rng:np.random.Generator, # Source of the cells
-)->pd.DataFrame:             # One row a cell: cell_type, batch, donor, size_factor
+    n_cells: int,  # Cells
+    types: list,  # Names of the cell types; each is four fifths as frequent as the one before
+    batches: list,  # Names of the batches
+    donors: list,  # Names of the donors
+    s: ToySettings,  # Spread of the depth
+    rng: np.random.Generator,  # Source of the cells
+) -> pd.DataFrame:  # One row a cell: cell_type, batch, donor, size_factor
     "Draw who the cells are."
-    p = .8**np.arange(len(types))
-    obs = {"cell_type": rng.choice(types, n_cells, p=p/p.sum()), "batch": rng.choice(batches, n_cells),
-           "donor": np.array(donors)[rng.permutation(np.arange(n_cells) % len(donors))]}
-    obs = {key: pd.Categorical(values, categories=levels) for (key, values), levels in zip(obs.items(), (types, batches, donors))}
+    p = 0.8 ** np.arange(len(types))
+    obs = {
+        "cell_type": rng.choice(types, n_cells, p=p / p.sum()),
+        "batch": rng.choice(batches, n_cells),
+        "donor": np.array(donors)[rng.permutation(np.arange(n_cells) % len(donors))],
+    }
+    obs = {
+        key: pd.Categorical(values, categories=levels)
+        for (key, values), levels in zip(obs.items(), (types, batches, donors))
+    }
     size_factor = np.exp(rng.normal(0, s.depth_sd, n_cells))
-    return pd.DataFrame({**obs, "size_factor": size_factor}, index=[f"cell_{i+1}" for i in range(n_cells)])
+    return pd.DataFrame(
+        {**obs, "size_factor": size_factor}, index=[f"cell_{i + 1}" for i in range(n_cells)]
+    )
+
 
 def donor_severity(
-    donors:list,             # Names of the donors
-    s:ToySettings,           # Spread of the severity
-    rng:np.random.Generator, # Source of the severities
-)->pd.Series:                # Severity of each donor; 0 = healthy
+    donors: list,  # Names of the donors
+    s: ToySettings,  # Spread of the severity
+    rng: np.random.Generator,  # Source of the severities
+) -> pd.Series:  # Severity of each donor; 0 = healthy
     "Make every second donor diseased, each to its own degree."
     if len(donors) < 4:
-        raise ValueError(f"n_donors is {len(donors)}, but a disease needs at least 2 donors a group: ask for n_donors=4 or more.")
+        raise ValueError(
+            f"n_donors is {len(donors)}, but a disease needs at least 2 donors a group: ask for "
+            "n_donors=4 or more."
+        )
     sick = np.arange(len(donors)) % 2
-    return pd.Series(sick * np.maximum(.2, rng.normal(1, s.severity_sd, len(donors))), index=donors)
+    return pd.Series(
+        sick * np.maximum(0.2, rng.normal(1, s.severity_sd, len(donors))), index=donors
+    )
 
 # %% ../nbs/01_simulate.ipynb #52117bdb
 def design_guides(
-    targets:list,            # Names of the perturbed genes
-    labels:list,             # How the guides call them
-    s:ToySettings,           # Guides for each gene, range of efficiencies
-    rng:np.random.Generator, # Source of the efficiencies
-)->pd.DataFrame:             # One row a guide, index = guide name: target, efficiency
+    targets: list,  # Names of the perturbed genes
+    labels: list,  # How the guides call them
+    s: ToySettings,  # Guides for each gene, range of efficiencies
+    rng: np.random.Generator,  # Source of the efficiencies
+) -> pd.DataFrame:  # One row a guide, index = guide name: target, efficiency
     "Design a guide library; the non-targeting guides come last."
     if not 0 <= s.efficiency_low <= s.efficiency_high < 1:
-        raise ValueError(f"Efficiencies run from {s.efficiency_low} to {s.efficiency_high}, but a guide removes at least 0 and "
-                         "below 1 of a gene's level: lower efficiency_high.")
-    names = [f"{label}_g{i+1}" for label in labels for i in range(s.guides_per_target)]
-    control = [f"non-targeting_g{i+1}" for i in range(s.n_control_guides)]
+        raise ValueError(
+            f"Efficiencies run from {s.efficiency_low} to {s.efficiency_high}, but a guide "
+            "removes at least 0 and "
+            "below 1 of a gene's level: lower efficiency_high."
+        )
+    names = [f"{label}_g{i + 1}" for label in labels for i in range(s.guides_per_target)]
+    control = [f"non-targeting_g{i + 1}" for i in range(s.n_control_guides)]
     efficiency = rng.uniform(s.efficiency_low, s.efficiency_high, len(names))
-    return pd.DataFrame({"target": np.r_[np.repeat(np.array(targets, object), s.guides_per_target), ["non-targeting"]*len(control)],
-                         "efficiency": np.r_[efficiency, np.zeros(len(control))]}, index=names + control)
+    return pd.DataFrame(
+        {
+            "target": np.r_[
+                np.repeat(np.array(targets, object), s.guides_per_target),
+                ["non-targeting"] * len(control),
+            ],
+            "efficiency": np.r_[efficiency, np.zeros(len(control))],
+        },
+        index=names + control,
+    )
+
 
 def take_up(
-    n_cells:int,             # Cells
-    guides:pd.DataFrame,     # From `design_guides`
-    s:ToySettings,           # Fractions of cells with no and with two guides, of non-targeting guides
-    rng:np.random.Generator, # Source of the uptake
-)->np.ndarray:               # Which cell holds which guide, bool, shape (cells, guides)
+    n_cells: int,  # Cells
+    guides: pd.DataFrame,  # From `design_guides`
+    s: ToySettings,  # Fractions of cells with no and with two guides, of non-targeting guides
+    rng: np.random.Generator,  # Source of the uptake
+) -> np.ndarray:  # Which cell holds which guide, bool, shape (cells, guides)
     "Let each cell take up one guide, or none, or two."
     control = (guides.target == "non-targeting").to_numpy()
-    p = np.where(control, s.control_fraction/max(1, control.sum()), (1 - s.control_fraction)/max(1, (~control).sum()))
+    p = np.where(
+        control,
+        s.control_fraction / max(1, control.sum()),
+        (1 - s.control_fraction) / max(1, (~control).sum()),
+    )
     multiplicity = rng.choice(3, n_cells, p=[s.unassigned, 1 - s.unassigned - s.doubles, s.doubles])
-    picks = rng.choice(len(guides), (n_cells, 2), p=p/p.sum())
-    picks[:, 1] = np.where(picks[:, 1] == picks[:, 0], (picks[:, 0] + s.guides_per_target) % len(guides), picks[:, 1])
+    picks = rng.choice(len(guides), (n_cells, 2), p=p / p.sum())
+    picks[:, 1] = np.where(
+        picks[:, 1] == picks[:, 0], (picks[:, 0] + s.guides_per_target) % len(guides), picks[:, 1]
+    )
     held = np.zeros((n_cells, len(guides)), bool)
-    for slot in (0, 1): held[np.flatnonzero(multiplicity > slot), picks[multiplicity > slot, slot]] = True
+    for slot in (0, 1):
+        held[np.flatnonzero(multiplicity > slot), picks[multiplicity > slot, slot]] = True
     return held
 
 # %% ../nbs/01_simulate.ipynb #1cdbad93
 def guide_counts(
-    held:np.ndarray,         # Which cell holds which guide, shape (cells, guides)
-    rng:np.random.Generator, # Source of the counts
-    mean:float=25.,          # UMIs of a guide in a cell that holds it
-    background:float=.05,    # UMIs of a guide in a cell that does not
-)->sparse.csr_matrix:        # Guide UMIs, int32, shape (cells, guides)
+    held: np.ndarray,  # Which cell holds which guide, shape (cells, guides)
+    rng: np.random.Generator,  # Source of the counts
+    mean: float = 25.0,  # UMIs of a guide in a cell that holds it
+    background: float = 0.05,  # UMIs of a guide in a cell that does not
+) -> sparse.csr_matrix:  # Guide UMIs, int32, shape (cells, guides)
     "Count guide transcripts: a wide signal over a thin background."
-    signal = rng.negative_binomial(3, 3/(3 + mean), held.shape)
-    return sparse.csr_matrix(held*signal + rng.poisson(background, held.shape), dtype=np.int32)
+    signal = rng.negative_binomial(3, 3 / (3 + mean), held.shape)
+    return sparse.csr_matrix(held * signal + rng.poisson(background, held.shape), dtype=np.int32)
+
 
 def guide_labels(
-    held:np.ndarray,         # Which cell holds which guide, shape (cells, guides)
-    guides:pd.DataFrame,     # From `design_guides`
-    index:pd.Index,          # Names of the cells
-)->pd.DataFrame:             # One row a cell: guide, target, n_guides
+    held: np.ndarray,  # Which cell holds which guide, shape (cells, guides)
+    guides: pd.DataFrame,  # From `design_guides`
+    index: pd.Index,  # Names of the cells
+) -> pd.DataFrame:  # One row a cell: guide, target, n_guides
     "Name each cell's guides and targets; two are joined by a plus sign, none is called none."
     rows = [np.flatnonzero(row) for row in held]
-    join = lambda names: [("+".join(dict.fromkeys(names[r])) or "none") for r in rows]
-    return pd.DataFrame({"guide": pd.Categorical(join(guides.index.to_numpy())), "target": pd.Categorical(join(guides.target.to_numpy())),
-                         "n_guides": held.sum(1)}, index=index)
+
+    def join(names):
+        return [("+".join(dict.fromkeys(names[r])) or "none") for r in rows]
+
+    return pd.DataFrame(
+        {
+            "guide": pd.Categorical(join(guides.index.to_numpy())),
+            "target": pd.Categorical(join(guides.target.to_numpy())),
+            "n_guides": held.sum(1),
+        },
+        index=index,
+    )
 
 # %% ../nbs/01_simulate.ipynb #b7cf388e
 def cell_activities(
-    obs:pd.DataFrame,          # From `draw_cells`, with severity for a disease
-    factors:list,              # Columns wanted
-    perturbable:list,          # Those of them which are the levels of perturbable genes
-    knock_down:pd.DataFrame,   # Log fold of the perturbed genes by guides, shape (cells, genes); None: no screen
-    s:ToySettings,             # Spread of the regulators
-    rng:np.random.Generator,   # Source of the activities
-)->pd.DataFrame:               # Activities, shape (cells, factors)
+    obs: pd.DataFrame,  # From `draw_cells`, with severity for a disease
+    factors: list,  # Columns wanted
+    perturbable: list,  # Those of them which are the levels of perturbable genes
+    # Log fold of the perturbed genes by guides, shape (cells, genes); None: no screen
+    knock_down: pd.DataFrame,
+    s: ToySettings,  # Spread of the regulators
+    rng: np.random.Generator,  # Source of the activities
+) -> pd.DataFrame:  # Activities, shape (cells, factors)
     "Say how strongly each factor acts in each cell."
-    a = pd.DataFrame(0., index=obs.index, columns=factors)
+    a = pd.DataFrame(0.0, index=obs.index, columns=factors)
     for key in ("cell_type", "batch", "donor"):
-        for level in obs[key].cat.categories: a[level] = (obs[key] == level).to_numpy(float)
+        for level in obs[key].cat.categories:
+            a[level] = (obs[key] == level).to_numpy(float)
     for factor in factors:
-        if factor.startswith("programme_"): a[factor] = rng.standard_normal(len(obs))
-    for gene in perturbable: a[gene] = s.regulator_sd * rng.standard_normal(len(obs))
-    if knock_down is not None: a[knock_down.columns] += knock_down
-    if "severity" in obs: a["disease"] = obs.severity
+        if factor.startswith("programme_"):
+            a[factor] = rng.standard_normal(len(obs))
+    for gene in perturbable:
+        a[gene] = s.regulator_sd * rng.standard_normal(len(obs))
+    if knock_down is not None:
+        a[knock_down.columns] += knock_down
+    if "severity" in obs:
+        a["disease"] = obs.severity
     return a
 
+
 def draw_counts(
-    activities:np.ndarray,     # Shape (cells, factors)
-    loadings:np.ndarray,       # Shape (factors, genes)
-    base:np.ndarray,           # Log mean counts, shape (genes,)
-    size_factor:np.ndarray,    # Depth of each cell around 1, shape (cells,)
-    overdispersion:float,      # Variance = mean + overdispersion * mean^2
-    rng:np.random.Generator,   # Source of the counts
-    chunk:int=4096,            # Cells at a time; the dense mean is never larger than this
-)->sparse.csr_matrix:          # Counts, int32, shape (cells, genes)
+    activities: np.ndarray,  # Shape (cells, factors)
+    loadings: np.ndarray,  # Shape (factors, genes)
+    base: np.ndarray,  # Log mean counts, shape (genes,)
+    size_factor: np.ndarray,  # Depth of each cell around 1, shape (cells,)
+    overdispersion: float,  # Variance = mean + overdispersion * mean^2
+    rng: np.random.Generator,  # Source of the counts
+    chunk: int = 4096,  # Cells at a time; the dense mean is never larger than this
+) -> sparse.csr_matrix:  # Counts, int32, shape (cells, genes)
     "Draw negative binomial counts around the log-linear mean."
-    parts, n = [], 1/overdispersion
+    parts, n = [], 1 / overdispersion
     for start in range(0, len(activities), chunk):
         rows = slice(start, start + chunk)
         mean = size_factor[rows, None] * np.exp(base + activities[rows] @ loadings)
-        parts.append(sparse.csr_matrix(rng.negative_binomial(n, n/(n + mean)), dtype=np.int32))
+        parts.append(sparse.csr_matrix(rng.negative_binomial(n, n / (n + mean)), dtype=np.int32))
     return sparse.vstack(parts, format="csr")
 
 # %% ../nbs/01_simulate.ipynb #dfef0139
 def plan_tissue(
-    n_genes:int,   # Genes
-    levels:dict,   # Names of the cell types, batches and donors
-    s:ToySettings, # Everything else
-    seed:int,      # Seed of the tissue
-)->dict:           # var, roles, base, loadings (DataFrame, factors x genes), perturbable, guides
+    n_genes: int,  # Genes
+    levels: dict,  # Names of the cell types, batches and donors
+    s: ToySettings,  # Everything else
+    seed: int,  # Seed of the tissue
+) -> dict:  # var, roles, base, loadings (DataFrame, factors x genes), perturbable, guides
     "Plant a tissue: everything that is true before a cell is drawn."
-    stream = lambda i: np.random.default_rng([seed, i])
+
+    def stream(i):
+        return np.random.default_rng([seed, i])
+
     var = toy_genes(n_genes, stream(0), s.symbols)
     roles = deal_roles(n_genes, len(levels["cell_type"]), s, stream(1))
     names = var.index.to_numpy(object)
-    loadings = {**plant_genes(roles, names, levels["cell_type"], s, stream(2)),
-                **plant_noise(n_genes, levels["batch"], levels["donor"], s, stream(3))}
+    loadings = {
+        **plant_genes(roles, names, levels["cell_type"], s, stream(2)),
+        **plant_noise(n_genes, levels["batch"], levels["donor"], s, stream(3)),
+    }
     perturbable = names[np.r_[roles["regulators"], roles["idle"], roles["passengers"]]]
-    return dict(var=var, roles=roles, base=base_levels(roles, n_genes, s, stream(4)), perturbable=perturbable,
-                loadings=pd.DataFrame(loadings, index=names).T,
-                guides=design_guides(perturbable, var.symbol[perturbable], s, stream(5)))
+    return dict(
+        var=var,
+        roles=roles,
+        base=base_levels(roles, n_genes, s, stream(4)),
+        perturbable=perturbable,
+        loadings=pd.DataFrame(loadings, index=names).T,
+        guides=design_guides(perturbable, var.symbol[perturbable], s, stream(5)),
+    )
+
 
 def planted_truth(
-    plan:dict,     # From `plan_tissue`
-    types:list,    # Names of the cell types
-    seed:int,      # Seed of the tissue
-)->dict:           # Plain dicts and arrays, fit for `uns`
+    plan: dict,  # From `plan_tissue`
+    types: list,  # Names of the cell types
+    seed: int,  # Seed of the tissue
+) -> dict:  # Plain dicts and arrays, fit for `uns`
     "Write down what was planted, by gene name."
-    names, roles, w, guides = plan["var"].index.to_numpy(object), plan["roles"], plan["loadings"], plan["guides"]
-    regulators = {names[g]: dict(targets=names[t], slope=w.loc[names[g], names[t]].to_numpy())
-                  for g, t in zip(roles["regulators"], roles["targets"])}
-    disease = dict(module=names[roles["disease"]], genes=names[w.loc["disease"].to_numpy() != 0],
-                   **dict(zip(("reversed_by", "mimicked_by"), regulators)))
-    return dict(version=simulator_version, seed=seed, regulators=regulators, disease=disease,
-                idle=names[roles["idle"]], passengers=names[roles["passengers"]],
-                markers=dict(zip(types, names[roles["markers"]])),
-                programmes={f"programme_{i}": names[g] for i, g in enumerate(roles["programmes"], 1)},
-                guides=dict(guide=guides.index.to_numpy(object), target=guides.target.to_numpy(object),
-                            efficiency=guides.efficiency.to_numpy()))
+    names, roles, w, guides = (
+        plan["var"].index.to_numpy(object),
+        plan["roles"],
+        plan["loadings"],
+        plan["guides"],
+    )
+    regulators = {
+        names[g]: dict(targets=names[t], slope=w.loc[names[g], names[t]].to_numpy())
+        for g, t in zip(roles["regulators"], roles["targets"])
+    }
+    disease = dict(
+        module=names[roles["disease"]],
+        genes=names[w.loc["disease"].to_numpy() != 0],
+        **dict(zip(("reversed_by", "mimicked_by"), regulators)),
+    )
+    return dict(
+        version=simulator_version,
+        seed=seed,
+        regulators=regulators,
+        disease=disease,
+        idle=names[roles["idle"]],
+        passengers=names[roles["passengers"]],
+        markers=dict(zip(types, names[roles["markers"]])),
+        programmes={f"programme_{i}": names[g] for i, g in enumerate(roles["programmes"], 1)},
+        guides=dict(
+            guide=guides.index.to_numpy(object),
+            target=guides.target.to_numpy(object),
+            efficiency=guides.efficiency.to_numpy(),
+        ),
+    )
 
 # %% ../nbs/01_simulate.ipynb #f5a3ee5e
 def toy_tissue(
-    n_cells:int=2000,      # Cells
-    n_genes:int=1000,      # Genes
-    n_types:int=4,         # Cell types
-    n_batches:int=2,       # Batches
-    n_donors:int=16,       # Donors; with a disease every second one is diseased
-    screen:bool=False,     # Give each cell a CRISPRi guide
-    disease:bool=False,    # Give each donor a condition, healthy or disease
-    seed:int=0,            # Seed of the tissue: genes, roles, effects, guides
-    cells_seed:int=None,   # Seed of the cells drawn from it; None: the same
-    **settings,            # Any of `ToySettings`
-):                         # AnnData with raw counts and the planted truth
+    n_cells: int = 2000,  # Cells
+    n_genes: int = 1000,  # Genes
+    n_types: int = 4,  # Cell types
+    n_batches: int = 2,  # Batches
+    n_donors: int = 16,  # Donors; with a disease every second one is diseased
+    screen: bool = False,  # Give each cell a CRISPRi guide
+    disease: bool = False,  # Give each donor a condition, healthy or disease
+    seed: int = 0,  # Seed of the tissue: genes, roles, effects, guides
+    cells_seed: int = None,  # Seed of the cells drawn from it; None: the same
+    **settings,  # Any of `ToySettings`
+):  # AnnData with raw counts and the planted truth
     "Draw a toy tissue with known truth."
     import anndata as ad
-    for name, size in dict(n_cells=n_cells, n_genes=n_genes, n_types=n_types, n_batches=n_batches, n_donors=n_donors).items():
-        if size < 1: raise ValueError(f"{name} is {size}, but a tissue needs at least 1: raise it.")
-    s, name = ToySettings(**settings), lambda kind, n: [f"{kind}_{i+1}" for i in range(n)]
-    levels = dict(cell_type=name("type", n_types), batch=name("batch", n_batches), donor=name("donor", n_donors))
+
+    for name, size in dict(
+        n_cells=n_cells, n_genes=n_genes, n_types=n_types, n_batches=n_batches, n_donors=n_donors
+    ).items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}, but a tissue needs at least 1: raise it.")
+    s, name = ToySettings(**settings), lambda kind, n: [f"{kind}_{i + 1}" for i in range(n)]
+    levels = dict(
+        cell_type=name("type", n_types),
+        batch=name("batch", n_batches),
+        donor=name("donor", n_donors),
+    )
     plan = plan_tissue(n_genes, levels, s, seed)
     w, guides, perturbable = plan["loadings"], plan["guides"], list(plan["perturbable"])
-    stream = lambda i: np.random.default_rng([seed if cells_seed is None else cells_seed, 100 + i])
+
+    def stream(i):
+        return np.random.default_rng([seed if cells_seed is None else cells_seed, 100 + i])
+
     obs, uns, obsm, knock_down = draw_cells(n_cells, *levels.values(), s, stream(0)), {}, {}, None
     if disease:
-        obs["severity"] = obs.donor.astype(str).map(donor_severity(levels["donor"], s, np.random.default_rng([seed, 6])))
-        obs["condition"] = pd.Categorical(np.where(obs.severity > 0, "disease", "healthy"), categories=["healthy", "disease"])
-        obs["size_factor"] *= np.exp(s.disease_depth*obs.severity)
+        obs["severity"] = obs.donor.astype(str).map(
+            donor_severity(levels["donor"], s, np.random.default_rng([seed, 6]))
+        )
+        obs["condition"] = pd.Categorical(
+            np.where(obs.severity > 0, "disease", "healthy"), categories=["healthy", "disease"]
+        )
+        obs["size_factor"] *= np.exp(s.disease_depth * obs.severity)
     if screen:
         held = take_up(n_cells, guides, s, stream(1))
         obs = obs.join(guide_labels(held, guides, obs.index))
         obsm["grna_counts"] = guide_counts(held, stream(2))
-        uns = dict(grna_names=guides.index.to_numpy(object), grna_targets=guides.target.to_numpy(object))
-        folds = np.log1p(-guides.efficiency.to_numpy())[:, None] * (guides.target.to_numpy()[:, None] == perturbable)
+        uns = dict(
+            grna_names=guides.index.to_numpy(object), grna_targets=guides.target.to_numpy(object)
+        )
+        folds = np.log1p(-guides.efficiency.to_numpy())[:, None] * (
+            guides.target.to_numpy()[:, None] == perturbable
+        )
         knock_down = pd.DataFrame(held @ folds, index=obs.index, columns=perturbable)
     activities = cell_activities(obs, list(w.index), perturbable, knock_down, s, stream(3))
-    counts = draw_counts(activities.to_numpy(), w.to_numpy(), plan["base"], obs.size_factor.to_numpy(), s.overdispersion, stream(4))
+    counts = draw_counts(
+        activities.to_numpy(),
+        w.to_numpy(),
+        plan["base"],
+        obs.size_factor.to_numpy(),
+        s.overdispersion,
+        stream(4),
+    )
     obsm["truth"] = activities[name("programme", s.n_programmes) + perturbable]
-    return ad.AnnData(counts, obs=obs, var=plan["var"], obsm=obsm, varm={"truth": w.T},
-                      uns={**uns, "truth": planted_truth(plan, levels["cell_type"], seed)})
+    return ad.AnnData(
+        counts,
+        obs=obs,
+        var=plan["var"],
+        obsm=obsm,
+        varm={"truth": w.T},
+        uns={**uns, "truth": planted_truth(plan, levels["cell_type"], seed)},
+    )
 
 # %% ../nbs/01_simulate.ipynb #ac891fe6
 def planted_shift(
-    adata,               # A toy tissue
-    name:str,            # A perturbable gene, or "disease"
-    efficiency:float=.8, # Fraction of the gene's level that the knock-down removes
-)->pd.Series:            # Log fold of every gene, index = var_names
+    adata,  # A toy tissue
+    name: str,  # A perturbable gene, or "disease"
+    efficiency: float = 0.8,  # Fraction of the gene's level that the knock-down removes
+) -> pd.Series:  # Log fold of every gene, index = var_names
     "Say which shift was planted for a knock-down or for the disease."
     w = adata.varm["truth"]
-    perturbable = [*adata.uns["truth"]["regulators"], *adata.uns["truth"]["idle"], *adata.uns["truth"]["passengers"]]
+    perturbable = [
+        *adata.uns["truth"]["regulators"],
+        *adata.uns["truth"]["idle"],
+        *adata.uns["truth"]["passengers"],
+    ]
     if name not in [*perturbable, "disease"]:
-        raise ValueError(f"{name} was not planted; choose disease or one of {', '.join(perturbable[:5])} ...")
-    return w[name] if name == "disease" else np.log1p(-efficiency)*w[name]
+        raise ValueError(
+            f"{name} was not planted; choose disease or one of {', '.join(perturbable[:5])} ..."
+        )
+    return w[name] if name == "disease" else np.log1p(-efficiency) * w[name]

@@ -23,10 +23,10 @@ from .genes import check_overlap, gene_table, map_genes
 
 # %% ../nbs/04a_sources.ipynb #e1659083
 def open_counts(
-    path,                   # A file or folder of any kind that `open_cells` reads
-    layer:str|Reading|None=None, # Where the counts are, or how the file is to be read
-    duplicates:str="error", # A gene name that stands twice: "error" or "sum"
-)->Counts:                  # Counts on disk, genes mapped, obs in `adata.obs`
+    path,  # A file or folder of any kind that `open_cells` reads
+    layer: str | Reading | None = None,  # Where the counts are, or how the file is to be read
+    duplicates: str = "error",  # A gene name that stands twice: "error" or "sum"
+) -> Counts:  # Counts on disk, genes mapped, obs in `adata.obs`
     "Open the raw counts of a file of any kind."
     return read_counts(Path(path), layer, duplicates=duplicates)
 
@@ -34,250 +34,507 @@ def open_counts(
 @dataclass(frozen=True, eq=False)
 class Candidates:
     "The cells of one data set that are worth reading."
-    source: int       # Number of the source
-    name: str         # dataset_id
-    n_cells: int      # Cells of the data set
-    removed: dict     # Filter -> cells that it took out
+
+    source: int  # Number of the source
+    name: str  # dataset_id
+    n_cells: int  # Cells of the data set
+    removed: dict  # Filter -> cells that it took out
     rows: np.ndarray  # int64, ascending: where the cells left stand in the source
 
-def group_candidates(number, obs, rows, filters, exclude, into): # adds one block of a table of cells to `into`: name -> [n, removed, list of rows]
+
+def group_candidates(
+    number, obs, rows, filters, exclude, into
+):  # adds one block of a table of cells to `into`: name -> [n, removed, list of rows]
     "Filter a block of the table of cells, data set by data set."
     for name, part in obs.groupby("dataset_id", observed=True, sort=False):
         at = rows[obs.index.get_indexer(part.index)]
         removed, left = funnel(len(part), described_steps(part, filters, exclude))
         n, before, kept = into.setdefault(name, [0, {}, []])
-        into[name][0], into[name][1] = n + len(part), {k: before.get(k, 0) + v for k, v in removed.items()}
+        into[name][0], into[name][1] = (
+            n + len(part),
+            {k: before.get(k, 0) + v for k, v in removed.items()},
+        )
         kept.append(at[left])
     return into
 
+
 def to_candidates(number, into):
-    return [Candidates(number, name, n, removed, np.concatenate(rows).astype(np.int64)) for name, (n, removed, rows) in sorted(into.items())]
+    return [
+        Candidates(number, name, n, removed, np.concatenate(rows).astype(np.int64))
+        for name, (n, removed, rows) in sorted(into.items())
+    ]
 
 # %% ../nbs/04a_sources.ipynb #92e25ba8
 class FileSource:
     "A file of cells as a source."
-    def __init__(self,
-        path,                   # See `open_counts`
-        name:str|None=None,     # dataset_id where the table of cells has none; default: the name of the file
-        stated=(),              # Column -> value for all cells
-        columns=(),             # Standard column -> column of obs
-        layer:str|Reading|None=None, duplicates:str="error",
+
+    def __init__(
+        self,
+        path,  # See `open_counts`
+        # dataset_id where the table of cells has none; default: the name of the file
+        name: str | None = None,
+        stated=(),  # Column -> value for all cells
+        columns=(),  # Standard column -> column of obs
+        layer: str | Reading | None = None,
+        duplicates: str = "error",
     ):
-        self.path = Path(path); self.name = name or self.path.name.removesuffix(self.path.suffix)
-        self.counts = open_counts(path, layer, duplicates); self.genes = self.counts.genes
+        self.path = Path(path)
+        self.name = name or self.path.name.removesuffix(self.path.suffix)
+        self.counts = open_counts(path, layer, duplicates)
+        self.genes = self.counts.genes
         obs = self.counts.adata.obs
-        self._obs = standard_obs(obs, {"dataset_id": self.name, **dict(stated)} if "dataset_id" not in obs else stated, columns, f"{self.path.name}")
+        self._obs = standard_obs(
+            obs,
+            {"dataset_id": self.name, **dict(stated)} if "dataset_id" not in obs else stated,
+            columns,
+            f"{self.path.name}",
+        )
         self._barcodes = obs.index.astype(str).to_numpy()
 
     @property
-    def mark(self): return [self.name, self.path.name, *map(sum, zip(*[(f.stat().st_size, f.stat().st_mtime_ns) for f in _files(self.path)]))]
-    def card(self): return dict(kind=self.path.suffix.lstrip(".") or "10x mtx", name=self.path.name, bytes=sum(f.stat().st_size for f in _files(self.path)), xxh3_128=checksum(self.path), **genes_card(self.genes))
-    def candidates(self, number, filters, exclude=()): return to_candidates(number, group_candidates(number, self._obs, np.arange(len(self._obs)), filters, exclude, {}))
-    def obs(self, rows): return self._obs.iloc[rows].reset_index(drop=True).assign(barcode=self._barcodes[rows])
-    def measured(self, data_set): return np.ones(len(self.genes.rows), bool)
+    def mark(self):
+        return [
+            self.name,
+            self.path.name,
+            *map(sum, zip(*[(f.stat().st_size, f.stat().st_mtime_ns) for f in _files(self.path)])),
+        ]
 
-    def chunks(self, rows, size=4096): # yields (position in rows, CSR of int32 counts)
+    def card(self):
+        return dict(
+            kind=self.path.suffix.lstrip(".") or "10x mtx",
+            name=self.path.name,
+            bytes=sum(f.stat().st_size for f in _files(self.path)),
+            xxh3_128=checksum(self.path),
+            **genes_card(self.genes),
+        )
+
+    def candidates(self, number, filters, exclude=()):
+        return to_candidates(
+            number,
+            group_candidates(number, self._obs, np.arange(len(self._obs)), filters, exclude, {}),
+        )
+
+    def obs(self, rows):
+        return self._obs.iloc[rows].reset_index(drop=True).assign(barcode=self._barcodes[rows])
+
+    def measured(self, data_set):
+        return np.ones(len(self.genes.rows), bool)
+
+    def chunks(self, rows, size=4096):  # yields (position in rows, CSR of int32 counts)
         rows, at = np.asarray(rows), 0
-        if not len(rows): return
+        if not len(rows):
+            return
         for first, chunk in self.counts.chunks(size, int(rows[0])):
             upto = int(np.searchsorted(rows, first + chunk.shape[0]))
             if upto > at:
                 yield at, chunk if upto - at == chunk.shape[0] else chunk[rows[at:upto] - first]
             at = upto
-            if at == len(rows): return
+            if at == len(rows):
+                return
 
-def _files(path): return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
 
-def checksum(path): # XXH3, 128 bits, of a file or of all files of a folder: guards against damage, at ten times the speed of SHA-256
+def _files(path):
+    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+
+
+def checksum(
+    path,
+    # XXH3, 128 bits, of a file or of all files of a folder: guards against damage, at ten times the
+    # speed of SHA-256
+):
     from xxhash import xxh3_128
+
     h = xxh3_128()
     for f in _files(Path(path)):
         with open(f, "rb") as stream:
-            while block := stream.read(1 << 22): h.update(block)
+            while block := stream.read(1 << 22):
+                h.update(block)
     return h.hexdigest()
 
-def genes_card(genes): return dict(genes=len(genes.names), genes_mapped=genes.n_mapped)
+
+def genes_card(genes):
+    return dict(genes=len(genes.names), genes_mapped=genes.n_mapped)
 
 # %% ../nbs/04a_sources.ipynb #460d1792
 def with_retries(
-    read,               # Function without arguments
-    reopen=None,        # Called before each further try
-    attempts:int=6,     # Tries in all
-    wait:float=1.,      # Seconds before the second try; doubled for each further one
-    say=None,           # Called with a message before each pause
-):                      # What `read` returns
+    read,  # Function without arguments
+    reopen=None,  # Called before each further try
+    attempts: int = 6,  # Tries in all
+    wait: float = 1.0,  # Seconds before the second try; doubled for each further one
+    say=None,  # Called with a message before each pause
+):  # What `read` returns
     "Call a function that reads from afar, again after a pause when it fails."
     for attempt in range(attempts):
         try:
-            if attempt and reopen: reopen()
+            if attempt and reopen:
+                reopen()
             return read()
-        except (ValueError, TypeError, KeyError, AttributeError): raise        # no network makes these
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise  # no network makes these
         except Exception as e:
-            if attempt == attempts - 1: raise OSError(f"reading failed {attempts} times, at last with {type(e).__name__}: {str(e)[:200]}") from e
-            if say: say(f"reading failed ({type(e).__name__}), trying again in {wait*2**attempt:g} s")
-            time.sleep(wait*2**attempt)
+            if attempt == attempts - 1:
+                raise OSError(
+                    f"reading failed {attempts} times, at last with {type(e).__name__}: "
+                    f"{str(e)[:200]}"
+                ) from e
+            if say:
+                say(f"reading failed ({type(e).__name__}), trying again in {wait * 2**attempt:g} s")
+            time.sleep(wait * 2**attempt)
 
 # %% ../nbs/04a_sources.ipynb #c803a434
 @njit(nogil=True, cache=True)
-def _count(cell, base, at, indptr): # at: row of each cell number from base on, -1 = not wanted
+def _count(cell, base, at, indptr):  # at: row of each cell number from base on, -1 = not wanted
     for i in range(cell.size):
         r = at[cell[i] - base]
-        if r >= 0: indptr[r + 1] += 1
+        if r >= 0:
+            indptr[r + 1] += 1
+
 
 @njit(nogil=True, cache=True)
-def _place(cell, gene, value, base, at, free, last, indices, data): # -> (genes came in order, no stored zero, place of a value that is no count or -1)
+def _place(cell, gene, value, base, at, free, last, indices, data):
+    # -> (genes came in order, no stored zero, place of a value that is no count or -1)
     ordered, full, bad = True, True, -1
     for i in range(cell.size):
         r, v, g = at[cell[i] - base], value[i], np.int32(gene[i])
-        if r < 0: continue
-        if not (v >= 0 and v <= 2147483647.) or v != np.floor(v): bad = i
-        if v == 0: full = False
-        if g < last[r]: ordered = False
-        k = free[r]; indices[k] = g; data[k] = np.int32(v); free[r] = k + 1; last[r] = g
+        if r < 0:
+            continue
+        if not (v >= 0 and v <= 2147483647.0) or v != np.floor(v):
+            bad = i
+        if v == 0:
+            full = False
+        if g < last[r]:
+            ordered = False
+        k = free[r]
+        indices[k] = g
+        data[k] = np.int32(v)
+        free[r] = k + 1
+        last[r] = g
     return ordered, full, bad
 
-def csr_of(pieces, rows, n_genes): # triplets (cell, gene, value) in any order, in several arrays -> CSR int32 of the wanted rows, and a triplet that is no count or None
-    "A counting sort by cell: the store gives its tiles in order, so the genes of a cell mostly come sorted."
+
+def csr_of(
+    pieces,
+    rows,
+    n_genes,
+    # triplets (cell, gene, value) in any order, in several arrays -> CSR int32 of the wanted rows,
+    # and a triplet that is no count or None
+):
+    """A counting sort by cell: the store gives its tiles in order, so the genes of a cell mostly
+    come sorted."""
     import scipy.sparse as sp
-    base = int(rows[0]); at = np.full(int(rows[-1]) - base + 1, -1, np.int32); at[rows - base] = np.arange(len(rows))
+
+    base = int(rows[0])
+    at = np.full(int(rows[-1]) - base + 1, -1, np.int32)
+    at[rows - base] = np.arange(len(rows))
     indptr = np.zeros(len(rows) + 1, np.int64)
-    for cell, _, _ in pieces: _count(cell, base, at, indptr)
-    indptr = indptr.cumsum(); free, last = indptr[:-1].copy(), np.full(len(rows), -1, np.int32)
+    for cell, _, _ in pieces:
+        _count(cell, base, at, indptr)
+    indptr = indptr.cumsum()
+    free, last = indptr[:-1].copy(), np.full(len(rows), -1, np.int32)
     indices, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.int32)
     ordered = full = True
     for cell, gene, value in pieces:
-        o, f, bad = _place(cell, gene, value, base, at, free, last, indices, data); ordered &= o; full &= f
-        if bad >= 0: return None, (cell[bad], gene[bad], value[bad])
+        o, f, bad = _place(cell, gene, value, base, at, free, last, indices, data)
+        ordered &= o
+        full &= f
+        if bad >= 0:
+            return None, (cell[bad], gene[bad], value[bad])
     out = sp.csr_matrix((data, indices, indptr), shape=(len(rows), n_genes))
-    if not ordered: out.sort_indices()
-    if not full: out.eliminate_zeros()
+    if not ordered:
+        out.sort_indices()
+    if not full:
+        out.eliminate_zeros()
     return out, None
 
 # %% ../nbs/04a_sources.ipynb #e09b97d7
-OBS_OF_CENSUS = dict(tissue="tissue_general") # standard column -> Census column, where they differ
+OBS_OF_CENSUS = dict(tissue="tissue_general")  # standard column -> Census column, where they differ
+
 
 class SomaSource:
     "The CELLxGENE Census, or a store of the same shape, as a source."
-    def __init__(self,
-        uri:str|None=None,      # Folder or address of a store; None: the public Census
-        version:str="stable",   # Census version for the public one, e.g. "2024-07-01"
-        organism:str="homo_sapiens", stated=(), columns=(), attempts:int=6, wait:float=1., say=None,
-        buffer_bytes:int=1 << 26, # Of each column that is read at once
+
+    def __init__(
+        self,
+        uri: str | None = None,  # Folder or address of a store; None: the public Census
+        version: str = "stable",  # Census version for the public one, e.g. "2024-07-01"
+        organism: str = "homo_sapiens",
+        stated=(),
+        columns=(),
+        attempts: int = 6,
+        wait: float = 1.0,
+        say=None,
+        buffer_bytes: int = 1 << 26,  # Of each column that is read at once
     ):
-        try: import cellxgene_census, tiledbsoma  # noqa: F401
-        except ImportError as e: raise ImportError("Reading the Census needs tiledbsoma and cellxgene-census: pip install 'scemb[census]'") from e
+        try:
+            import cellxgene_census, tiledbsoma  # noqa: F401
+        except ImportError as e:
+            raise ImportError(
+                "Reading the Census needs tiledbsoma and cellxgene-census: pip install "
+                "'scemb[census]'"
+            ) from e
         self.uri, self.version, self.organism = uri and str(uri), version, organism
         self.stated, self.columns, self.buffer_bytes = dict(stated), dict(columns), buffer_bytes
         self.again = lambda read, reopen=self.open: with_retries(read, reopen, attempts, wait, say)
-        if self.uri and "://" not in self.uri and not Path(self.uri).is_dir(): raise FileNotFoundError(f"There is no store at {uri}; check the path.")
+        if self.uri and "://" not in self.uri and not Path(self.uri).is_dir():
+            raise FileNotFoundError(f"There is no store at {uri}; check the path.")
         self.again(self.open, None)
-        self.name = str(self.build.get("census_build_date", version if not uri else Path(self.uri).name))
+        self.name = str(
+            self.build.get("census_build_date", version if not uri else Path(self.uri).name)
+        )
 
-    def open(self): # (re)opens the store and reads what is small
-        import cellxgene_census, tiledbsoma
+    def open(self):  # (re)opens the store and reads what is small
+        import cellxgene_census, tiledbsoma  # noqa: F401
+
         where = dict(uri=self.uri) if self.uri else dict(census_version=self.version)
         config = {"soma.init_buffer_bytes": self.buffer_bytes}
-        if not self.uri: config |= cellxgene_census.get_default_soma_context().tiledb_config
-        self.census = cellxgene_census.open_soma(**where, context=tiledbsoma.SOMATileDBContext(tiledb_config=config))
-        if self.organism not in self.census["census_data"]: raise ValueError(f"The store has no organism {self.organism!r}; it has {list(self.census['census_data'])}.")
+        if not self.uri:
+            config |= cellxgene_census.get_default_soma_context().tiledb_config
+        self.census = cellxgene_census.open_soma(
+            **where, context=tiledbsoma.SOMATileDBContext(tiledb_config=config)
+        )
+        if self.organism not in self.census["census_data"]:
+            raise ValueError(
+                f"The store has no organism {self.organism!r}; it has "
+                f"{list(self.census['census_data'])}."
+            )
         self.experiment = self.census["census_data"][self.organism]
         info = self.census["census_info"] if "census_info" in self.census else {}
-        self.build = {k: v for k, v in zip(*(info["summary"].read().concat().to_pandas()[c] for c in ("label", "value")))} if "summary" in info else {}
-        self.data_sets = info["datasets"].read().concat().to_pandas().set_index("dataset_id") if "datasets" in info else pd.DataFrame()
-        var = self.experiment.ms["RNA"].var.read().concat().to_pandas().sort_values("soma_joinid", kind="stable")
-        self.genes = check_overlap(map_genes(var.feature_id.to_numpy(), symbols=var.feature_name if "feature_name" in var else None, duplicates="sum"))
+        self.build = (
+            {
+                k: v
+                for k, v in zip(
+                    *(info["summary"].read().concat().to_pandas()[c] for c in ("label", "value"))
+                )
+            }
+            if "summary" in info
+            else {}
+        )
+        self.data_sets = (
+            info["datasets"].read().concat().to_pandas().set_index("dataset_id")
+            if "datasets" in info
+            else pd.DataFrame()
+        )
+        var = (
+            self.experiment.ms["RNA"]
+            .var.read()
+            .concat()
+            .to_pandas()
+            .sort_values("soma_joinid", kind="stable")
+        )
+        self.genes = check_overlap(
+            map_genes(
+                var.feature_id.to_numpy(),
+                symbols=var.feature_name if "feature_name" in var else None,
+                duplicates="sum",
+            )
+        )
         self.obs_columns = list(self.experiment.obs.keys())
 
     @property
-    def mark(self): return [self.name, self.uri and Path(self.uri).name, self.experiment.obs.count]
+    def mark(self):
+        return [self.name, self.uri and Path(self.uri).name, self.experiment.obs.count]
+
     def card(self):
         uri = self.uri and (self.uri if "://" in self.uri else Path(self.uri).name)
-        return dict(kind="soma", name=self.name, uri=uri, cells=self.experiment.obs.count, **genes_card(self.genes))
+        return dict(
+            kind="soma",
+            name=self.name,
+            uri=uri,
+            cells=self.experiment.obs.count,
+            **genes_card(self.genes),
+        )
 
     def _standard(self, frame):
-        if "collection_id" not in frame and "collection_id" in self.data_sets: frame = frame.assign(collection_id=self.data_sets.collection_id.reindex(frame.dataset_id.astype(str)).to_numpy())
+        if "collection_id" not in frame and "collection_id" in self.data_sets:
+            frame = frame.assign(
+                collection_id=self.data_sets.collection_id.reindex(
+                    frame.dataset_id.astype(str)
+                ).to_numpy()
+            )
         columns = {k: v for k, v in {**OBS_OF_CENSUS, **self.columns}.items() if v in frame}
-        return standard_obs(frame, {"organism": self.organism.capitalize().replace("_", " "), **self.stated}, columns, "The store")
+        return standard_obs(
+            frame,
+            {"organism": self.organism.capitalize().replace("_", " "), **self.stated},
+            columns,
+            "The store",
+        )
 
-    def _wanted(self): return [c for c in dict.fromkeys(["soma_joinid", *COLUMNS, *OBS_OF_CENSUS.values(), *self.columns.values()]) if c in self.obs_columns]
+    def _wanted(self):
+        return [
+            c
+            for c in dict.fromkeys(
+                ["soma_joinid", *COLUMNS, *OBS_OF_CENSUS.values(), *self.columns.values()]
+            )
+            if c in self.obs_columns
+        ]
 
     def candidates(self, number, filters, exclude=()):
         def read():
             into = {}
             for table in self.experiment.obs.read(column_names=self._wanted()):
                 frame = table.to_pandas()
-                into = group_candidates(number, self._standard(frame), frame.soma_joinid.to_numpy(), filters, exclude, into)
+                into = group_candidates(
+                    number,
+                    self._standard(frame),
+                    frame.soma_joinid.to_numpy(),
+                    filters,
+                    exclude,
+                    into,
+                )
             return to_candidates(number, into)
+
         return self.again(read)
 
     def obs(self, rows):
         def read():
-            frame = self.experiment.obs.read(coords=(np.asarray(rows),), column_names=self._wanted()).concat().to_pandas().set_index("soma_joinid").loc[rows].reset_index()
+            frame = (
+                self.experiment.obs.read(coords=(np.asarray(rows),), column_names=self._wanted())
+                .concat()
+                .to_pandas()
+                .set_index("soma_joinid")
+                .loc[rows]
+                .reset_index()
+            )
             return self._standard(frame).assign(barcode=frame.soma_joinid.astype(str))
+
         return self.again(read)
 
-    def measured(self, data_set): # input genes that the data set measured, where the store says so
-        try: presence, at = self.experiment.ms["RNA"]["feature_dataset_presence_matrix"], self.data_sets.soma_joinid[data_set]
-        except (KeyError, AttributeError): return np.ones(len(self.genes.rows), bool)
-        t = self.again(lambda: presence.read((slice(int(at), int(at)), slice(None))).tables().concat())
-        out = np.zeros(len(self.genes.rows), bool); out[t["soma_dim_1"].to_numpy()[t["soma_data"].to_numpy() > 0]] = True
+    def measured(self, data_set):  # input genes that the data set measured, where the store says so
+        try:
+            presence, at = (
+                self.experiment.ms["RNA"]["feature_dataset_presence_matrix"],
+                self.data_sets.soma_joinid[data_set],
+            )
+        except (KeyError, AttributeError):
+            return np.ones(len(self.genes.rows), bool)
+        t = self.again(
+            lambda: presence.read((slice(int(at), int(at)), slice(None))).tables().concat()
+        )
+        out = np.zeros(len(self.genes.rows), bool)
+        out[t["soma_dim_1"].to_numpy()[t["soma_data"].to_numpy() > 0]] = True
         return out
 
-    def chunks(self, rows, size=4096): # yields (position in rows, CSR of int32 counts)
+    def chunks(self, rows, size=4096):  # yields (position in rows, CSR of int32 counts)
         rows = np.asarray(rows, np.int64)
-        for at in range(0, len(rows), size): yield at, self._chunk(rows[at:at + size])
+        for at in range(0, len(rows), size):
+            yield at, self._chunk(rows[at : at + size])
 
-    def _chunk(self, rows): # one block of cells
-        span = int(rows[-1] - rows[0]) + 1; dense = span <= 2*len(rows)
+    def _chunk(self, rows):  # one block of cells
+        span = int(rows[-1] - rows[0]) + 1
+        dense = span <= 2 * len(rows)
+
         def read():
             X = self.experiment.ms["RNA"].X["raw"]
-            return X.read(coords=(slice(int(rows[0]), int(rows[-1])) if dense else rows, slice(None))).tables().concat()
+            return (
+                X.read(coords=(slice(int(rows[0]), int(rows[-1])) if dense else rows, slice(None)))
+                .tables()
+                .concat()
+            )
+
         t = self.again(read)
-        pieces = [tuple(c.to_numpy() for c in piece) for piece in zip(*(t[c].chunks for c in ("soma_dim_0", "soma_dim_1", "soma_data")))]
+        pieces = [
+            tuple(c.to_numpy() for c in piece)
+            for piece in zip(*(t[c].chunks for c in ("soma_dim_0", "soma_dim_1", "soma_data")))
+        ]
         out, bad = csr_of(pieces, rows, len(self.genes.rows))
-        if bad is None: return out
+        if bad is None:
+            return out
         cell, gene, value = bad
-        raise ValueError(f"The store is not raw counts: {value:g} (cell {cell}, gene {self.genes.names[gene]}). Counts are whole numbers >= 0.")
+        raise ValueError(
+            f"The store is not raw counts: {value:g} (cell {cell}, gene "
+            f"{self.genes.names[gene]}). Counts are whole numbers >= 0."
+        )
 
 # %% ../nbs/04a_sources.ipynb #4cc41903
 def write_store(
-    folder,               # Folder to make
-    sets,                 # dict dataset_id -> AnnData of counts, obs with the Census columns disease, assay, suspension_type, is_primary_data, donor_id, ...
-    collections=(),       # dataset_id -> collection_id
-    build:str="2000-01-01", # Its date
-)->Path:                  # The folder
-    "Write data sets as a store of the shape of the Census; genes are named by Ensembl ids, those that we do not know are left out."
+    folder,  # Folder to make
+    # dict dataset_id -> AnnData of counts, obs with the Census columns disease, assay,
+    # suspension_type, is_primary_data, donor_id, ...
+    sets,
+    collections=(),  # dataset_id -> collection_id
+    build: str = "2000-01-01",  # Its date
+) -> Path:  # The folder
+    """Write data sets as a store of the shape of the Census; genes are named by Ensembl ids, those
+    that we do not know are left out."""
     import anndata as ad, pyarrow as pa, scipy.sparse as sp, tiledbsoma, tiledbsoma.io
-    folder = Path(folder); ids = gene_table().ensembl_id.to_numpy(); parts, measured = [], []
+
+    folder = Path(folder)
+    ids = gene_table().ensembl_id.to_numpy()
+    parts, measured = [], []
     for name, a in sets.items():
-        rows = map_genes(gene_names(a.var), duplicates="sum").rows; at = np.flatnonzero(rows >= 0)
-        onto = sp.csr_matrix((np.ones(len(at), np.float32), (at, rows[at])), shape=(len(rows), len(ids)))
-        parts.append(ad.AnnData((sp.csr_matrix(a.X).astype(np.float32) @ onto).tocsr(), a.obs.assign(dataset_id=name))); measured.append(np.bincount(rows[at], minlength=len(ids)) > 0)
-    whole = ad.concat(parts, index_unique="|", keys=list(sets)); used = np.flatnonzero(np.any(measured, axis=0))
-    whole = ad.AnnData(whole.X[:, used].tocsr(), whole.obs, pd.DataFrame(dict(feature_id=ids[used], feature_name=gene_table().symbol.to_numpy()[used]), index=ids[used]))
-    for c in whole.obs: whole.obs[c] = whole.obs[c].astype(bool if c == "is_primary_data" else str)
+        rows = map_genes(gene_names(a.var), duplicates="sum").rows
+        at = np.flatnonzero(rows >= 0)
+        onto = sp.csr_matrix(
+            (np.ones(len(at), np.float32), (at, rows[at])), shape=(len(rows), len(ids))
+        )
+        parts.append(
+            ad.AnnData(
+                (sp.csr_matrix(a.X).astype(np.float32) @ onto).tocsr(),
+                a.obs.assign(dataset_id=name),
+            )
+        )
+        measured.append(np.bincount(rows[at], minlength=len(ids)) > 0)
+    whole = ad.concat(parts, index_unique="|", keys=list(sets))
+    used = np.flatnonzero(np.any(measured, axis=0))
+    whole = ad.AnnData(
+        whole.X[:, used].tocsr(),
+        whole.obs,
+        pd.DataFrame(
+            dict(feature_id=ids[used], feature_name=gene_table().symbol.to_numpy()[used]),
+            index=ids[used],
+        ),
+    )
+    for c in whole.obs:
+        whole.obs[c] = whole.obs[c].astype(bool if c == "is_primary_data" else str)
     with tiledbsoma.Collection.create(str(folder)) as root:
-        info = root.add_new_collection("census_info"); root.add_new_collection("census_data")
-        tables = dict(summary=dict(label=["census_build_date"], value=[build]), datasets=dict(dataset_id=list(sets), collection_id=[dict(collections).get(k, "unknown") for k in sets]))
+        info = root.add_new_collection("census_info")
+        root.add_new_collection("census_data")
+        tables = dict(
+            summary=dict(label=["census_build_date"], value=[build]),
+            datasets=dict(
+                dataset_id=list(sets),
+                collection_id=[dict(collections).get(k, "unknown") for k in sets],
+            ),
+        )
         for key, columns in tables.items():
-            t = pa.table({"soma_joinid": pa.array(range(len(next(iter(columns.values())))), pa.int64()), **columns})
-            with info.add_new_dataframe(key, schema=t.schema, domain=[(0, len(t) - 1)]) as df: df.write(t)
-    data = folder/"census_data"
-    tiledbsoma.io.from_anndata(str(data/"homo_sapiens"), whole, measurement_name="RNA", X_layer_name="raw")
-    with tiledbsoma.Measurement.open(str(data/"homo_sapiens"/"ms"/"RNA"), "w") as ms:
+            t = pa.table(
+                {
+                    "soma_joinid": pa.array(range(len(next(iter(columns.values())))), pa.int64()),
+                    **columns,
+                }
+            )
+            with info.add_new_dataframe(key, schema=t.schema, domain=[(0, len(t) - 1)]) as df:
+                df.write(t)
+    data = folder / "census_data"
+    tiledbsoma.io.from_anndata(
+        str(data / "homo_sapiens"), whole, measurement_name="RNA", X_layer_name="raw"
+    )
+    with tiledbsoma.Measurement.open(str(data / "homo_sapiens" / "ms" / "RNA"), "w") as ms:
         p = sp.coo_matrix(np.array(measured)[:, used].astype(np.float32))
-        with ms.add_new_sparse_ndarray("feature_dataset_presence_matrix", type=pa.float32(), shape=p.shape) as m: m.write(pa.SparseCOOTensor.from_scipy(p))
-    with tiledbsoma.Collection.open(str(data), "w") as c: c.set("homo_sapiens", tiledbsoma.Experiment.open(str(data/"homo_sapiens")), use_relative_uri=True)
+        with ms.add_new_sparse_ndarray(
+            "feature_dataset_presence_matrix", type=pa.float32(), shape=p.shape
+        ) as m:
+            m.write(pa.SparseCOOTensor.from_scipy(p))
+    with tiledbsoma.Collection.open(str(data), "w") as c:
+        c.set(
+            "homo_sapiens",
+            tiledbsoma.Experiment.open(str(data / "homo_sapiens")),
+            use_relative_uri=True,
+        )
     return folder
 
 # %% ../nbs/04a_sources.ipynb #53bd91f3
 KINDS = (".h5ad", ".zarr", ".h5", ".loom")
 
-def is_soma(path): return (Path(path)/"__tiledb_group.tdb").exists() or (Path(path)/"__group").is_dir()
+
+def is_soma(path):
+    return (Path(path) / "__tiledb_group.tdb").exists() or (Path(path) / "__group").is_dir()
+
 
 def files_below(
-    folder, # A folder
-)->list:    # Files (or zarr stores, or folders of counts) in it, at any depth, in the order of their paths
+    folder,  # A folder
+    # Files (or zarr stores, or folders of counts) in it, at any depth, in the order of their paths
+) -> list:
     "Every source in a folder."
     folder = Path(folder)
     if folder.suffix == ".zarr":
@@ -286,28 +543,57 @@ def files_below(
         return [folder] if len(matrices) == 1 else matrices
     found = []
     for p in sorted(folder.iterdir()):
-        if p.name.startswith("."): continue
-        if p.suffix in KINDS: found.append(p)
-        elif p.is_dir(): found += files_below(p)
+        if p.name.startswith("."):
+            continue
+        if p.suffix in KINDS:
+            found.append(p)
+        elif p.is_dir():
+            found += files_below(p)
     return found
 
+
 def open_source(
-    source,    # dict(data_set=NAME), dict(path=...), dict(uri=...) or dict(census=VERSION), with obs, columns, layer, duplicates; a path or an address also does
+    # dict(data_set=NAME), dict(path=...), dict(uri=...) or dict(census=VERSION), with obs, columns,
+    # layer, duplicates; a path or an address also does
+    source,
     say=None,  # Called with a message when a read is tried again
-)->list:       # Sources: one, or several for a folder
+) -> list:  # Sources: one, or several for a folder
     "Open what a recipe or a command names."
-    s = dict(source) if isinstance(source, dict) else dict(uri=str(source)) if "://" in str(source) or is_soma(source) else dict(path=source)
-    if str(s.get("path", "")).startswith("census:"): s = dict(census=str(s["path"])[7:])
+    s = (
+        dict(source)
+        if isinstance(source, dict)
+        else dict(uri=str(source))
+        if "://" in str(source) or is_soma(source)
+        else dict(path=source)
+    )
+    if str(s.get("path", "")).startswith("census:"):
+        s = dict(census=str(s["path"])[7:])
     common = dict(stated=s.pop("obs", {}), columns=s.pop("columns", {}))
-    if "census" in s: return [SomaSource(version=s.pop("census"), say=say, **common, **s)]
-    if "uri" in s: return [SomaSource(s.pop("uri"), say=say, **common, **s)]
+    if "census" in s:
+        return [SomaSource(version=s.pop("census"), say=say, **common, **s)]
+    if "uri" in s:
+        return [SomaSource(s.pop("uri"), say=say, **common, **s)]
     if "data_set" in s:
-        name = s.pop("data_set"); known = manifest(name).obs
-        columns = {k: known[m] for k, m in dict(donor_id="donor", cell_type="cell_type", batch="batch", assay="assay", tissue="tissue").items() if known.get(m, "unknown") != "unknown"}
+        name = s.pop("data_set")
+        known = manifest(name).obs
+        columns = {
+            k: known[m]
+            for k, m in dict(
+                donor_id="donor",
+                cell_type="cell_type",
+                batch="batch",
+                assay="assay",
+                tissue="tissue",
+            ).items()
+            if known.get(m, "unknown") != "unknown"
+        }
         common["columns"] = columns | common["columns"]
         return [FileSource(locate(name), name, **common, **s)]
     path = Path(s.pop("path"))
-    if not path.exists(): raise FileNotFoundError(f"There is no {path}; check the path.")
-    if not path.is_dir(): return [FileSource(path, **common, **s)]
-    if not (files := files_below(path)): raise ValueError(f"{path} holds no .h5ad, .zarr, 10x .h5, .loom or matrix.mtx.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}; check the path.")
+    if not path.is_dir():
+        return [FileSource(path, **common, **s)]
+    if not (files := files_below(path)):
+        raise ValueError(f"{path} holds no .h5ad, .zarr, 10x .h5, .loom or matrix.mtx.")
     return [FileSource(f, **common, **s) for f in files]

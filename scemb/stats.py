@@ -20,171 +20,230 @@ from scipy import stats
 @dataclass(frozen=True)
 class Interval:
     "An estimate with its interval over a named unit."
-    value:float    # Estimate from all data
-    low:float      # Lower end; NaN where no interval is given
-    high:float     # Upper end
-    n_units:int    # Units that were resampled
-    unit:str       # What they are: donor, guide, batch, cell
-    method:str     # BCa, percentile, t, or none
-    reason:str=""  # Why there is no interval, or why the method is not the one asked for
 
-    def as_dict(self)->dict: # Columns of a score table
+    value: float  # Estimate from all data
+    low: float  # Lower end; NaN where no interval is given
+    high: float  # Upper end
+    n_units: int  # Units that were resampled
+    unit: str  # What they are: donor, guide, batch, cell
+    method: str  # BCa, percentile, t, or none
+    reason: str = ""  # Why there is no interval, or why the method is not the one asked for
+
+    def as_dict(self) -> dict:  # Columns of a score table
         "The interval as columns of a score table."
-        return dict(value=self.value, ci_low=self.low, ci_high=self.high, n=self.n_units, unit=self.unit,
-                    ci_method=self.method, reason=self.reason)
+        return dict(
+            value=self.value,
+            ci_low=self.low,
+            ci_high=self.high,
+            n=self.n_units,
+            unit=self.unit,
+            ci_method=self.method,
+            reason=self.reason,
+        )
 
     def __str__(self):
-        if self.method == "none": return f"{self.value:.3g} ({self.reason})"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] over {self.n_units} {self.unit}s, {self.method}"
+        if self.method == "none":
+            return f"{self.value:.3g} ({self.reason})"
+        return (
+            f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] over {self.n_units} "
+            f"{self.unit}s, {self.method}"
+        )
 
 # %% ../nbs/03_stats.ipynb #dacb515c
 @dataclass(frozen=True)
 class Permutation:
     "A permutation test."
-    statistic:float     # Value in the observed arrangement
-    p:float             # (b + 1)/(B + 1): b of B other arrangements are at least as extreme
-    p_min:float         # Smallest p that this design could have given
-    n_permutations:int  # B
-    exact:bool          # Every arrangement was counted
+
+    statistic: float  # Value in the observed arrangement
+    p: float  # (b + 1)/(B + 1): b of B other arrangements are at least as extreme
+    p_min: float  # Smallest p that this design could have given
+    n_permutations: int  # B
+    exact: bool  # Every arrangement was counted
     as_dict = asdict
 
 # %% ../nbs/03_stats.ipynb #0d5df3e2
 def finite(
-    values,             # Numbers, any shape
-    name:str="values",  # What to call them in the message
-)->np.ndarray:          # The same as float64
+    values,  # Numbers, any shape
+    name: str = "values",  # What to call them in the message
+) -> np.ndarray:  # The same as float64
     "Refuse values that are empty, missing or infinite."
     values = np.asarray(values, float)
-    if values.size == 0: raise ValueError(f"{name} is empty, wanted at least one number: check the selection of cells.")
-    if (n_bad := int((~np.isfinite(values)).sum())):
+    if values.size == 0:
+        raise ValueError(
+            f"{name} is empty, wanted at least one number: check the selection of cells."
+        )
+    if n_bad := int((~np.isfinite(values)).sum()):
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-        raise ValueError(f"{name} holds {n_bad} of {values.size} values that are NaN or infinite, the first at position "
-                         f"{first[0] if len(first) == 1 else first}: drop them and say how many were dropped.")
+        raise ValueError(
+            f"{name} holds {n_bad} of {values.size} values that are NaN or infinite, the first "
+            "at position "
+            f"{first[0] if len(first) == 1 else first}: drop them and say how many were dropped."
+        )
     return values
 
+
 def as_mask(
-    case,               # True for the cases, False for the others, shape (n,)
-    n:int,              # Length wanted
-)->np.ndarray:          # Bool array
+    case,  # True for the cases, False for the others, shape (n,)
+    n: int,  # Length wanted
+) -> np.ndarray:  # Bool array
     "Refuse a case column that is not a yes or no for each row."
     case = np.asarray(case)
     if case.dtype != bool and not set(np.unique(case)) <= {0, 1}:
         seen = ", ".join(map(str, np.unique(case.astype(str))[:4]))
-        raise ValueError(f"case holds {seen}, wanted True or False: compare first, as in obs['condition'] == 'disease'.")
-    if case.shape != (n,): raise ValueError(f"case has shape {case.shape}, wanted ({n},): one entry for each row of values.")
+        raise ValueError(
+            f"case holds {seen}, wanted True or False: compare first, as in obs['condition'] == "
+            "'disease'."
+        )
+    if case.shape != (n,):
+        raise ValueError(
+            f"case has shape {case.shape}, wanted ({n},): one entry for each row of values."
+        )
     return case.astype(bool)
 
+
 def as_labels(
-    labels,             # A label for each row: donors, guides, batches
-    n:int,              # Length wanted
-    name:str="units",   # What to call them in the message
-)->np.ndarray:          # Strings, shape (n,)
+    labels,  # A label for each row: donors, guides, batches
+    n: int,  # Length wanted
+    name: str = "units",  # What to call them in the message
+) -> np.ndarray:  # Strings, shape (n,)
     "Refuse labels that are missing or of another length."
     missing, labels = pd.isna(np.asarray(labels, object)), np.asarray(labels).astype(str)
-    if labels.shape != (n,): raise ValueError(f"{name} has shape {labels.shape}, wanted ({n},): one entry for each row of values.")
-    if missing.any(): raise ValueError(f"{name} is missing for {missing.sum()} of {n} rows, the first at position {missing.argmax()}: leave those rows out.")
+    if labels.shape != (n,):
+        raise ValueError(
+            f"{name} has shape {labels.shape}, wanted ({n},): one entry for each row of values."
+        )
+    if missing.any():
+        raise ValueError(
+            f"{name} is missing for {missing.sum()} of {n} rows, the first at position "
+            f"{missing.argmax()}: leave those rows out."
+        )
     return labels
 
 # %% ../nbs/03_stats.ipynb #1599fd61
 def per_unit(
-    values,             # Shape (cells,) or (cells, features)
-    units,              # Unit of each cell, shape (cells,)
-    **labels,           # Labels of each cell, which must be the same within a unit; None is passed through
-)->tuple:               # Unit names, means by unit, dict of labels by unit
+    values,  # Shape (cells,) or (cells, features)
+    units,  # Unit of each cell, shape (cells,)
+    **labels,  # Labels of each cell, which must be the same within a unit; None is passed through
+) -> tuple:  # Unit names, means by unit, dict of labels by unit
     "Average the cells of each unit and carry its labels along."
     values = finite(values)
     units = as_labels(units, len(values))
     names, first, code = np.unique(units, return_index=True, return_inverse=True)
-    if len(names) < 2: raise ValueError(f"All values come from one unit, {names[0]}, wanted at least 2: without a second one nothing can be said of others.")
-    carried = {key: None if label is None else np.asarray(label)[first] for key, label in labels.items()}
+    if len(names) < 2:
+        raise ValueError(
+            f"All values come from one unit, {names[0]}, wanted at least 2: without a second one "
+            "nothing can be said of others."
+        )
+    carried = {
+        key: None if label is None else np.asarray(label)[first] for key, label in labels.items()
+    }
     for key, label in labels.items():
         if label is not None and (mixed := carried[key][code] != np.asarray(label)).any():
-            raise ValueError(f"{key} differs within unit {units[mixed][0]}, wanted one {key} for each unit: "
-                             "name finer units, or average within batches first.")
+            raise ValueError(
+                f"{key} differs within unit {units[mixed][0]}, wanted one {key} for each unit: "
+                "name finer units, or average within batches first."
+            )
     order, n = np.argsort(code, kind="stable"), np.bincount(code)
     sums = np.add.reduceat(values[order], np.r_[0, n[:-1].cumsum()], axis=0)
-    return names, (sums.T/n).T, carried
+    return names, (sums.T / n).T, carried
+
 
 def two_groups(
-    values,             # Shape (rows,) or (rows, features)
-    case,               # True for the cases, shape (rows,)
-    units=None,         # Unit of each row; None: rows are units
-    strata=None,        # Stratum of each row, the same within a unit
-)->tuple:               # Values, case and strata, one row a unit
+    values,  # Shape (rows,) or (rows, features)
+    case,  # True for the cases, shape (rows,)
+    units=None,  # Unit of each row; None: rows are units
+    strata=None,  # Stratum of each row, the same within a unit
+) -> tuple:  # Values, case and strata, one row a unit
     "Check a comparison of two groups and reduce it to its units."
     values = finite(values)
     case = as_mask(case, len(values))
-    if units is None: return values, case, strata
+    if units is None:
+        return values, case, strata
     _, values, labels = per_unit(values, units, case=case, strata=strata)
     return values, labels["case"], labels["strata"]
 
 # %% ../nbs/03_stats.ipynb #8a929134
 def permutation_p(
-    observed,                      # Statistic, scalar or shape (features,)
-    null,                          # The same statistic in B other arrangements, shape (B,) or (B, features)
-    alternative:str="two-sided",   # two-sided, greater or less
-)->np.ndarray:                     # p, of the shape of observed
+    observed,  # Statistic, scalar or shape (features,)
+    null,  # The same statistic in B other arrangements, shape (B,) or (B, features)
+    alternative: str = "two-sided",  # two-sided, greater or less
+) -> np.ndarray:  # p, of the shape of observed
     "Count how many arrangements are at least as extreme as the observed one."
     if alternative not in (sides := ("two-sided", "greater", "less")):
         raise ValueError(f"alternative is {alternative}, wanted one of {', '.join(sides)}.")
     observed, null = finite(observed, "observed"), finite(null, "null")
-    slack = 1e-10*np.maximum(np.abs(observed), np.abs(null).max(0))  # equal arrangements may differ by rounding
-    greater = ((null >= observed - slack).sum(0) + 1)/(len(null) + 1)
-    less = ((null <= observed + slack).sum(0) + 1)/(len(null) + 1)
-    p = dict(zip(sides, (np.minimum(1, 2*np.minimum(greater, less)), greater, less)))[alternative]
+    slack = 1e-10 * np.maximum(
+        np.abs(observed), np.abs(null).max(0)
+    )  # equal arrangements may differ by rounding
+    greater = ((null >= observed - slack).sum(0) + 1) / (len(null) + 1)
+    less = ((null <= observed + slack).sum(0) + 1) / (len(null) + 1)
+    p = dict(zip(sides, (np.minimum(1, 2 * np.minimum(greater, less)), greater, less)))[alternative]
     return p if p.ndim else float(p)
 
+
 def attainable_p(
-    observed,                      # Statistic, scalar or shape (features,)
-    null,                          # The same in the other arrangements, shape (B,) or (B, features)
-    alternative:str="two-sided",   # two-sided, greater or less
-    exact:bool=True,               # null holds every other arrangement
-)->float:                          # Smallest p that any arrangement could have given
+    observed,  # Statistic, scalar or shape (features,)
+    null,  # The same in the other arrangements, shape (B,) or (B, features)
+    alternative: str = "two-sided",  # two-sided, greater or less
+    exact: bool = True,  # null holds every other arrangement
+) -> float:  # Smallest p that any arrangement could have given
     "Say how small the p-value could have become."
     sides = 2 if alternative == "two-sided" else 1
-    if not exact: return min(1., sides/(len(null) + 1))
+    if not exact:
+        return min(1.0, sides / (len(null) + 1))
     every = np.concatenate([np.asarray(observed, float)[None], null])
-    slack = 1e-10*np.abs(every).max(0)
+    slack = 1e-10 * np.abs(every).max(0)
     high, low = (every >= every.max(0) - slack).mean(0), (every <= every.min(0) + slack).mean(0)
     best = dict(greater=high, less=low).get(alternative, np.minimum(high, low))
-    return min(1., sides*float(np.min(best)))
+    return min(1.0, sides * float(np.min(best)))
 
 # %% ../nbs/03_stats.ipynb #585fb0c3
 def strata_rows(
-    case:np.ndarray,   # Bool, shape (n,)
-    strata=None,       # Stratum of each row, shape (n,); None: one stratum
-)->list:               # Row numbers of each stratum that holds both groups
+    case: np.ndarray,  # Bool, shape (n,)
+    strata=None,  # Stratum of each row, shape (n,); None: one stratum
+) -> list:  # Row numbers of each stratum that holds both groups
     "Find the strata in which labels can change places."
-    strata = as_labels(["all"]*len(case) if strata is None else strata, len(case), "strata")
+    strata = as_labels(["all"] * len(case) if strata is None else strata, len(case), "strata")
     rows = {name: np.flatnonzero(strata == name) for name in np.unique(strata)}
     mixed = [r for r in rows.values() if 0 < case[r].sum() < len(r)]
     if not mixed:
-        table = "; ".join(f"{name}: {case[r].sum()} case, {(~case[r]).sum()} other" for name, r in rows.items())
-        raise ValueError(f"Nothing can be permuted, because no stratum holds both groups ({table}): "
-                         "groups and strata are confounded, and this data cannot tell them apart.")
+        table = "; ".join(
+            f"{name}: {case[r].sum()} case, {(~case[r]).sum()} other" for name, r in rows.items()
+        )
+        raise ValueError(
+            f"Nothing can be permuted, because no stratum holds both groups ({table}): "
+            "groups and strata are confounded, and this data cannot tell them apart."
+        )
     return mixed
 
 # %% ../nbs/03_stats.ipynb #03fc31da
 def n_arrangements(
-    case:np.ndarray,   # Bool, shape (n,)
-    strata=None,       # Stratum of each row
-)->int:                # Different ways to deal the labels within strata, the observed one included
+    case: np.ndarray,  # Bool, shape (n,)
+    strata=None,  # Stratum of each row
+) -> int:  # Different ways to deal the labels within strata, the observed one included
     "Count the arrangements of the labels."
     return prod(comb(len(r), int(case[r].sum())) for r in strata_rows(case, strata))
 
+
 def arrangements(
-    case:np.ndarray,         # Bool, shape (n,)
-    strata=None,             # Stratum of each row
-    n_permutations:int=9999, # Every other arrangement if there are no more than these, otherwise a sample of this size
-    seed:int=0,              # Seed of the sample
-):                           # Yields bool arrays, shape (at most chunk, n); the observed arrangement is left out of a full count
+    case: np.ndarray,  # Bool, shape (n,)
+    strata=None,  # Stratum of each row
+    # Every other arrangement if there are no more than these, otherwise a sample of this size
+    n_permutations: int = 9999,
+    seed: int = 0,  # Seed of the sample
+    # Yields bool arrays, shape (at most chunk, n); the observed arrangement is left out of a full
+    # count
+):
     "Yield rearranged labels in chunks."
-    rows, chunk = strata_rows(case, strata), max(1, 4_000_000//len(case))
+    rows, chunk = strata_rows(case, strata), max(1, 4_000_000 // len(case))
     if n_arrangements(case, strata) - 1 <= n_permutations:
-        picks = [[r[list(c)] for c in combinations(range(len(r)), int(case[r].sum()))] for r in rows]
+        picks = [
+            [r[list(c)] for c in combinations(range(len(r)), int(case[r].sum()))] for r in rows
+        ]
         masks = np.repeat(case[None], n_arrangements(case, strata), 0)
         for mask, pick in zip(masks, product(*picks)):
-            for r, chosen in zip(rows, pick): mask[r], mask[chosen] = False, True
+            for r, chosen in zip(rows, pick):
+                mask[r], mask[chosen] = False, True
         yield masks[(masks != case).any(1)]
         return
     rng = np.random.default_rng(seed)
@@ -198,184 +257,271 @@ def arrangements(
 
 # %% ../nbs/03_stats.ipynb #4e7b1863
 def mean_differences(
-    values:np.ndarray,  # Shape (n,) or (n, features)
-    masks:np.ndarray,   # Arrangements of the case label, bool, shape (B, n)
-    strata=None,        # Stratum of each row
-)->np.ndarray:          # Mean of cases minus mean of others within strata, shape (B,) or (B, features)
+    values: np.ndarray,  # Shape (n,) or (n, features)
+    masks: np.ndarray,  # Arrangements of the case label, bool, shape (B, n)
+    strata=None,  # Stratum of each row
+) -> np.ndarray:  # Mean of cases minus mean of others within strata, shape (B,) or (B, features)
     "Difference of group means within strata for many arrangements at once."
-    share, information = masks[0].astype(float), 0.
+    share, information = masks[0].astype(float), 0.0
     for r in strata_rows(masks[0], strata):
         share[r] = masks[0][r].mean()
-        information += len(r)*share[r[0]]*(1 - share[r[0]])
-    return masks @ (values/information) - share @ (values/information)
+        information += len(r) * share[r[0]] * (1 - share[r[0]])
+    return masks @ (values / information) - share @ (values / information)
 
 # %% ../nbs/03_stats.ipynb #43a48a8e
 def permutation_test(
-    values,                        # Shape (rows,) or (rows, features): cells, or units
-    case,                          # True for the cases, shape (rows,)
-    strata=None,                   # Labels stay within a stratum, shape (rows,)
-    units=None,                    # Rows of one unit are averaged first, shape (rows,)
-    statistic=None,                # Function of (values, case) giving a number; None: difference of means within strata
-    alternative:str="two-sided",   # two-sided, greater (cases are higher) or less
-    n_permutations:int=9999,       # Arrangements drawn when there are more of them
-    seed:int=0,                    # Seed of the draw
-)->Permutation:                    # Statistic, p, smallest attainable p
+    values,  # Shape (rows,) or (rows, features): cells, or units
+    case,  # True for the cases, shape (rows,)
+    strata=None,  # Labels stay within a stratum, shape (rows,)
+    units=None,  # Rows of one unit are averaged first, shape (rows,)
+    # Function of (values, case) giving a number; None: difference of means within strata
+    statistic=None,
+    alternative: str = "two-sided",  # two-sided, greater (cases are higher) or less
+    n_permutations: int = 9999,  # Arrangements drawn when there are more of them
+    seed: int = 0,  # Seed of the draw
+) -> Permutation:  # Statistic, p, smallest attainable p
     "Stratified permutation test of two groups."
     values, case, strata = two_groups(values, case, units, strata)
     if statistic is None and values.ndim > 1:
-        raise ValueError(f"values has shape {values.shape}: give a statistic of (values, case), or use max_t to test each feature.")
-    if statistic is None: apply = lambda masks: mean_differences(values, masks, strata)
-    else: apply = lambda masks: np.array([statistic(values, mask) for mask in masks], float)
+        raise ValueError(
+            f"values has shape {values.shape}: give a statistic of (values, case), or use max_t "
+            "to test each feature."
+        )
+    if statistic is None:
+
+        def apply(masks):
+            return mean_differences(values, masks, strata)
+    else:
+
+        def apply(masks):
+            return np.array([statistic(values, mask) for mask in masks], float)
+
     observed = float(apply(case[None])[0])
-    null = np.concatenate([apply(masks) for masks in arrangements(case, strata, n_permutations, seed)])
+    null = np.concatenate(
+        [apply(masks) for masks in arrangements(case, strata, n_permutations, seed)]
+    )
     exact = n_arrangements(case, strata) - 1 <= n_permutations
-    return Permutation(observed, permutation_p(observed, null, alternative), attainable_p(observed, null, alternative, exact), len(null), exact)
+    return Permutation(
+        observed,
+        permutation_p(observed, null, alternative),
+        attainable_p(observed, null, alternative, exact),
+        len(null),
+        exact,
+    )
 
 # %% ../nbs/03_stats.ipynb #d8c65754
 def sign_flip_test(
-    differences,                   # One difference a row
-    units=None,                    # Rows of one unit are averaged first
-    alternative:str="two-sided",   # two-sided, greater or less
-    n_permutations:int=9999,       # Flips drawn when there are more of them
-    seed:int=0,                    # Seed of the draw
-)->Permutation:                    # Mean difference, p, smallest attainable p
+    differences,  # One difference a row
+    units=None,  # Rows of one unit are averaged first
+    alternative: str = "two-sided",  # two-sided, greater or less
+    n_permutations: int = 9999,  # Flips drawn when there are more of them
+    seed: int = 0,  # Seed of the draw
+) -> Permutation:  # Mean difference, p, smallest attainable p
     "Permutation test of paired differences."
     x = finite(differences) if units is None else per_unit(differences, units)[1]
-    if len(x) < 2: raise ValueError(f"There is {len(x)} difference, wanted at least 2 units: a single one cannot be tested.")
-    exact = len(x) < 60 and 2**len(x) - 1 <= n_permutations
-    if exact: flips = (np.arange(1, 2**len(x))[:, None] >> np.arange(len(x)) & 1).astype(bool)
-    else: flips = np.random.default_rng(seed).random((n_permutations, len(x))) < .5
-    observed, null = float(x.mean()), x.mean() - 2*(flips @ x)/len(x)
-    return Permutation(observed, permutation_p(observed, null, alternative), attainable_p(observed, null, alternative, exact), len(null), exact)
+    if len(x) < 2:
+        raise ValueError(
+            f"There is {len(x)} difference, wanted at least 2 units: a single one cannot be tested."
+        )
+    exact = len(x) < 60 and 2 ** len(x) - 1 <= n_permutations
+    if exact:
+        flips = (np.arange(1, 2 ** len(x))[:, None] >> np.arange(len(x)) & 1).astype(bool)
+    else:
+        flips = np.random.default_rng(seed).random((n_permutations, len(x))) < 0.5
+    observed, null = float(x.mean()), x.mean() - 2 * (flips @ x) / len(x)
+    return Permutation(
+        observed,
+        permutation_p(observed, null, alternative),
+        attainable_p(observed, null, alternative, exact),
+        len(null),
+        exact,
+    )
 
 # %% ../nbs/03_stats.ipynb #da0aef8b
-min_units = 6 # Fewer units than these give no interval
+min_units = 6  # Fewer units than these give no interval
+
 
 def scipy_interval(
-    samples:tuple,     # Arrays that are resampled apart from each other
-    statistic,         # Function of the samples
-    value:float,       # Estimate from all data
-    unit:str,          # What is resampled
-    confidence:float,  # Coverage wanted
-    n_resamples:int,   # Bootstrap samples
-    method:str,        # BCa or percentile
-    seed:int,          # Seed of the resamples
-    vectorized:bool,   # statistic takes an axis
-)->Interval:           # Value and interval
+    samples: tuple,  # Arrays that are resampled apart from each other
+    statistic,  # Function of the samples
+    value: float,  # Estimate from all data
+    unit: str,  # What is resampled
+    confidence: float,  # Coverage wanted
+    n_resamples: int,  # Bootstrap samples
+    method: str,  # BCa or percentile
+    seed: int,  # Seed of the resamples
+    vectorized: bool,  # statistic takes an axis
+) -> Interval:  # Value and interval
     "Ask scipy for a bootstrap interval, and say so where it has none."
     import warnings
+
     n, value = sum(map(len, samples)), float(value)
-    none = lambda reason: Interval(value, np.nan, np.nan, n, unit, "none", reason)
+
+    def none(reason):
+        return Interval(value, np.nan, np.nan, n, unit, "none", reason)
+
     if min(map(len, samples)) < min_units:
         few = " and ".join(str(len(s)) for s in samples)
-        return none(f"{few} {unit}s, an interval needs {min_units}{' a group' if len(samples) > 1 else ''}")
-    ask = dict(vectorized=vectorized, confidence_level=confidence, rng=np.random.default_rng(seed), batch=max(1, 2_000_000//n) if vectorized else None)
+        return none(
+            f"{few} {unit}s, an interval needs {min_units}{' a group' if len(samples) > 1 else ''}"
+        )
+    ask = dict(
+        vectorized=vectorized,
+        confidence_level=confidence,
+        rng=np.random.default_rng(seed),
+        batch=max(1, 2_000_000 // n) if vectorized else None,
+    )
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         result = stats.bootstrap(samples, statistic, n_resamples=n_resamples, method=method, **ask)
         draws, ends = result.bootstrap_distribution, result.confidence_interval
-        if (lost := int(np.isnan(draws).sum())): return none(f"{lost} of {n_resamples} resamples gave no value")
-        if np.ptp(draws) <= 1e-12*max(1, abs(value)): return Interval(value, value, value, n, unit, method, f"all {unit}s agree")
-        if np.isfinite([*ends]).all(): return Interval(value, float(ends.low), float(ends.high), n, unit, method)
-        ends = stats.bootstrap(samples, statistic, n_resamples=0, bootstrap_result=result, method="percentile", **ask).confidence_interval
-    return Interval(value, float(ends.low), float(ends.high), n, unit, "percentile", f"{method} is not defined here")
+        if lost := int(np.isnan(draws).sum()):
+            return none(f"{lost} of {n_resamples} resamples gave no value")
+        if np.ptp(draws) <= 1e-12 * max(1, abs(value)):
+            return Interval(value, value, value, n, unit, method, f"all {unit}s agree")
+        if np.isfinite([*ends]).all():
+            return Interval(value, float(ends.low), float(ends.high), n, unit, method)
+        ends = stats.bootstrap(
+            samples, statistic, n_resamples=0, bootstrap_result=result, method="percentile", **ask
+        ).confidence_interval
+    return Interval(
+        value,
+        float(ends.low),
+        float(ends.high),
+        n,
+        unit,
+        "percentile",
+        f"{method} is not defined here",
+    )
 
 # %% ../nbs/03_stats.ipynb #df7ba734
 def mean_interval(
-    values,                   # One number a cell, shape (cells,)
-    units=None,               # Unit of each cell; None: cells are the units
-    unit:str=None,            # What the units are called; None: cell without units, unit with them
-    confidence:float=.95,     # Coverage wanted
-    method:str="auto",        # BCa, percentile or t; auto: BCa under 1,000 units, t from there on
-    n_resamples:int=9999,     # Bootstrap samples
-    seed:int=0,               # Seed of the resamples
-)->Interval:                  # Mean over units, each weighing the same
+    values,  # One number a cell, shape (cells,)
+    units=None,  # Unit of each cell; None: cells are the units
+    unit: str = None,  # What the units are called; None: cell without units, unit with them
+    confidence: float = 0.95,  # Coverage wanted
+    method: str = "auto",  # BCa, percentile or t; auto: BCa under 1,000 units, t from there on
+    n_resamples: int = 9999,  # Bootstrap samples
+    seed: int = 0,  # Seed of the resamples
+) -> Interval:  # Mean over units, each weighing the same
     "Mean with its interval over cells or over units."
-    x, unit = (finite(values), unit or "cell") if units is None else (per_unit(values, units)[1], unit or "unit")
-    if x.ndim != 1: raise ValueError(f"values has shape {x.shape}, wanted (cells,): give one column at a time.")
-    if method == "auto": method = "t" if len(x) >= 1000 else "BCa"
-    if method != "t" or len(x) < min_units: return scipy_interval((x,), np.mean, x.mean(), unit, confidence, n_resamples, method, seed, True)
-    half = stats.t.ppf(.5 + confidence/2, len(x) - 1)*x.std(ddof=1)/sqrt(len(x))
-    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x), unit, "t")
+    x, unit = (
+        (finite(values), unit or "cell")
+        if units is None
+        else (per_unit(values, units)[1], unit or "unit")
+    )
+    if x.ndim != 1:
+        raise ValueError(f"values has shape {x.shape}, wanted (cells,): give one column at a time.")
+    if method == "auto":
+        method = "t" if len(x) >= 1000 else "BCa"
+    if method != "t" or len(x) < min_units:
+        return scipy_interval(
+            (x,), np.mean, x.mean(), unit, confidence, n_resamples, method, seed, True
+        )
+    half = stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / sqrt(len(x))
+    return Interval(
+        float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x), unit, "t"
+    )
 
 # %% ../nbs/03_stats.ipynb #27989af9
 def bootstrap_units(
-    statistic,             # Function of row numbers, int array, giving a number
-    units,                 # Unit of each row, shape (rows,)
-    unit:str="donor",      # What the units are called
-    groups=None,           # Group of each row, the same within a unit: its units are drawn apart
-    confidence:float=.95,  # Coverage wanted
-    method:str="BCa",      # BCa or percentile
-    n_resamples:int=999,   # Bootstrap samples
-    seed:int=0,            # Seed of the resamples
-)->Interval:               # Value on all rows, interval over units
+    statistic,  # Function of row numbers, int array, giving a number
+    units,  # Unit of each row, shape (rows,)
+    unit: str = "donor",  # What the units are called
+    groups=None,  # Group of each row, the same within a unit: its units are drawn apart
+    confidence: float = 0.95,  # Coverage wanted
+    method: str = "BCa",  # BCa or percentile
+    n_resamples: int = 999,  # Bootstrap samples
+    seed: int = 0,  # Seed of the resamples
+) -> Interval:  # Value on all rows, interval over units
     "Bootstrap any statistic of rows by drawing whole units."
     units = as_labels(units, len(units))
     names, _, labels = per_unit(np.zeros(len(units)), units, groups=groups)
-    rows = np.split(np.argsort(units, kind="stable"), np.cumsum(np.unique(units, return_counts=True)[1])[:-1])
+    rows = np.split(
+        np.argsort(units, kind="stable"), np.cumsum(np.unique(units, return_counts=True)[1])[:-1]
+    )
     groups = np.zeros(len(names)) if groups is None else labels["groups"]
     samples = tuple(np.flatnonzero(groups == g) for g in np.unique(groups))
-    drawn = lambda *codes: float(statistic(np.concatenate([rows[int(c)] for c in np.concatenate(codes)])))
-    return scipy_interval(samples, drawn, drawn(*samples), unit, confidence, n_resamples, method, seed, False)
+
+    def drawn(*codes):
+        return float(statistic(np.concatenate([rows[int(c)] for c in np.concatenate(codes)])))
+
+    return scipy_interval(
+        samples, drawn, drawn(*samples), unit, confidence, n_resamples, method, seed, False
+    )
 
 # %% ../nbs/03_stats.ipynb #2b6086c6
 def compare_groups(
-    values,                   # One number a row, shape (rows,)
-    case,                     # True for the cases
-    units=None,               # Unit of each row; None: rows are units
-    unit:str="donor",         # What the units are called
-    strata=None,              # Groups are compared within strata
-    confidence:float=.95,     # Coverage wanted
-    n_permutations:int=9999,  # Arrangements drawn when there are more of them; also bootstrap samples
-    seed:int=0,               # Seed of both
-)->tuple:                     # Interval of the difference, Permutation
+    values,  # One number a row, shape (rows,)
+    case,  # True for the cases
+    units=None,  # Unit of each row; None: rows are units
+    unit: str = "donor",  # What the units are called
+    strata=None,  # Groups are compared within strata
+    confidence: float = 0.95,  # Coverage wanted
+    # Arrangements drawn when there are more of them; also bootstrap samples
+    n_permutations: int = 9999,
+    seed: int = 0,  # Seed of both
+) -> tuple:  # Interval of the difference, Permutation
     "Difference of two groups of units with interval and permutation test."
     values, case, strata = two_groups(values, case, units, strata)
     test = permutation_test(values, case, strata, n_permutations=n_permutations, seed=seed)
     rows = strata_rows(case, strata)
     samples = tuple(values[r[case[r] == side]] for r in rows for side in (True, False))
-    weight = np.array([case[r].mean()*(~case[r]).sum() for r in rows])
+    weight = np.array([case[r].mean() * (~case[r]).sum() for r in rows])
+
     def difference(*s, axis=-1):
         means = np.stack([part.mean(axis=axis) for part in s])
-        return np.tensordot(weight/weight.sum(), means[::2] - means[1::2], 1)
-    return scipy_interval(samples, difference, test.statistic, unit, confidence, n_permutations, "BCa", seed, True), test
+        return np.tensordot(weight / weight.sum(), means[::2] - means[1::2], 1)
+
+    return scipy_interval(
+        samples, difference, test.statistic, unit, confidence, n_permutations, "BCa", seed, True
+    ), test
 
 # %% ../nbs/03_stats.ipynb #bec570bf
 def paired_difference(
-    a,                        # Score of the first method, one number a row
-    b,                        # Score of the second on the same rows
-    units=None,               # Unit of each row; None: rows are units
-    unit:str="donor",         # What the units are called
-    confidence:float=.95,     # Coverage wanted
-    n_permutations:int=9999,  # Flips drawn when there are more of them; also bootstrap samples
-    seed:int=0,               # Seed of both
-)->tuple:                     # Interval of mean a - b, Permutation
+    a,  # Score of the first method, one number a row
+    b,  # Score of the second on the same rows
+    units=None,  # Unit of each row; None: rows are units
+    unit: str = "donor",  # What the units are called
+    confidence: float = 0.95,  # Coverage wanted
+    n_permutations: int = 9999,  # Flips drawn when there are more of them; also bootstrap samples
+    seed: int = 0,  # Seed of both
+) -> tuple:  # Interval of mean a - b, Permutation
     "Paired difference with interval and sign-flip test."
     a, b = finite(a, "a"), finite(b, "b")
-    if a.shape != b.shape: raise ValueError(f"a has shape {a.shape} and b {b.shape}, wanted the same rows in both.")
-    return (mean_interval(a - b, units, unit, confidence, n_resamples=n_permutations, seed=seed),
-            sign_flip_test(a - b, units, n_permutations=n_permutations, seed=seed))
+    if a.shape != b.shape:
+        raise ValueError(f"a has shape {a.shape} and b {b.shape}, wanted the same rows in both.")
+    return (
+        mean_interval(a - b, units, unit, confidence, n_resamples=n_permutations, seed=seed),
+        sign_flip_test(a - b, units, n_permutations=n_permutations, seed=seed),
+    )
 
 # %% ../nbs/03_stats.ipynb #dbc25f09
 def false_discovery(
-    p,            # p-values, any shape; NaN = not tested
-)->np.ndarray:    # q-values, same shape
+    p,  # p-values, any shape; NaN = not tested
+) -> np.ndarray:  # q-values, same shape
     "Benjamini-Hochberg q-values; untested entries stay NaN."
     p = np.asarray(p, float)
     q, tested = np.full(p.shape, np.nan), ~np.isnan(p)
-    if (bad := p[tested & ((p < 0) | (p > 1))]).size: raise ValueError(f"p holds {bad[0]}, wanted numbers from 0 to 1, or NaN for what was not tested.")
-    if tested.any(): q[tested] = stats.false_discovery_control(p[tested])
+    if (bad := p[tested & ((p < 0) | (p > 1))]).size:
+        raise ValueError(
+            f"p holds {bad[0]}, wanted numbers from 0 to 1, or NaN for what was not tested."
+        )
+    if tested.any():
+        q[tested] = stats.false_discovery_control(p[tested])
     return q
 
 # %% ../nbs/03_stats.ipynb #376c66fe
 def max_t_p(
-    observed,       # Statistics, shape (features,)
-    null,           # The same in B other arrangements, shape (B, features)
-)->np.ndarray:      # Adjusted two-sided p, shape (features,)
+    observed,  # Statistics, shape (features,)
+    null,  # The same in B other arrangements, shape (B, features)
+) -> np.ndarray:  # Adjusted two-sided p, shape (features,)
     "Westfall-Young step-down adjustment of given statistics."
     size, null = np.abs(finite(observed, "observed")), np.abs(finite(null, "null"))
     order = np.argsort(-size, kind="stable")
-    largest = np.maximum.accumulate(null[:, order[::-1]], axis=1)[:, ::-1]  # over this feature and all smaller ones
+    largest = np.maximum.accumulate(null[:, order[::-1]], axis=1)[
+        :, ::-1
+    ]  # over this feature and all smaller ones
     adjusted = np.empty(len(size))
     adjusted[order] = np.maximum.accumulate(permutation_p(size[order], largest, "greater"))
     return adjusted
@@ -384,94 +530,134 @@ def max_t_p(
 @dataclass(frozen=True)
 class FamilyTest:
     "Tests of many features with one set of arrangements."
-    difference:np.ndarray  # Mean of cases minus mean of others, shape (features,)
-    statistic:np.ndarray   # t, the difference over its standard error
-    p:np.ndarray           # Permutation p of each feature alone
-    p_adjusted:np.ndarray  # Step-down max-T
-    p_min:float            # Smallest p that the design could have given
-    n_permutations:int     # B
-    exact:bool             # Every arrangement was counted
+
+    difference: np.ndarray  # Mean of cases minus mean of others, shape (features,)
+    statistic: np.ndarray  # t, the difference over its standard error
+    p: np.ndarray  # Permutation p of each feature alone
+    p_adjusted: np.ndarray  # Step-down max-T
+    p_min: float  # Smallest p that the design could have given
+    n_permutations: int  # B
+    exact: bool  # Every arrangement was counted
     as_dict = asdict
 
 # %% ../nbs/03_stats.ipynb #01fee4ab
 def max_t(
-    values,                   # Shape (rows, features)
-    case,                     # True for the cases, shape (rows,)
-    strata=None,              # Labels stay within a stratum
-    units=None,               # Rows of one unit are averaged first
-    n_permutations:int=9999,  # Arrangements drawn when there are more of them
-    seed:int=0,               # Seed of the draw
-)->FamilyTest:                # Two-sided tests of all features
+    values,  # Shape (rows, features)
+    case,  # True for the cases, shape (rows,)
+    strata=None,  # Labels stay within a stratum
+    units=None,  # Rows of one unit are averaged first
+    n_permutations: int = 9999,  # Arrangements drawn when there are more of them
+    seed: int = 0,  # Seed of the draw
+) -> FamilyTest:  # Two-sided tests of all features
     "Compare two groups in many features, and adjust for their number."
     values, case, strata = two_groups(values, case, units, strata)
-    if values.ndim != 2: raise ValueError(f"values has shape {values.shape}, wanted (rows, features): use permutation_test for a single one.")
+    if values.ndim != 2:
+        raise ValueError(
+            f"values has shape {values.shape}, wanted (rows, features): use permutation_test for "
+            "a single one."
+        )
     rows = strata_rows(case, strata)
     centred = np.concatenate([values[r] - values[r].mean(0) for r in rows])
-    free, information = len(centred) - len(rows) - 1, sum(case[r].mean()*(~case[r]).sum() for r in rows)
-    if free < 1: raise ValueError(f"{len(centred)} rows in {len(rows)} strata leave no degree of freedom, wanted at least 1: use fewer strata.")
+    free, information = (
+        len(centred) - len(rows) - 1,
+        sum(case[r].mean() * (~case[r]).sum() for r in rows),
+    )
+    if free < 1:
+        raise ValueError(
+            f"{len(centred)} rows in {len(rows)} strata leave no degree of freedom, wanted at "
+            "least 1: use fewer strata."
+        )
     total = (centred**2).sum(0)
+
     def t(difference):
-        left = np.maximum(total - information*difference**2, 1e-12*total)
-        return np.where(total > 1e-20, difference/np.sqrt(np.where(total > 1e-20, left, 1)/free/information), 0)
+        left = np.maximum(total - information * difference**2, 1e-12 * total)
+        return np.where(
+            total > 1e-20,
+            difference / np.sqrt(np.where(total > 1e-20, left, 1) / free / information),
+            0,
+        )
+
     difference = mean_differences(values, case[None], strata)[0]
-    null = np.concatenate([t(mean_differences(values, m, strata)) for m in arrangements(case, strata, n_permutations, seed)])
+    null = np.concatenate(
+        [
+            t(mean_differences(values, m, strata))
+            for m in arrangements(case, strata, n_permutations, seed)
+        ]
+    )
     exact = n_arrangements(case, strata) - 1 <= n_permutations
     alone = permutation_p(np.abs(t(difference)), np.abs(null), "greater")
     best = attainable_p(np.abs(t(difference)), np.abs(null), "greater", exact)
-    return FamilyTest(difference, t(difference), alone, max_t_p(t(difference), null), best, len(null), exact)
+    return FamilyTest(
+        difference, t(difference), alone, max_t_p(t(difference), null), best, len(null), exact
+    )
 
 # %% ../nbs/03_stats.ipynb #b5b673a2
 def cosine(
-    a,            # Vectors, shape (..., features)
-    b,            # Vectors, shape (..., features)
-)->np.ndarray:    # Cosine of each pair; NaN where a vector is zero
+    a,  # Vectors, shape (..., features)
+    b,  # Vectors, shape (..., features)
+) -> np.ndarray:  # Cosine of each pair; NaN where a vector is zero
     "Cosine along the last axis."
     a, b = np.asarray(a, float), np.asarray(b, float)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (a*b).sum(-1)/(np.linalg.norm(a, axis=-1)*np.linalg.norm(b, axis=-1))
+        return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
 
 def spearman_brown(
-    r:float,      # Agreement of two measurements
-    k:float=2,    # How many times longer the measurement becomes
-)->float:         # Agreement expected then
+    r: float,  # Agreement of two measurements
+    k: float = 2,  # How many times longer the measurement becomes
+) -> float:  # Agreement expected then
     "Predict the reliability of a measurement that is k times as long."
-    return k*r/(1 + (k - 1)*r)
+    return k * r / (1 + (k - 1) * r)
 
 # %% ../nbs/03_stats.ipynb #13bb73d6
 @dataclass(frozen=True)
 class NoiseCeiling:
     "What agreement the measurement itself allows."
-    split_half:float   # Mean agreement of two halves of the units
-    reliability:float  # Agreement expected of two full measurements (Spearman-Brown); 0 if halves disagree
-    attainable:float   # Agreement expected of a perfect prediction: the root of the reliability
-    n_splits:int       # Random splits
-    n_units:int        # Units split
-    unit:str           # What they are
+
+    split_half: float  # Mean agreement of two halves of the units
+    reliability: (
+        float  # Agreement expected of two full measurements (Spearman-Brown); 0 if halves disagree
+    )
+    attainable: float  # Agreement expected of a perfect prediction: the root of the reliability
+    n_splits: int  # Random splits
+    n_units: int  # Units split
+    unit: str  # What they are
     as_dict = asdict
 
 # %% ../nbs/03_stats.ipynb #ba0fcbaf
 def noise_ceiling(
-    values,                 # Shape (rows, features), centred by what the score wants
-    units,                  # Unit of each row
-    reference=None,         # Rows of the controls, whose mean is subtracted, shape (rows, features)
-    reference_units=None,   # Unit of each of them; None: each row is one
-    unit:str="guide",       # What the units are called
-    score=cosine,           # Function of two arrays (splits, features) giving one number a split
-    n_splits:int=200,       # Random splits
-    seed:int=0,             # Seed of the splits
-)->NoiseCeiling:            # Split-half, reliability, attainable agreement
+    values,  # Shape (rows, features), centred by what the score wants
+    units,  # Unit of each row
+    reference=None,  # Rows of the controls, whose mean is subtracted, shape (rows, features)
+    reference_units=None,  # Unit of each of them; None: each row is one
+    unit: str = "guide",  # What the units are called
+    score=cosine,  # Function of two arrays (splits, features) giving one number a split
+    n_splits: int = 200,  # Random splits
+    seed: int = 0,  # Seed of the splits
+) -> NoiseCeiling:  # Split-half, reliability, attainable agreement
     "Split units in halves and compare the two mean shifts."
     rng = np.random.default_rng(seed)
+
     def halves(values, units):
         means = per_unit(values, units)[1]
-        if means.ndim != 2: raise ValueError(f"values has shape {np.shape(values)}, wanted (rows, features): a shift has a direction.")
+        if means.ndim != 2:
+            raise ValueError(
+                f"values has shape {np.shape(values)}, wanted (rows, features): a shift has a "
+                "direction."
+            )
         order = np.argsort(rng.random((n_splits, len(means))), axis=1)
-        half = len(means)//2  # an odd unit is left out, another one in each split
-        return [np.stack([means[o].mean(0) for o in order[:, part]]) for part in (slice(half), slice(half, 2*half))], len(means)
+        half = len(means) // 2  # an odd unit is left out, another one in each split
+        return [
+            np.stack([means[o].mean(0) for o in order[:, part]])
+            for part in (slice(half), slice(half, 2 * half))
+        ], len(means)
+
     (a, b), n_units = halves(values, units)
     if reference is not None:
-        (c, d), _ = halves(reference, np.arange(len(reference)) if reference_units is None else reference_units)
+        (c, d), _ = halves(
+            reference, np.arange(len(reference)) if reference_units is None else reference_units
+        )
         a, b = a - c, b - d
     r = float(np.mean(score(a, b)))
-    reliability = spearman_brown(max(r, 0.))
+    reliability = spearman_brown(max(r, 0.0))
     return NoiseCeiling(r, reliability, sqrt(reliability), n_splits, n_units, unit)

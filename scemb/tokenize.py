@@ -24,369 +24,681 @@ from .folders import Damaged, read_json
 SPECIAL = ("<pad>", "<mask>", "<cls>", "<unk>")
 PAD, MASK, CLS, UNK = range(4)
 
+
 @dataclass(frozen=True)
 class Vocabulary:
     "Special tokens 0-3, then one token a gene."
-    genes: tuple             # Ensembl ids, in token order
-    medians: tuple|None=None # Typical expression of each gene, for gene-median scaling (`gene_medians`)
+
+    genes: tuple  # Ensembl ids, in token order
+    medians: tuple | None = (
+        None  # Typical expression of each gene, for gene-median scaling (`gene_medians`)
+    )
 
     def __post_init__(self):
-        if len(self) > 65_535: raise ValueError(f"The vocabulary has {len(self):,} tokens; token ids are uint16, so 65,535 is the limit. Leave genes out.")
-        if len(set(self.genes)) < len(self.genes): raise ValueError("The vocabulary names a gene twice; each Ensembl id may stand once.")
-        if self.medians is not None and (len(self.medians) != len(self.genes) or not np.greater(self.medians, 0).all()):
-            raise ValueError(f"There are {len(self.medians)} medians for {len(self.genes)} genes; one positive number a gene is needed.")
-    def __len__(self): return len(SPECIAL) + len(self.genes)
-    def __repr__(self): return f"Vocabulary {self.hash}: {len(self):,} tokens{', with gene medians' if self.medians else ''}"
+        if len(self) > 65_535:
+            raise ValueError(
+                f"The vocabulary has {len(self):,} tokens; token ids are uint16, so 65,535 is "
+                "the limit. Leave genes out."
+            )
+        if len(set(self.genes)) < len(self.genes):
+            raise ValueError("The vocabulary names a gene twice; each Ensembl id may stand once.")
+        if self.medians is not None and (
+            len(self.medians) != len(self.genes) or not np.greater(self.medians, 0).all()
+        ):
+            raise ValueError(
+                f"There are {len(self.medians)} medians for {len(self.genes)} genes; one "
+                "positive number a gene is needed."
+            )
+
+    def __len__(self):
+        return len(SPECIAL) + len(self.genes)
+
+    def __repr__(self):
+        return (
+            f"Vocabulary {self.hash}: {len(self):,} "
+            f"tokens{', with gene medians' if self.medians else ''}"
+        )
+
     @property
-    def hash(self): return _hash([SPECIAL, self.genes] + ([self.medians] if self.medians else []))
+    def hash(self):
+        return _hash([SPECIAL, self.genes] + ([self.medians] if self.medians else []))
+
     @property
     def symbols(self):
         "Symbol of each token (the Ensembl id where a gene has none)."
         t = gene_table().set_index("ensembl_id").symbol.reindex(list(self.genes))
-        return np.array(list(SPECIAL) + [s if isinstance(s, str) and s else g for g, s in t.items()], dtype=object)
-    def token_of_rows(self, rows): # rows of the gene table, -1 = unmapped -> tokens, -1 = not in the vocabulary
+        return np.array(
+            list(SPECIAL) + [s if isinstance(s, str) and s else g for g, s in t.items()],
+            dtype=object,
+        )
+
+    def token_of_rows(
+        self, rows
+    ):  # rows of the gene table, -1 = unmapped -> tokens, -1 = not in the vocabulary
         t = pd.Series(np.arange(len(SPECIAL), len(self), dtype=np.int32), index=list(self.genes))
         by_row = t.reindex(gene_table().ensembl_id).fillna(-1).to_numpy(np.int32)
         return np.where(np.asarray(rows) >= 0, by_row[rows], -1).astype(np.int32)
-    def tokens_of(self, ensembl_ids, what="genes"): # Ensembl ids -> tokens; unknown ones are named
+
+    def tokens_of(self, ensembl_ids, what="genes"):  # Ensembl ids -> tokens; unknown ones are named
         position = {g: i + len(SPECIAL) for i, g in enumerate(self.genes)}
         unknown = sorted(set(ensembl_ids) - set(position))
-        if unknown: raise ValueError(f"{len(unknown)} {what} are not in the vocabulary: {unknown[:5]}. Give Ensembl ids of protein-coding genes.")
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} {what} are not in the vocabulary: {unknown[:5]}. Give Ensembl "
+                "ids of protein-coding genes."
+            )
         return np.array([position[g] for g in ensembl_ids], np.int64)
+
     def save(self, folder):
-        (Path(folder)/"gene_vocabulary.json").write_text(json.dumps(dict(hash=self.hash, special=SPECIAL, genes=self.genes, medians=self.medians)))
+        (Path(folder) / "gene_vocabulary.json").write_text(
+            json.dumps(
+                dict(hash=self.hash, special=SPECIAL, genes=self.genes, medians=self.medians)
+            )
+        )
+
     @classmethod
     def load(cls, folder):
-        path = Path(folder)/"gene_vocabulary.json"
-        if not path.exists(): raise FileNotFoundError(f"{folder} holds no gene_vocabulary.json; it is no scEMB checkpoint or token data set.")
+        path = Path(folder) / "gene_vocabulary.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{folder} holds no gene_vocabulary.json; it is no scEMB checkpoint or token "
+                "data set."
+            )
         d = read_json(path, keys=("genes", "medians", "hash"))
         genes, medians = d["genes"], d["medians"]
         named = isinstance(genes, list) and all(isinstance(g, str) for g in genes)
-        numbered = medians is None or isinstance(medians, list) and all(isinstance(m, (int, float)) for m in medians)
+        numbered = (
+            medians is None
+            or isinstance(medians, list)
+            and all(isinstance(m, (int, float)) for m in medians)
+        )
         if not named or not numbered:
-            raise Damaged(f"{path} is damaged: its genes must be a list of names, its medians a list of numbers or null. Copy it again.")
-        try: v = cls(tuple(genes), tuple(medians) if medians else None)
-        except ValueError as e: raise Damaged(f"{path} is damaged: {e} Copy it again.") from None
+            raise Damaged(
+                f"{path} is damaged: its genes must be a list of names, its medians a list of "
+                "numbers or null. Copy it again."
+            )
+        try:
+            v = cls(tuple(genes), tuple(medians) if medians else None)
+        except ValueError as e:
+            raise Damaged(f"{path} is damaged: {e} Copy it again.") from None
         if v.hash != d["hash"]:
-            raise Damaged(f"{path} is damaged: its genes hash to {v.hash}, the file says {d['hash']!r:.40}. Copy it again.")
+            raise Damaged(
+                f"{path} is damaged: its genes hash to {v.hash}, the file says "
+                f"{d['hash']!r:.40}. Copy it again."
+            )
         return v
 
-def _hash(thing): return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
+def _hash(thing):
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
 
 @lru_cache
-def protein_vocabulary()->Vocabulary: # Every protein-coding gene of the gene table
+def protein_vocabulary() -> Vocabulary:  # Every protein-coding gene of the gene table
     "The default vocabulary: human protein-coding genes ordered by Ensembl id."
     return Vocabulary(tuple(gene_table().ensembl_id.to_numpy()[protein_coding()]))
 
 # %% ../nbs/05_tokenize.ipynb #642363c3
 def rank_bins(
-    counts:np.ndarray, # Non-negative expression of one cell, shape (genes,)
-    n_bins:int=100,    # Bins for expressed genes; 0 means not expressed
-)->np.ndarray:         # Integer bins, same shape; larger means more expressed
-    "Bin each expressed gene by its within-cell expression rank; ties share the bin of their mid-rank."
+    counts: np.ndarray,  # Non-negative expression of one cell, shape (genes,)
+    n_bins: int = 100,  # Bins for expressed genes; 0 means not expressed
+) -> np.ndarray:  # Integer bins, same shape; larger means more expressed
+    """Bin each expressed gene by its within-cell expression rank; ties share the bin of their
+    mid-rank."""
     counts = np.asarray(counts)
-    if (counts < 0).any(): raise ValueError(f"Counts must be non-negative; found {counts.min():g}.")
+    if (counts < 0).any():
+        raise ValueError(f"Counts must be non-negative; found {counts.min():g}.")
     on = counts > 0
     ordered, n = np.sort(counts[on]), int(on.sum())
-    below, upto = np.searchsorted(ordered, counts[on], "left"), np.searchsorted(ordered, counts[on], "right")
+    below, upto = (
+        np.searchsorted(ordered, counts[on], "left"),
+        np.searchsorted(ordered, counts[on], "right"),
+    )
     bins = np.zeros(counts.shape, np.int64)
-    bins[on] = 1 + n_bins*(below + upto) // (2*max(n, 1))      # 2n - p - q = below + upto
+    bins[on] = 1 + n_bins * (below + upto) // (2 * max(n, 1))  # 2n - p - q = below + upto
     return bins
 
 # %% ../nbs/05_tokenize.ipynb #505a98b0
 def cpm(
-    counts:np.ndarray, # Counts of one cell, shape (genes,)
-)->np.ndarray:         # Counts per million
+    counts: np.ndarray,  # Counts of one cell, shape (genes,)
+) -> np.ndarray:  # Counts per million
     "Scale one cell to a million counts."
-    return counts * (1e6/max(counts.sum(), 1))
+    return counts * (1e6 / max(counts.sum(), 1))
 
 # %% ../nbs/05_tokenize.ipynb #9a97d0ec
 @njit(nogil=True)
-def _mix64(x): # uint64 -> uint64, every input bit moves every output bit (splitmix64's last step, which may never change)
+def _mix64(x):
+    # uint64 -> uint64, every input bit moves every output bit (splitmix64's last step, which may
+    # never change)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
+
 @njit(nogil=True)
-def _tie_keys(genes, n, key, out): # genes (n,) -> out (n,) in 0..65535, a bijection chosen by `key`
+def _tie_keys(genes, n, key, out):
+    # genes (n,) -> out (n,) in 0..65535, a bijection chosen by `key`
     k1, k2 = _mix64(key), _mix64(key + np.uint64(0x9E3779B97F4A7C15))
-    m1, a1 = np.int64(k1 & np.uint64(0xFFFF)) | 1, np.int64((k1 >> np.uint64(16)) & np.uint64(0xFFFF))
-    m2, a2 = np.int64((k1 >> np.uint64(32)) & np.uint64(0xFFFF)) | 1, np.int64((k1 >> np.uint64(48)) & np.uint64(0xFFFF))
-    m3, a3 = np.int64(k2 & np.uint64(0xFFFF)) | 1, np.int64((k2 >> np.uint64(16)) & np.uint64(0xFFFF))
-    m4, a4 = np.int64((k2 >> np.uint64(32)) & np.uint64(0xFFFF)) | 1, np.int64((k2 >> np.uint64(48)) & np.uint64(0xFFFF))
+    m1, a1 = (
+        np.int64(k1 & np.uint64(0xFFFF)) | 1,
+        np.int64((k1 >> np.uint64(16)) & np.uint64(0xFFFF)),
+    )
+    m2, a2 = (
+        np.int64((k1 >> np.uint64(32)) & np.uint64(0xFFFF)) | 1,
+        np.int64((k1 >> np.uint64(48)) & np.uint64(0xFFFF)),
+    )
+    m3, a3 = (
+        np.int64(k2 & np.uint64(0xFFFF)) | 1,
+        np.int64((k2 >> np.uint64(16)) & np.uint64(0xFFFF)),
+    )
+    m4, a4 = (
+        np.int64((k2 >> np.uint64(32)) & np.uint64(0xFFFF)) | 1,
+        np.int64((k2 >> np.uint64(48)) & np.uint64(0xFFFF)),
+    )
     for i in range(n):
         x = np.int64(genes[i])
-        x = ((x ^ a1) * m1) & 0xFFFF; x ^= x >> 7
-        x = ((x ^ a2) * m2) & 0xFFFF; x ^= x >> 9
-        x = ((x ^ a3) * m3) & 0xFFFF; x ^= x >> 6
-        x = ((x ^ a4) * m4) & 0xFFFF; out[i] = x ^ (x >> 8)
+        x = ((x ^ a1) * m1) & 0xFFFF
+        x ^= x >> 7
+        x = ((x ^ a2) * m2) & 0xFFFF
+        x ^= x >> 9
+        x = ((x ^ a3) * m3) & 0xFFFF
+        x ^= x >> 6
+        x = ((x ^ a4) * m4) & 0xFFFF
+        out[i] = x ^ (x >> 8)
 
 # %% ../nbs/05_tokenize.ipynb #40c8b877
 _TOP = np.int64(2**31 - 1)
 
+
 @njit(nogil=True)
-def _radix(a, b, n, passes): # sort a[:n] by `passes` bytes from bit 16 up; b is scratch; returns the sorted one of the two
+def _radix(a, b, n, passes):
+    # sort a[:n] by `passes` bytes from bit 16 up; b is scratch; returns the sorted one of the two
     hist = np.zeros((passes, 256), np.int64)
     for i in range(n):
         x = a[i] >> 16
-        for p in range(passes): hist[p, (x >> 8*p) & 255] += 1
+        for p in range(passes):
+            hist[p, (x >> 8 * p) & 255] += 1
     for p in range(passes):
-        shift, at = 16 + 8*p, 0
-        if hist[p, (a[0] >> shift) & 255] == n: continue          # all in one bucket: nothing to move
+        shift, at = 16 + 8 * p, 0
+        if hist[p, (a[0] >> shift) & 255] == n:
+            continue  # all in one bucket: nothing to move
         for d in range(256):
-            c = hist[p, d]; hist[p, d] = at; at += c
+            c = hist[p, d]
+            hist[p, d] = at
+            at += c
         for i in range(n):
             d = (a[i] >> shift) & 255
-            b[hist[p, d]] = a[i]; hist[p, d] += 1
+            b[hist[p, d]] = a[i]
+            hist[p, d] += 1
         a, b = b, a
     return a
 
+
 @njit(nogil=True)
-def _sort_groups(gene, value, key, m, lowest, per_value, items, scratch): # all values below 255, their numbers known: 32 bits an item are enough
-    "Put genes into their groups of ties, highest value first, and sort each group by key; items are (key, gene)."
-    at, low, high, r = np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty(256, np.uint32), np.uint32(0)   # unsigned indices need no check for wrapping around
-    for v in range(254, lowest - 1, -1): at[v] = r; r = np.uint32(r + per_value[v])
+def _sort_groups(gene, value, key, m, lowest, per_value, items, scratch):
+    # all values below 255, their numbers known: 32 bits an item are enough
+    """Put genes into their groups of ties, highest value first, and sort each group by key; items
+    are (key, gene)."""
+    at, low, high, r = (
+        np.empty(256, np.uint32),
+        np.empty(256, np.uint32),
+        np.empty(256, np.uint32),
+        np.uint32(0),
+    )  # unsigned indices need no check for wrapping around
+    for v in range(254, lowest - 1, -1):
+        at[v] = r
+        r = np.uint32(r + per_value[v])
     for i in range(m):
         v = np.uint32(value[i])
-        if v >= np.uint32(lowest): items[at[v]] = np.uint32((key[i] << 16) | gene[i]); at[v] += np.uint32(1)
+        if v >= np.uint32(lowest):
+            items[at[v]] = np.uint32((key[i] << 16) | gene[i])
+            at[v] += np.uint32(1)
     for v in range(254, lowest - 1, -1):
-        n = per_value[v]; end = np.int64(at[v]); a, b = items[end - n:end], scratch[:n]
+        n = per_value[v]
+        end = np.int64(at[v])
+        a, b = items[end - n : end], scratch[:n]
         if n < 40:
             for i in range(1, n):
                 x, k = a[i], i
-                while k > 0 and a[k - 1] > x: a[k] = a[k - 1]; k -= 1
+                while k > 0 and a[k - 1] > x:
+                    a[k] = a[k - 1]
+                    k -= 1
                 a[k] = x
             continue
-        low[:] = 0; high[:] = 0
-        for i in range(n): low[(a[i] >> np.uint32(16)) & np.uint32(255)] += np.uint32(1); high[a[i] >> np.uint32(24)] += np.uint32(1)
+        low[:] = 0
+        high[:] = 0
+        for i in range(n):
+            low[(a[i] >> np.uint32(16)) & np.uint32(255)] += np.uint32(1)
+            high[a[i] >> np.uint32(24)] += np.uint32(1)
         p = q = np.uint32(0)
         for d in range(256):
-            c = low[d]; low[d] = p; p = np.uint32(p + c)
-            c = high[d]; high[d] = q; q = np.uint32(q + c)
-        for i in range(n): e = (a[i] >> np.uint32(16)) & np.uint32(255); b[low[e]] = a[i]; low[e] += np.uint32(1)
-        for i in range(n): e = b[i] >> np.uint32(24); a[high[e]] = b[i]; high[e] += np.uint32(1)
+            c = low[d]
+            low[d] = p
+            p = np.uint32(p + c)
+            c = high[d]
+            high[d] = q
+            q = np.uint32(q + c)
+        for i in range(n):
+            e = (a[i] >> np.uint32(16)) & np.uint32(255)
+            b[low[e]] = a[i]
+            low[e] += np.uint32(1)
+        for i in range(n):
+            e = b[i] >> np.uint32(24)
+            a[high[e]] = b[i]
+            high[e] += np.uint32(1)
+
 
 @njit(nogil=True)
 def _order(gene, value, key, m, lowest, protected, small, large, scratch):
-    "Order m genes of any value, or some of them protected: values from 255 up, then those that can still be kept below."
+    """Order m genes of any value, or some of them protected: values from 255 up, then those that
+    can still be kept below."""
     n, k = 0, 0
     for i in range(m):
         v = value[i]
-        if v >= 255: large[k] = ((_TOP - v) << 32) | (key[i] << 16) | gene[i]; k += 1
-        elif v >= lowest or protected[gene[i]]: small[n] = ((255 - v) << 32) | (key[i] << 16) | gene[i]; n += 1
-    if k > 100: first = _radix(large, scratch[1], k, 6)
-    else: large[:k].sort(); first = large
+        if v >= 255:
+            large[k] = ((_TOP - v) << 32) | (key[i] << 16) | gene[i]
+            k += 1
+        elif v >= lowest or protected[gene[i]]:
+            small[n] = ((255 - v) << 32) | (key[i] << 16) | gene[i]
+            n += 1
+    if k > 100:
+        first = _radix(large, scratch[1], k, 6)
+    else:
+        large[:k].sort()
+        first = large
     return first, k, _radix(small, scratch[0], n, 3) if n else small, n
 
 # %% ../nbs/05_tokenize.ipynb #0f7c7fd0
 @njit(nogil=True)
-def _bin_of(v, i, large, n_large, lowest, hist, n, n_bins): # bin of the group of ties that the i-th gene in order, of value v, opens
+def _bin_of(v, i, large, n_large, lowest, hist, n, n_bins):
+    # bin of the group of ties that the i-th gene in order, of value v, opens
     before = i
     if i < n_large:
         upto = i + 1
-        while upto < n_large and (large[upto] >> 32) == (large[i] >> 32): upto += 1
+        while upto < n_large and (large[upto] >> 32) == (large[i] >> 32):
+            upto += 1
     else:
-        if v < lowest:                                                                # a protected gene from below the cut: the order has holes
+        if v < lowest:  # a protected gene from below the cut: the order has holes
             before = 0
-            for d in range(v + 1, 256): before += hist[d]
+            for d in range(v + 1, 256):
+                before += hist[d]
         upto = before + hist[v]
-    return 1 + (n_bins*(2*n - min(before, n) - min(upto, n)))//(2*n)
+    return 1 + (n_bins * (2 * n - min(before, n) - min(upto, n))) // (2 * n)
 
-@njit(nogil=True, cache=__name__ != "__main__") # kept on disk, but not from this page, where the functions inside may just have been edited
-def _encode(indptr, indices, data, token, mixed, scale, seed, limit, n_bins, over_window, by_index, protected, genes, bins, offsets, detected, total, cut, rescued):
+
+@njit(
+    nogil=True, cache=__name__ != "__main__"
+)  # kept on disk, but not from this page, where the functions inside may just have been edited
+def _encode(
+    indptr,
+    indices,
+    data,
+    token,
+    mixed,
+    scale,
+    seed,
+    limit,
+    n_bins,
+    over_window,
+    by_index,
+    protected,
+    genes,
+    bins,
+    offsets,
+    detected,
+    total,
+    cut,
+    rescued,
+):
     "Encode the cells of a CSR chunk into flat arrays; returns how many tokens there are."
     size = 1
-    for c in range(indptr.size - 1): size = max(size, indptr[c + 1] - indptr[c] + 1)
+    for c in range(indptr.size - 1):
+        size = max(size, indptr[c + 1] - indptr[c] + 1)
     gene, value, key = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
-    small, large, scratch, hist = np.empty(size, np.int64), np.empty(size, np.int64), np.empty((2, size), np.int64), np.zeros(256, np.int64)
+    small, large, scratch, hist = (
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+        np.empty((2, size), np.int64),
+        np.zeros(256, np.int64),
+    )
     items, spare_items = np.empty(size, np.uint32), np.empty(size, np.uint32)
     count = np.zeros(65_536, np.int64)
-    as_float = np.empty(1, np.float32); as_int = as_float.view(np.int32)              # positive floats order like their bits
+    as_float = np.empty(1, np.float32)
+    as_int = as_float.view(np.int32)  # positive floats order like their bits
     scaled, shielded, at = scale.size > 0, protected.any(), 0
     for c in range(indptr.size - 1):
         m, h, sum_of_counts, spare = 0, np.uint64(0), np.int64(0), 0
         for j in range(indptr[c], indptr[c + 1]):
-            column = np.uint32(indices[j]); t, v = token[column], data[j]             # without branches: unknown genes are overwritten by the next
+            column = np.uint32(indices[j])
+            t, v = (
+                token[column],
+                data[j],
+            )  # without branches: unknown genes are overwritten by the next
             known = (t >= 0) & (v > 0)
             gene[m], value[m] = t, v
-            sum_of_counts += v*known; m += known; h += mixed[column]*np.uint64(known)  # a sum: blind to the order of genes
+            sum_of_counts += v * known
+            m += known
+            h += mixed[column] * np.uint64(known)  # a sum: blind to the order of genes
         for i in range(m if scaled or shielded else 0):
-            t = gene[i]; spare += protected[t]
-            if scaled: count[t] = value[i]; as_float[0] = value[i]*scale[t]; value[i] = as_int[0]
-        if by_index: key[:m] = gene[:m]
-        else: _tie_keys(gene, m, _mix64(h) ^ seed, key)
+            t = gene[i]
+            spare += protected[t]
+            if scaled:
+                count[t] = value[i]
+                as_float[0] = value[i] * scale[t]
+                value[i] = as_int[0]
+        if by_index:
+            key[:m] = gene[:m]
+        else:
+            _tie_keys(gene, m, _mix64(h) ^ seed, key)
         hist[:] = 0
-        for i in range(m): hist[np.uint32(min(value[i], 255))] += 1
-        lowest, above = 255, hist[255]                                                # the lowest value that can still be kept
-        while lowest > 1 and above < limit: lowest -= 1; above += hist[lowest]
+        for i in range(m):
+            hist[np.uint32(min(value[i], 255))] += 1
+        lowest, above = 255, hist[255]  # the lowest value that can still be kept
+        while lowest > 1 and above < limit:
+            lowest -= 1
+            above += hist[lowest]
         n, last, same = min(limit, m) if over_window else m, np.int64(-1), 0
-        free = max(limit - spare, 0) if m > limit else m                              # places for unprotected genes
+        free = max(limit - spare, 0) if m > limit else m  # places for unprotected genes
         kept, saved = np.int64(0), 0
-        if hist[255] == 0 and spare == 0 and not scaled:                                      # the usual case, a group of ties at a time
+        if (
+            hist[255] == 0 and spare == 0 and not scaled
+        ):  # the usual case, a group of ties at a time
             _sort_groups(gene, value, key, m, lowest, hist, items, spare_items)
             i = 0
             for v in range(254, lowest - 1, -1):
-                if hist[v] == 0: continue
-                same, upto = 1 + (n_bins*(2*n - i - min(i + hist[v], n)))//(2*n), min(i + hist[v], limit)
-                for k in range(i, upto): genes[at + k] = items[k] & np.uint32(0xFFFF)
-                bins[at + i:at + upto] = same
-                kept += v*(upto - i); i = upto
+                if hist[v] == 0:
+                    continue
+                same, upto = (
+                    1 + (n_bins * (2 * n - i - min(i + hist[v], n))) // (2 * n),
+                    min(i + hist[v], limit),
+                )
+                for k in range(i, upto):
+                    genes[at + k] = items[k] & np.uint32(0xFFFF)
+                bins[at + i : at + upto] = same
+                kept += v * (upto - i)
+                i = upto
             at += i
-            offsets[c + 1], detected[c], total[c], cut[c], rescued[c] = at, m, sum_of_counts, sum_of_counts - kept, 0
+            offsets[c + 1], detected[c], total[c], cut[c], rescued[c] = (
+                at,
+                m,
+                sum_of_counts,
+                sum_of_counts - kept,
+                0,
+            )
             continue
-        first, n_first, rest, n_rest = _order(gene, value, key, m, lowest, protected, small, large, scratch)
+        first, n_first, rest, n_rest = _order(
+            gene, value, key, m, lowest, protected, small, large, scratch
+        )
         for i in range(n_first + n_rest):
             x = first[i] if i < n_first else rest[i - n_first]
             v = _TOP - (x >> 32) if i < n_first else 255 - (x >> 32)
             g = x & 0xFFFF
-            if v != last: same, last = _bin_of(v, i, first, n_first, lowest, hist, n, n_bins), v
+            if v != last:
+                same, last = _bin_of(v, i, first, n_first, lowest, hist, n, n_bins), v
             if not shielded or not protected[g]:
                 if free == 0:
-                    if shielded: continue
+                    if shielded:
+                        continue
                     break
                 free -= 1
-            elif i >= limit: saved += 1
-            genes[at], bins[at] = g, same; at += 1; kept += count[g] if scaled else v
-        offsets[c + 1], detected[c], total[c], cut[c], rescued[c] = at, m, sum_of_counts, sum_of_counts - kept, saved
+            elif i >= limit:
+                saved += 1
+            genes[at], bins[at] = g, same
+            at += 1
+            kept += count[g] if scaled else v
+        offsets[c + 1], detected[c], total[c], cut[c], rescued[c] = (
+            at,
+            m,
+            sum_of_counts,
+            sum_of_counts - kept,
+            saved,
+        )
     return at
+
+
 @njit(cache=__name__ != "__main__")
-def _mixed(token): # what each input gene adds to the hash of a cell
+def _mixed(token):  # what each input gene adds to the hash of a cell
     out = np.zeros(token.size, np.uint64)
     for i in range(token.size):
-        if token[i] >= 0: out[i] = _mix64(np.uint64(token[i]) + np.uint64(0x9E3779B97F4A7C15))
+        if token[i] >= 0:
+            out[i] = _mix64(np.uint64(token[i]) + np.uint64(0x9E3779B97F4A7C15))
     return out
 
 # %% ../nbs/05_tokenize.ipynb #4d0a1a34
 @dataclass(frozen=True)
 class TokenizerSettings:
     "How cells become tokens; the defaults are the paper's except where `decisions` says why not."
-    max_len: int = 2048         # Genes a cell at most (Hsieh et al., Methods)
-    n_bins: int = 100           # Expression bins; 0 is for special and masked tokens (Hsieh et al., Methods)
-    bins_over: str = "window"   # "window": quantiles over the kept genes; "detected": over all detected genes, as published
-    ties: str = "hash"          # "hash": no information; "index": vocabulary order, which leaks
-    scale: str = "none"         # "median": divide by gene medians before ordering
-    seed: int = 0               # Of the tie order
+
+    max_len: int = 2048  # Genes a cell at most (Hsieh et al., Methods)
+    n_bins: int = 100  # Expression bins; 0 is for special and masked tokens (Hsieh et al., Methods)
+    # "window": quantiles over the kept genes; "detected": over all detected genes, as published
+    bins_over: str = "window"
+    ties: str = "hash"  # "hash": no information; "index": vocabulary order, which leaks
+    scale: str = "none"  # "median": divide by gene medians before ordering
+    seed: int = 0  # Of the tie order
 
     def __post_init__(self):
-        if not 1 <= self.n_bins <= 255: raise ValueError(f"n_bins={self.n_bins}; bins are uint8, so 1 to 255 are possible.")
-        if self.max_len < 1: raise ValueError(f"max_len={self.max_len}; at least one gene a cell is needed.")
-        for name, allowed in (("bins_over", ("window", "detected")), ("ties", ("hash", "index")), ("scale", ("none", "median"))):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
+        if not 1 <= self.n_bins <= 255:
+            raise ValueError(f"n_bins={self.n_bins}; bins are uint8, so 1 to 255 are possible.")
+        if self.max_len < 1:
+            raise ValueError(f"max_len={self.max_len}; at least one gene a cell is needed.")
+        for name, allowed in (
+            ("bins_over", ("window", "detected")),
+            ("ties", ("hash", "index")),
+            ("scale", ("none", "median")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {allowed}.")
 
-def tokenizer_hash(settings:TokenizerSettings, vocabulary:Vocabulary)->str:
+
+def tokenizer_hash(settings: TokenizerSettings, vocabulary: Vocabulary) -> str:
     "One hash for everything that decides how a cell becomes tokens."
     return _hash([asdict(settings), vocabulary.hash])
 
+
 def settings_of(
-    values:dict,            # Fields of `TokenizerSettings`, from a record
-    identity,               # The hash that the record says they have
-    vocabulary:Vocabulary,
-    path,                   # The record, for the message
-)->TokenizerSettings:
+    values: dict,  # Fields of `TokenizerSettings`, from a record
+    identity,  # The hash that the record says they have
+    vocabulary: Vocabulary,
+    path,  # The record, for the message
+) -> TokenizerSettings:
     "Settings from a record, compared with the hash that stands beside them."
     way_out = "Copy the folder again from where it came."
     if not isinstance(values, dict):
-        raise Damaged(f"{path} is damaged: its settings are a {type(values).__name__}, wanted is an object. {way_out}")
+        raise Damaged(
+            f"{path} is damaged: its settings are a {type(values).__name__}, wanted is an "
+            f"object. {way_out}"
+        )
     known = [f.name for f in fields(TokenizerSettings)]
     if unknown := sorted(set(values) - set(known)):
-        raise Damaged(f"{path} has unknown settings {unknown}; known are {', '.join(known)}. {way_out}")
+        raise Damaged(
+            f"{path} has unknown settings {unknown}; known are {', '.join(known)}. {way_out}"
+        )
     found = _hash([values, vocabulary.hash])
     if found != identity:
-        raise Damaged(f"{path} is damaged: its settings and vocabulary do not give the hash that stands beside them ({found}, not {identity!r:.40}). {way_out}")
+        raise Damaged(
+            f"{path} is damaged: its settings and vocabulary do not give the hash that stands "
+            f"beside them ({found}, not {identity!r:.40}). {way_out}"
+        )
     return TokenizerSettings(**values)
 
+
 def read_settings(
-    path,                   # token_settings.json
-    vocabulary:Vocabulary,
-)->TokenizerSettings:
+    path,  # token_settings.json
+    vocabulary: Vocabulary,
+) -> TokenizerSettings:
     "Tokenizer settings of a checkpoint."
     record = read_json(path, keys=["hash"])
-    return settings_of({k: v for k, v in record.items() if k != "hash"}, record["hash"], vocabulary, path)
+    return settings_of(
+        {k: v for k, v in record.items() if k != "hash"}, record["hash"], vocabulary, path
+    )
 
 # %% ../nbs/05_tokenize.ipynb #0b57e0b9
 def kernel_arrays(
-    chunk, # CSR of counts, of any integer types
-)->tuple:  # indptr int64, indices int32, data int32
+    chunk,  # CSR of counts, of any integer types
+) -> tuple:  # indptr int64, indices int32, data int32
     "The arrays of a chunk in one set of types: numba compiles a kernel anew for each set it meets."
     if chunk.data.dtype != np.int32 and chunk.nnz and chunk.data.max() > _TOP:
-        raise ValueError(f"The largest count is {chunk.data.max():,}, over 2^31 - 1; check what the matrix holds.")
+        raise ValueError(
+            f"The largest count is {chunk.data.max():,}, over 2^31 - 1; check what the matrix "
+            "holds."
+        )
     indptr = chunk.indptr.astype(np.int64, copy=False)
     indices = chunk.indices.astype(np.int32, copy=False)
     return indptr, indices, chunk.data.astype(np.int32, copy=False)
 
+
 class Encoder:
-    "Counts of a chunk of cells -> tokens. Made once for a data set, called for each chunk, in any thread."
-    def __init__(self,
-        token:np.ndarray,           # Token of each input gene, -1 = not in the vocabulary (`Vocabulary.token_of_rows`)
-        vocabulary:Vocabulary,
-        settings:TokenizerSettings=TokenizerSettings(),
-        protected=(),               # Ensembl ids that truncation must not cut
+    """Counts of a chunk of cells -> tokens. Made once for a data set, called for each chunk, in any
+    thread."""
+
+    def __init__(
+        self,
+        # Token of each input gene, -1 = not in the vocabulary (`Vocabulary.token_of_rows`)
+        token: np.ndarray,
+        vocabulary: Vocabulary,
+        settings: TokenizerSettings = TokenizerSettings(),
+        protected=(),  # Ensembl ids that truncation must not cut
     ):
-        self.token, self.settings, self.protected = np.asarray(token, np.int32), settings, np.zeros(len(vocabulary), np.bool_)
+        self.token, self.settings, self.protected = (
+            np.asarray(token, np.int32),
+            settings,
+            np.zeros(len(vocabulary), np.bool_),
+        )
         self.protected[vocabulary.tokens_of(protected, "protected genes")] = True
         if settings.scale == "median" and vocabulary.medians is None:
-            raise ValueError("scale='median' needs gene medians in the vocabulary; make them with `gene_medians` (scemb tokenize --scale median).")
-        self.scale = np.concatenate([np.zeros(len(SPECIAL)), 1/np.asarray(vocabulary.medians)]) if settings.scale == "median" else np.zeros(0)
-        self.seed = np.uint64(int.from_bytes(hashlib.sha256(str(settings.seed).encode()).digest()[:8], "little"))
+            raise ValueError(
+                "scale='median' needs gene medians in the vocabulary; make them with "
+                "`gene_medians` (scemb tokenize --scale median)."
+            )
+        self.scale = (
+            np.concatenate([np.zeros(len(SPECIAL)), 1 / np.asarray(vocabulary.medians)])
+            if settings.scale == "median"
+            else np.zeros(0)
+        )
+        self.seed = np.uint64(
+            int.from_bytes(hashlib.sha256(str(settings.seed).encode()).digest()[:8], "little")
+        )
         self.mixed = _mixed(self.token)
         used = self.token[self.token >= 0]
-        self.shared = np.unique(used).size < used.size         # two input names of one gene
+        self.shared = np.unique(used).size < used.size  # two input names of one gene
 
-    def __call__(self, chunk)->dict: # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut, rescued
-        "Tokenise the cells of one chunk; `cut` are the counts that truncation lost, `rescued` the protected genes it would have cut."
-        if self.shared: chunk = self._summed(chunk)
+    def __call__(
+        self,
+        chunk,
+        # CSR -> genes uint16, bins uint8 (flat), offsets, and a value a cell: detected, total, cut,
+        # rescued
+    ) -> dict:
+        """Tokenise the cells of one chunk; `cut` are the counts that truncation lost, `rescued` the
+        protected genes it would have cut."""
+        if self.shared:
+            chunk = self._summed(chunk)
         s, n = self.settings, chunk.shape[0]
         bound = int(np.minimum(np.diff(chunk.indptr), s.max_len + int(self.protected.sum())).sum())
-        out = dict(genes=np.empty(bound, np.uint16), bins=np.empty(bound, np.uint8), offsets=np.zeros(n + 1, np.int64), detected=np.empty(n, np.int32),
-                   total=np.empty(n, np.int64), cut=np.empty(n, np.int64), rescued=np.empty(n, np.int32))
-        size = _encode(*kernel_arrays(chunk), self.token, self.mixed, self.scale, self.seed, s.max_len, s.n_bins, s.bins_over == "window", s.ties == "index", self.protected, *out.values())
+        out = dict(
+            genes=np.empty(bound, np.uint16),
+            bins=np.empty(bound, np.uint8),
+            offsets=np.zeros(n + 1, np.int64),
+            detected=np.empty(n, np.int32),
+            total=np.empty(n, np.int64),
+            cut=np.empty(n, np.int64),
+            rescued=np.empty(n, np.int32),
+        )
+        size = _encode(
+            *kernel_arrays(chunk),
+            self.token,
+            self.mixed,
+            self.scale,
+            self.seed,
+            s.max_len,
+            s.n_bins,
+            s.bins_over == "window",
+            s.ties == "index",
+            self.protected,
+            *out.values(),
+        )
         return out | {k: out[k][:size] for k in ("genes", "bins")}
 
-    def _summed(self, chunk): # counts of all names of a gene are added, so that no gene stands twice in a cell
+    def _summed(self, chunk):
+        # counts of all names of a gene are added, so that no gene stands twice in a cell
         import scipy.sparse as sp
-        first = pd.Series(np.arange(self.token.size)).groupby(np.where(self.token >= 0, self.token, -1 - np.arange(self.token.size))).transform("first").to_numpy()
-        merged = sp.csr_matrix((chunk.data.astype(np.int64), first[chunk.indices], chunk.indptr.copy()), shape=chunk.shape)
+
+        first = (
+            pd.Series(np.arange(self.token.size))
+            .groupby(np.where(self.token >= 0, self.token, -1 - np.arange(self.token.size)))
+            .transform("first")
+            .to_numpy()
+        )
+        merged = sp.csr_matrix(
+            (chunk.data.astype(np.int64), first[chunk.indices], chunk.indptr.copy()),
+            shape=chunk.shape,
+        )
         merged.sum_duplicates()
-        if merged.nnz and merged.data.max() > _TOP: raise ValueError(f"The counts of several names of one gene add up to {merged.data.max():,}, over 2^31 - 1; check the duplicated names.")
+        if merged.nnz and merged.data.max() > _TOP:
+            raise ValueError(
+                f"The counts of several names of one gene add up to {merged.data.max():,}, over "
+                "2^31 - 1; check the duplicated names."
+            )
         return merged
 
 # %% ../nbs/05_tokenize.ipynb #472d22d9
 def cell_table(
-    genes:np.ndarray,       # Tokens of one cell, shape (L,)
-    bins:np.ndarray,        # Their bins
-    vocabulary:Vocabulary,
-)->pd.DataFrame:            # rank, ensembl_id, symbol, bin
+    genes: np.ndarray,  # Tokens of one cell, shape (L,)
+    bins: np.ndarray,  # Their bins
+    vocabulary: Vocabulary,
+) -> pd.DataFrame:  # rank, ensembl_id, symbol, bin
     "Decode a tokenised cell."
     names = np.array(SPECIAL + vocabulary.genes, dtype=object)
-    return pd.DataFrame(dict(rank=np.arange(len(genes)), ensembl_id=names[genes], symbol=vocabulary.symbols[genes], bin=bins))
+    return pd.DataFrame(
+        dict(
+            rank=np.arange(len(genes)),
+            ensembl_id=names[genes],
+            symbol=vocabulary.symbols[genes],
+            bin=bins,
+        )
+    )
 
 # %% ../nbs/05_tokenize.ipynb #9e8b9054
-_PER_OCTAVE, _OCTAVES, _LOWEST = 32, 24, -7 # counts per 10,000 from 2^-7 to 2^17
+_PER_OCTAVE, _OCTAVES, _LOWEST = 32, 24, -7  # counts per 10,000 from 2^-7 to 2^17
+
 
 @njit(cache=True)
 def _fill(indptr, indices, data, token, hist):
     for c in range(indptr.size - 1):
         total = 0
         for j in range(indptr[c], indptr[c + 1]):
-            if token[indices[j]] >= 0: total += data[j]
+            if token[indices[j]] >= 0:
+                total += data[j]
         for j in range(indptr[c], indptr[c + 1]):
             t = token[indices[j]]
-            if t >= 0 and data[j] > 0: hist[t, min(max(int(_PER_OCTAVE*(np.log2(data[j]*1e4/total) - _LOWEST)), 0), hist.shape[1] - 1)] += 1
+            if t >= 0 and data[j] > 0:
+                hist[
+                    t,
+                    min(
+                        max(int(_PER_OCTAVE * (np.log2(data[j] * 1e4 / total) - _LOWEST)), 0),
+                        hist.shape[1] - 1,
+                    ),
+                ] += 1
+
 
 def gene_medians(
-    sources,                # Counts, AnnData or paths, one or several
-    vocabulary:Vocabulary,
-)->Vocabulary:              # The same genes with medians; genes never seen get the median of the others
+    sources,  # Counts, AnnData or paths, one or several
+    vocabulary: Vocabulary,
+) -> Vocabulary:  # The same genes with medians; genes never seen get the median of the others
     "Non-zero median of each gene over a corpus, in one pass."
-    hist = np.zeros((len(vocabulary), _PER_OCTAVE*_OCTAVES), np.int64)
+    hist = np.zeros((len(vocabulary), _PER_OCTAVE * _OCTAVES), np.int64)
     for s in sources if isinstance(sources, (list, tuple)) else [sources]:
         counts = s if isinstance(s, Counts) else read_counts(s)
         token = vocabulary.token_of_rows(counts.genes.rows)
-        for _, chunk in counts.chunks(): _fill(*kernel_arrays(chunk), token, hist)
+        for _, chunk in counts.chunks():
+            _fill(*kernel_arrays(chunk), token, hist)
     n, upto = hist.sum(1), hist.cumsum(1)
-    at = (upto*2 >= n[:, None]).argmax(1)
-    below = np.take_along_axis(upto, at[:, None], 1)[:, 0] - np.take_along_axis(hist, at[:, None], 1)[:, 0]
-    inside = (n/2 - below)/np.maximum(np.take_along_axis(hist, at[:, None], 1)[:, 0], 1)
-    medians = 2.**(_LOWEST + (at + inside)/_PER_OCTAVE)
-    medians[n == 0] = np.median(medians[n > 0]) if (n > 0).any() else 1.
-    return Vocabulary(vocabulary.genes, tuple(medians[len(SPECIAL):].round(6)))
+    at = (upto * 2 >= n[:, None]).argmax(1)
+    below = (
+        np.take_along_axis(upto, at[:, None], 1)[:, 0]
+        - np.take_along_axis(hist, at[:, None], 1)[:, 0]
+    )
+    inside = (n / 2 - below) / np.maximum(np.take_along_axis(hist, at[:, None], 1)[:, 0], 1)
+    medians = 2.0 ** (_LOWEST + (at + inside) / _PER_OCTAVE)
+    medians[n == 0] = np.median(medians[n > 0]) if (n > 0).any() else 1.0
+    return Vocabulary(vocabulary.genes, tuple(medians[len(SPECIAL) :].round(6)))

@@ -17,32 +17,56 @@ import pandas as pd
 
 from .counts import Counts, check_output, read_counts
 from .files import kind_of_file, size_and_time
-from .folders import (Damaged, check_file, checksum, flush, inside, only_writer, open_folder, own_folder, put, read_json,
-                           write_json, write_manifest)
-from .tokenize import Encoder, TokenizerSettings, Vocabulary, gene_medians, protein_vocabulary, settings_of, tokenizer_hash
+from scemb.folders import (
+    Damaged,
+    check_file,
+    checksum,
+    flush,
+    inside,
+    only_writer,
+    open_folder,
+    own_folder,
+    put,
+    read_json,
+    write_json,
+    write_manifest,
+)
+from scemb.tokenize import (
+    Encoder,
+    TokenizerSettings,
+    Vocabulary,
+    gene_medians,
+    protein_vocabulary,
+    settings_of,
+    tokenizer_hash,
+)
 
 # %% ../nbs/05a_tokens.ipynb #5f1dc212
 class TokenSet:
     "Tokenised cells: genes and bins in rank order, and what is known of each cell."
-    def __init__(self,
-        parts:list,                 # (offsets, genes, bins) of consecutive cells; may lie on disk
-        obs,                        # One row a cell: a pandas table, or an Arrow table, on disk
-        vocabulary:Vocabulary,
-        settings:TokenizerSettings,
-        card:dict|None=None,        # Where the cells come from, and what tokenising kept and lost
-        checks:dict|None=None,      # Number of a part -> function that refuses it where it is damaged; called before its first read
+
+    def __init__(
+        self,
+        parts: list,  # (offsets, genes, bins) of consecutive cells; may lie on disk
+        obs,  # One row a cell: a pandas table, or an Arrow table, on disk
+        vocabulary: Vocabulary,
+        settings: TokenizerSettings,
+        card: dict | None = None,  # Where the cells come from, and what tokenising kept and lost
+        # Number of a part -> function that refuses it where it is damaged; called before its first
+        # read
+        checks: dict | None = None,
     ):
         self.parts, self.vocabulary, self.settings = parts, vocabulary, settings
         self._unread = dict(checks or {})
         self.card = {} if card is None else card
         self._obs = obs
         cells_of_parts = [len(offsets) - 1 for offsets, _, _ in parts]
-        self.first = np.cumsum([0] + cells_of_parts)          # first cell of each part
+        self.first = np.cumsum([0] + cells_of_parts)  # first cell of each part
         lengths = [np.diff(offsets) for offsets, _, _ in parts]
         self.lengths = np.concatenate(lengths or [[]]).astype(np.int32, copy=False)
 
     @property
-    def obs(self)->pd.DataFrame:
+    def obs(self) -> pd.DataFrame:
         "What is known of each cell, a row a cell."
         if not isinstance(self._obs, pd.DataFrame):
             for part in list(self._unread):
@@ -52,30 +76,34 @@ class TokenSet:
         return self._obs
 
     @obs.setter
-    def obs(self, table): self._obs = table
+    def obs(self, table):
+        self._obs = table
 
     @property
-    def obs_columns(self)->list:
+    def obs_columns(self) -> list:
         "Names of the obs columns; reads none."
         in_pandas = isinstance(self._obs, pd.DataFrame)
         return list(self._obs.columns) if in_pandas else self._obs.column_names
 
-    def __len__(self): return int(self.first[-1])
+    def __len__(self):
+        return int(self.first[-1])
 
     def __repr__(self):
         n, span = self.lengths, "empty"
         if len(n):
             span = f"{n.min()}-{n.max()} genes (mean {n.mean():.0f})"
-        return (f"TokenSet: {len(self):,} cells, {span}, vocabulary {self.vocabulary.hash}, "
-                f"obs {self.obs_columns}")
+        return (
+            f"TokenSet: {len(self):,} cells, {span}, vocabulary {self.vocabulary.hash}, "
+            f"obs {self.obs_columns}"
+        )
 
-    def _first_read(self, part): # refuse a damaged part; asked once
+    def _first_read(self, part):  # refuse a damaged part; asked once
         check = self._unread.get(part)
         if check is not None:
             check()
-            self._unread.pop(part, None)         # another thread may have been faster
+            self._unread.pop(part, None)  # another thread may have been faster
 
-    def cell(self, i): # -> genes (L,), bins (L,)
+    def cell(self, i):  # -> genes (L,), bins (L,)
         "Genes and bins of one cell, in rank order."
         part = int(np.searchsorted(self.first, i, side="right") - 1)
         if part in self._unread:
@@ -85,7 +113,7 @@ class TokenSet:
         where = slice(offsets[place], offsets[place + 1])
         return genes[where], bins[where]
 
-    def gather(self, cells): # -> genes (T,) uint16, bins (T,) uint8, offsets (cells + 1,) int64
+    def gather(self, cells):  # -> genes (T,) uint16, bins (T,) uint8, offsets (cells + 1,) int64
         "Flat genes and bins of the given cells, in the given order."
         cells = np.asarray(cells)
         if not len(cells):
@@ -95,7 +123,7 @@ class TokenSet:
         genes, bins = (np.concatenate(flat) for flat in zip(*pairs))
         return genes, bins, np.concatenate([[0], ends])
 
-    def subset(self, cells): # integer positions or a boolean mask -> TokenSet
+    def subset(self, cells):  # integer positions or a boolean mask -> TokenSet
         "The given cells as a token set in memory."
         cells = np.arange(len(self))[cells]
         genes, bins, offsets = self.gather(cells)
@@ -105,15 +133,17 @@ class TokenSet:
             obs = self._obs.take(cells)
         return TokenSet([(offsets, genes, bins)], obs, self.vocabulary, self.settings, self.card)
 
-    def read_cell(self, i, top=12): # the first genes of a cell with their bins, for people
+    def read_cell(self, i, top=12):  # the first genes of a cell with their bins, for people
         "A cell as a line of text: its highest genes with their bins."
         genes, bins = self.cell(i)
         symbols = self.vocabulary.symbols[genes[:top]]
         more = f" ... ({len(genes)} genes)" if len(genes) > top else ""
         return " ".join(f"{s}:{b}" for s, b in zip(symbols, bins[:top])) + more
 
-def _without_dictionaries(schema): # Arrow schema -> the same with plain strings
+
+def _without_dictionaries(schema):  # Arrow schema -> the same with plain strings
     import pyarrow as pa
+
     fields = []
     for field in schema:
         numbered = pa.types.is_dictionary(field.type)
@@ -122,176 +152,335 @@ def _without_dictionaries(schema): # Arrow schema -> the same with plain strings
 
 # %% ../nbs/05a_tokens.ipynb #3e1dce8d
 def encoded_chunks(
-    counts:Counts, encoder:Encoder,
-    start:int=0, chunk_size:int=2048, # First cell, cells a chunk
-    n_threads:int=1,                  # Chunks are encoded in parallel, read ahead by one a thread; the result is the same
-):                                    # Yields (first cell, what `Encoder` returns and `given`: all counts of the chunk)
+    counts: Counts,
+    encoder: Encoder,
+    start: int = 0,
+    chunk_size: int = 2048,  # First cell, cells a chunk
+    # Chunks are encoded in parallel, read ahead by one a thread; the result is the same
+    n_threads: int = 1,
+):  # Yields (first cell, what `Encoder` returns and `given`: all counts of the chunk)
     "Tokenise a data set of any size, chunk by chunk."
+
     def work(chunk):
         return encoder(chunk) | dict(given=int(chunk.data.sum(dtype=np.int64)))
+
     with ThreadPoolExecutor(n_threads) as pool:
         waiting = []
         for first, chunk in counts.chunks(chunk_size, start, pool if n_threads > 1 else None):
             waiting.append((first, pool.submit(work, chunk)))
             if len(waiting) > n_threads:
-                f, job = waiting.pop(0); yield f, job.result()
-        for f, job in waiting: yield f, job.result()
+                f, job = waiting.pop(0)
+                yield f, job.result()
+        for f, job in waiting:
+            yield f, job.result()
 
-def tally(encoded, max_len, before=None): # chunk -> running totals for the card
+
+def tally(encoded, max_len, before=None):  # chunk -> running totals for the card
     "Add up what a chunk kept and lost."
     lengths = np.diff(encoded["offsets"])
-    new = dict(n_cells=len(lengths), n_empty=int((lengths == 0).sum()), n_tokens=int(lengths.sum()), n_truncated=int((encoded["detected"] > max_len).sum()),
-               n_rescued=int(encoded["rescued"].sum()), counts=int(encoded["total"].sum()), counts_cut=int(encoded["cut"].sum()))
+    new = dict(
+        n_cells=len(lengths),
+        n_empty=int((lengths == 0).sum()),
+        n_tokens=int(lengths.sum()),
+        n_truncated=int((encoded["detected"] > max_len).sum()),
+        n_rescued=int(encoded["rescued"].sum()),
+        counts=int(encoded["total"].sum()),
+        counts_cut=int(encoded["cut"].sum()),
+    )
     return {k: v + (before or {}).get(k, 0) for k, v in new.items()}
 
+
 def tokenize(
-    source,                                  # AnnData, a path, or Counts
-    vocabulary:Vocabulary|None=None,         # Default: protein-coding genes
-    settings:TokenizerSettings=TokenizerSettings(),
-    obs_columns=(),                          # Columns of obs to keep
-    protected=(),                            # Ensembl ids that truncation must not cut
-    layer:str|None=None,                     # Where the counts are (see `counts`)
-    n_threads:int=1,
-)->TokenSet:                                 # In memory, one row a cell, empty cells with length 0
+    source,  # AnnData, a path, or Counts
+    vocabulary: Vocabulary | None = None,  # Default: protein-coding genes
+    settings: TokenizerSettings = TokenizerSettings(),
+    obs_columns=(),  # Columns of obs to keep
+    protected=(),  # Ensembl ids that truncation must not cut
+    layer: str | None = None,  # Where the counts are (see `counts`)
+    n_threads: int = 1,
+) -> TokenSet:  # In memory, one row a cell, empty cells with length 0
     "Tokenise a data set in memory."
     counts = source if isinstance(source, Counts) else read_counts(source, layer)
     vocabulary = vocabulary or protein_vocabulary()
     encoder = Encoder(vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected)
     encoded = [e for _, e in encoded_chunks(counts, encoder, n_threads=n_threads)]
     obs, card = counts.adata.obs[list(obs_columns)].reset_index(drop=True), {}
-    if len(protected): obs["rescued"] = np.concatenate([e["rescued"] for e in encoded])
-    for e in encoded: card = tally(e, settings.max_len, card)
-    return TokenSet([(e["offsets"], e["genes"], e["bins"]) for e in encoded], obs, vocabulary, settings, card)
+    if len(protected):
+        obs["rescued"] = np.concatenate([e["rescued"] for e in encoded])
+    for e in encoded:
+        card = tally(e, settings.max_len, card)
+    return TokenSet(
+        [(e["offsets"], e["genes"], e["bins"]) for e in encoded], obs, vocabulary, settings, card
+    )
 
 # %% ../nbs/05a_tokens.ipynb #5e15abb2
 @dataclass(frozen=True)
 class _Job:
     "What is written where: the same job resumes, another starts anew."
-    sources: list; out: Path; vocabulary: Vocabulary; settings: TokenizerSettings; obs_columns: tuple; protected: tuple; layer: str|None; shard_cells: int; compression: str|None
+
+    sources: list
+    out: Path
+    vocabulary: Vocabulary
+    settings: TokenizerSettings
+    obs_columns: tuple
+    protected: tuple
+    layer: str | None
+    shard_cells: int
+    compression: str | None
 
     @property
-    def folder(self): return self.out.parent/f".{self.out.name}.partial"
+    def folder(self):
+        return self.out.parent / f".{self.out.name}.partial"
+
     def key(self):
-        marks = [[str(s), *size_and_time(s)] if isinstance(s, (str, os.PathLike)) else ["AnnData", id(s)] for s in self.sources]
-        return hashlib.sha256(json.dumps([marks, tokenizer_hash(self.settings, self.vocabulary), self.obs_columns, self.protected, self.layer, self.shard_cells, self.compression]).encode()).hexdigest()[:16]
-    def done(self): # list of finished shards, or none when the folder belongs to another job
+        marks = [
+            [str(s), *size_and_time(s)] if isinstance(s, (str, os.PathLike)) else ["AnnData", id(s)]
+            for s in self.sources
+        ]
+        return hashlib.sha256(
+            json.dumps(
+                [
+                    marks,
+                    tokenizer_hash(self.settings, self.vocabulary),
+                    self.obs_columns,
+                    self.protected,
+                    self.layer,
+                    self.shard_cells,
+                    self.compression,
+                ]
+            ).encode()
+        ).hexdigest()[:16]
+
+    def done(self):  # list of finished shards, or none when the folder belongs to another job
         own_folder(self.folder)
         try:
-            record = read_json(self.folder/"progress.json")
+            record = read_json(self.folder / "progress.json")
             if record.get("key") == self.key():
                 return self.whole(record["shards"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass                         # never begun, or damaged: start anew
+            pass  # never begun, or damaged: start anew
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         return []
-    def whole(self, shards): # those before the first that is damaged
+
+    def whole(self, shards):  # those before the first that is damaged
         for number, s in enumerate(shards):
             try:
                 check_file(inside(self.folder, s["file"]), s["bytes"], s["xxh3_128"])
             except Damaged:
                 return shards[:number]
         return shards
-    def enter(self, shards): write_json(self.folder/"progress.json", dict(key=self.key(), shards=shards), indent=None, sign=True)
 
-def _schema(job): # columns of the obs as numbers of distinct strings
+    def enter(self, shards):
+        write_json(
+            self.folder / "progress.json",
+            dict(key=self.key(), shards=shards),
+            indent=None,
+            sign=True,
+        )
+
+
+def _schema(job):  # columns of the obs as numbers of distinct strings
     import pyarrow as pa
-    fields = [("genes", pa.list_(pa.uint16())), ("bins", pa.list_(pa.uint8())),
-              ("length", pa.int32()), ("source", pa.int32()), ("row", pa.int64())]
+
+    fields = [
+        ("genes", pa.list_(pa.uint16())),
+        ("bins", pa.list_(pa.uint8())),
+        ("length", pa.int32()),
+        ("source", pa.int32()),
+        ("row", pa.int64()),
+    ]
     if job.protected:
         fields.append(("rescued", pa.int32()))
     strings = pa.dictionary(pa.int32(), pa.string())
     return pa.schema(fields + [(name, strings) for name in job.obs_columns])
 
-def _record_batch(e, obs, first, source, job, schema): # one encoded chunk -> Arrow, empty cells left out
+
+def _record_batch(e, obs, first, source, job, schema):
+    # one encoded chunk -> Arrow, empty cells left out
     import pyarrow as pa
-    lengths = np.diff(e["offsets"]); keep = lengths > 0
+
+    lengths = np.diff(e["offsets"])
+    keep = lengths > 0
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int32))
     rows = first + np.flatnonzero(keep)
-    columns = [pa.ListArray.from_arrays(offsets, pa.array(e["genes"])), pa.ListArray.from_arrays(offsets, pa.array(e["bins"])),
-               pa.array(lengths[keep].astype(np.int32)), pa.array(np.full(keep.sum(), source, np.int32)), pa.array(rows)]
-    if job.protected: columns.append(pa.array(e["rescued"][keep]))
+    columns = [
+        pa.ListArray.from_arrays(offsets, pa.array(e["genes"])),
+        pa.ListArray.from_arrays(offsets, pa.array(e["bins"])),
+        pa.array(lengths[keep].astype(np.int32)),
+        pa.array(np.full(keep.sum(), source, np.int32)),
+        pa.array(rows),
+    ]
+    if job.protected:
+        columns.append(pa.array(e["rescued"][keep]))
     for name in job.obs_columns:
         values = obs[name].iloc[rows].astype(str).to_numpy(dtype=object)
         columns.append(pa.array(values, pa.string()).dictionary_encode())
     return pa.record_batch(columns, schema=schema)
 
-def _write_shard(job, schema, number, source, counts, encoder, start, progress, n_threads): # -> what is entered in the list
+
+def _write_shard(job, schema, number, source, counts, encoder, start, progress, n_threads):
+    # -> what is entered in the list
     import pyarrow as pa
+
     name, card, stop = f"data-{number:05d}.arrow", {}, min(start + job.shard_cells, counts.n_cells)
     options = pa.ipc.IpcWriteOptions(compression=job.compression)
     part = counts if stop == counts.n_cells else _Upto(counts, stop)
-    with pa.OSFile(str(job.folder/f"{name}.tmp"), "wb") as f, pa.ipc.new_stream(f, schema, options=options) as writer:
+    with (
+        pa.OSFile(str(job.folder / f"{name}.tmp"), "wb") as f,
+        pa.ipc.new_stream(f, schema, options=options) as writer,
+    ):
         for first, e in encoded_chunks(part, encoder, start, n_threads=n_threads):
             writer.write_batch(_record_batch(e, counts.adata.obs, first, source, job, schema))
-            card = tally(e, job.settings.max_len, card); progress(len(e["detected"]))
-    flush(job.folder/f"{name}.tmp")
-    os.replace(job.folder/f"{name}.tmp", job.folder/name)
-    size, sums = (job.folder/name).stat().st_size, checksum(job.folder/name)
+            card = tally(e, job.settings.max_len, card)
+            progress(len(e["detected"]))
+    flush(job.folder / f"{name}.tmp")
+    os.replace(job.folder / f"{name}.tmp", job.folder / name)
+    size, sums = (job.folder / name).stat().st_size, checksum(job.folder / name)
     return dict(file=name, source=source, start=start, stop=stop, bytes=size, xxh3_128=sums, **card)
 
+
 @dataclass(frozen=True)
-class _Upto: # counts that end before `stop`
-    counts: Counts; stop: int
+class _Upto:  # counts that end before `stop`
+    counts: Counts
+    stop: int
+
     def chunks(self, chunk_size=2048, start=0, pool=None):
         for first, chunk in self.counts.chunks(min(chunk_size, self.stop - start), start, pool):
-            if first >= self.stop: return
-            yield first, chunk[:self.stop - first]
+            if first >= self.stop:
+                return
+            yield first, chunk[: self.stop - first]
 
 # %% ../nbs/05a_tokens.ipynb #a14cb6e6
 def write_tokens(
-    sources,                          # Paths or AnnData, one or several; a folder is a curated corpus (scemb curate)
-    out,                              # Folder to write
-    vocabulary:Vocabulary|None=None,  # Default: protein-coding genes
-    settings:TokenizerSettings=TokenizerSettings(),
-    obs_columns=(),                   # Columns of obs to keep; each source must have them
-    protected=(),                     # Ensembl ids that truncation must not cut; rescued ones are counted in a column
-    layer:str|None=None, duplicates:str="error", # See `read_counts`
-    n_threads:int=1, overwrite:bool=False,
-    shard_cells:int=262_144,          # Cells a shard: about 800 MB at 1,000 genes a cell, and what a stop loses at most
-    compression:str|None=None,        # None, "lz4" or "zstd"; None is memory-mapped without a copy
-    progress=None,                    # Called with (cells done, cells in all)
-)->Path:                              # The folder
-    "Tokenise data sets of any size into one token data set on disk; the same call goes on where an interrupted one stopped."
+    sources,  # Paths or AnnData, one or several; a folder is a curated corpus (scemb curate)
+    out,  # Folder to write
+    vocabulary: Vocabulary | None = None,  # Default: protein-coding genes
+    settings: TokenizerSettings = TokenizerSettings(),
+    obs_columns=(),  # Columns of obs to keep; each source must have them
+    protected=(),  # Ensembl ids that truncation must not cut; rescued ones are counted in a column
+    layer: str | None = None,
+    duplicates: str = "error",  # See `read_counts`
+    n_threads: int = 1,
+    overwrite: bool = False,
+    # Cells a shard: about 800 MB at 1,000 genes a cell, and what a stop loses at most
+    shard_cells: int = 262_144,
+    compression: str | None = None,  # None, "lz4" or "zstd"; None is memory-mapped without a copy
+    progress=None,  # Called with (cells done, cells in all)
+) -> Path:  # The folder
+    """Tokenise data sets of any size into one token data set on disk; the same call goes on where
+    an interrupted one stopped."""
     out = check_output(out, overwrite, "tokens.json")
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) or hasattr(sources, "obs") else list(sources)
-    inside = [s for s in sources if isinstance(s, (str, os.PathLike)) and out.resolve() in Path(s).resolve().parents]
-    if inside: raise ValueError(f"{inside[0]} lies inside the output {out}, which would be replaced; choose another output.")
+    sources = (
+        [sources]
+        if isinstance(sources, (str, os.PathLike)) or hasattr(sources, "obs")
+        else list(sources)
+    )
+    inside = [
+        s
+        for s in sources
+        if isinstance(s, (str, os.PathLike)) and out.resolve() in Path(s).resolve().parents
+    ]
+    if inside:
+        raise ValueError(
+            f"{inside[0]} lies inside the output {out}, which would be replaced; choose another "
+            "output."
+        )
     paths = [str(Path(s).resolve()) for s in sources if isinstance(s, (str, os.PathLike))]
-    if twice := [p for i, p in enumerate(paths) if p in paths[:i]]: raise ValueError(f"{twice[0]} is given twice; its cells would stand twice in the tokens. Give each file once.")
+    if twice := [p for i, p in enumerate(paths) if p in paths[:i]]:
+        raise ValueError(
+            f"{twice[0]} is given twice; its cells would stand twice in the tokens. Give each "
+            "file once."
+        )
     with only_writer(out):
-        return _write_tokens(sources, out, vocabulary, settings, obs_columns, protected, layer, duplicates, n_threads, shard_cells, compression, progress)
+        return _write_tokens(
+            sources,
+            out,
+            vocabulary,
+            settings,
+            obs_columns,
+            protected,
+            layer,
+            duplicates,
+            n_threads,
+            shard_cells,
+            compression,
+            progress,
+        )
 
-def _write_tokens(sources, out, vocabulary, settings, obs_columns, protected, layer, duplicates, n_threads, shard_cells, compression, progress):
+
+def _write_tokens(
+    sources,
+    out,
+    vocabulary,
+    settings,
+    obs_columns,
+    protected,
+    layer,
+    duplicates,
+    n_threads,
+    shard_cells,
+    compression,
+    progress,
+):
     (sources, corpora, check), obs_columns = _unfolded(sources), tuple(dict.fromkeys(obs_columns))
-    check()                              # a damaged shard of a corpus is named before the work starts
+    check()  # a damaged shard of a corpus is named before the work starts
     sizes = [_checked_size(s, layer, duplicates, obs_columns) for s in sources]
     vocabulary = vocabulary or protein_vocabulary()
-    if settings.max_len > len(vocabulary): raise ValueError(f"max_len={settings.max_len}; a cell has at most {len(vocabulary):,} genes, those of the vocabulary. Lower max_len.")
-    if settings.scale == "median" and vocabulary.medians is None: vocabulary = gene_medians([read_counts(s, layer, duplicates=duplicates) for s in sources], vocabulary)
-    job = _Job(sources, out, vocabulary, settings, tuple(obs_columns), tuple(protected), layer, shard_cells, compression)
+    if settings.max_len > len(vocabulary):
+        raise ValueError(
+            f"max_len={settings.max_len}; a cell has at most {len(vocabulary):,} genes, those of "
+            "the vocabulary. Lower max_len."
+        )
+    if settings.scale == "median" and vocabulary.medians is None:
+        vocabulary = gene_medians(
+            [read_counts(s, layer, duplicates=duplicates) for s in sources], vocabulary
+        )
+    job = _Job(
+        sources,
+        out,
+        vocabulary,
+        settings,
+        tuple(obs_columns),
+        tuple(protected),
+        layer,
+        shard_cells,
+        compression,
+    )
     shards, schema = job.done(), _schema(job)
     seen, total = [sum(s["n_cells"] for s in shards)], sum(sizes)
+
     def report(n):
         seen[0] += n
-        if progress: progress(seen[0], total)
+        if progress:
+            progress(seen[0], total)
+
     for i, (source, size) in enumerate(zip(sources, sizes)):
-        if (first := max([s["stop"] for s in shards if s["source"] == i], default=0)) >= size: continue
+        if (first := max([s["stop"] for s in shards if s["source"] == i], default=0)) >= size:
+            continue
         counts = read_counts(source, layer, duplicates=duplicates)
-        encoder = Encoder(vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected)
+        encoder = Encoder(
+            vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected
+        )
         for start in range(first, size, shard_cells):
-            shards.append(_write_shard(job, schema, len(shards), i, counts, encoder, start, report, n_threads)); job.enter(shards)
-        if counts.adata is not source: counts.close()
+            shards.append(
+                _write_shard(job, schema, len(shards), i, counts, encoder, start, report, n_threads)
+            )
+            job.enter(shards)
+        if counts.adata is not source:
+            counts.close()
     check_not_empty(shards)
     _write_cards(job, schema, shards, corpora)
     put(job.folder, out)
-    (out/"progress.json").unlink()
+    (out / "progress.json").unlink()
     return out
 
-def _is_corpus(source): # or what was meant as one; zarr stores and folders of counts are files of cells
+
+def _is_corpus(source):
+    # or what was meant as one; zarr stores and folders of counts are files of cells
     if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir():
         return False
-    if (Path(source)/"corpus.json").exists() or (Path(source)/"plan.json").exists():
+    if (Path(source) / "corpus.json").exists() or (Path(source) / "plan.json").exists():
         return True
     try:
         kind_of_file(source)
@@ -301,88 +490,183 @@ def _is_corpus(source): # or what was meant as one; zarr stores and folders of c
         raise
     return False
 
-def check_not_empty(shards): # refuse a token set of nothing
+
+def check_not_empty(shards):  # refuse a token set of nothing
     "Tokens of no cell are an error, not a result."
     n_cells = sum(s["n_cells"] for s in shards)
     if n_cells == sum(s["n_empty"] for s in shards):
-        raise ValueError(f"Not one of the {n_cells:,} cells has a count in a gene of the vocabulary; see `scemb doctor` for what the files hold.")
+        raise ValueError(
+            f"Not one of the {n_cells:,} cells has a count in a gene of the vocabulary; see "
+            "`scemb doctor` for what the files hold."
+        )
 
-def _unfolded(sources): # a curated corpus becomes its shards, and is named in the card
+
+def _unfolded(sources):  # a curated corpus becomes its shards, and is named in the card
     from scemb.corpus import read_corpus, shard_path
+
     files, corpora, checks = [], [], []
     for s in sources:
-        if not _is_corpus(s): files.append(s); continue
+        if not _is_corpus(s):
+            files.append(s)
+            continue
         card = read_corpus(s)
         files += [inside(s, x["file"]) for x in card["shards"]]
         checks += [partial(shard_path, s, x) for x in card["shards"]]
-        corpora.append({k: card[k] for k in ("name", "content_hash", "n_cells")} | dict(xxh3_128=checksum(Path(s)/"corpus.json")))
-    if not files: raise ValueError("There is nothing to tokenise: the corpus has no cells.")
+        corpora.append(
+            {k: card[k] for k in ("name", "content_hash", "n_cells")}
+            | dict(xxh3_128=checksum(Path(s) / "corpus.json"))
+        )
+    if not files:
+        raise ValueError("There is nothing to tokenise: the corpus has no cells.")
+
     def check():
         for shard in checks:
             shard()
+
     return files, corpora, check
 
-def _checked_size(source, layer, duplicates, obs_columns): # number of cells; a corpus has many files, so none stays open
+
+def _checked_size(source, layer, duplicates, obs_columns):
+    # number of cells; a corpus has many files, so none stays open
     if taken := sorted({"genes", "bins", "length", "source", "row", "rescued"} & set(obs_columns)):
-        raise ValueError(f"The obs columns {taken} have names that a token set uses itself; rename them first.")
+        raise ValueError(
+            f"The obs columns {taken} have names that a token set uses itself; rename them first."
+        )
     counts = read_counts(source, layer, duplicates=duplicates)
     if missing := [k for k in obs_columns if k not in counts.adata.obs]:
-        raise ValueError(f"{source if isinstance(source, (str, os.PathLike)) else 'The AnnData'} has no obs column {missing}; it has {list(counts.adata.obs.columns)}.")
+        raise ValueError(
+            f"{source if isinstance(source, (str, os.PathLike)) else 'The AnnData'} has no obs "
+            f"column {missing}; it has {list(counts.adata.obs.columns)}."
+        )
     n = counts.n_cells
-    if counts.adata is not source: counts.close()
+    if counts.adata is not source:
+        counts.close()
     return n
 
-def _write_cards(job, schema, shards, corpora): # what load_from_disk wants, and our own card
+
+def _write_cards(job, schema, shards, corpora):  # what load_from_disk wants, and our own card
     from datasets import Features
+
     identity = tokenizer_hash(job.settings, job.vocabulary)
-    write_json(job.folder/"state.json", dict(_data_files=[dict(filename=s["file"]) for s in shards], _fingerprint=identity,
-        _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None), indent=None)
+    write_json(
+        job.folder / "state.json",
+        dict(
+            _data_files=[dict(filename=s["file"]) for s in shards],
+            _fingerprint=identity,
+            _format_columns=None,
+            _format_kwargs={},
+            _format_type=None,
+            _output_all_columns=False,
+            _split=None,
+        ),
+        indent=None,
+    )
     features = Features.from_arrow_schema(_without_dictionaries(schema)).to_dict()
     info = dict(features=features, description="scEMB tokens", citation="", homepage="", license="")
-    write_json(job.folder/"dataset_info.json", info, indent=None)
+    write_json(job.folder / "dataset_info.json", info, indent=None)
     per_source = []
     for i, s in enumerate(job.sources):
-        card = {k: sum(x[k] for x in shards if x["source"] == i) for k in ("n_cells", "n_empty", "n_tokens", "n_truncated", "n_rescued", "counts", "counts_cut")}
-        named = dict(source=Path(s).name, bytes=size_and_time(s)[0], xxh3_128=checksum(s)) if isinstance(s, (str, os.PathLike)) else dict(source="AnnData")
-        per_source.append(named | card | dict(share_truncated=card["n_truncated"]/max(card["n_cells"], 1), share_counts_cut=card["counts_cut"]/max(card["counts"], 1)))
-    write_json(job.folder/"tokens.json", dict(tokenizer_hash=identity, vocabulary_hash=job.vocabulary.hash, settings=asdict(job.settings),
-        protected=job.protected, **(dict(corpora=corpora) if corpora else {}), sources=per_source, shards=shards))
+        card = {
+            k: sum(x[k] for x in shards if x["source"] == i)
+            for k in (
+                "n_cells",
+                "n_empty",
+                "n_tokens",
+                "n_truncated",
+                "n_rescued",
+                "counts",
+                "counts_cut",
+            )
+        }
+        named = (
+            dict(source=Path(s).name, bytes=size_and_time(s)[0], xxh3_128=checksum(s))
+            if isinstance(s, (str, os.PathLike))
+            else dict(source="AnnData")
+        )
+        per_source.append(
+            named
+            | card
+            | dict(
+                share_truncated=card["n_truncated"] / max(card["n_cells"], 1),
+                share_counts_cut=card["counts_cut"] / max(card["counts"], 1),
+            )
+        )
+    write_json(
+        job.folder / "tokens.json",
+        dict(
+            tokenizer_hash=identity,
+            vocabulary_hash=job.vocabulary.hash,
+            settings=asdict(job.settings),
+            protected=job.protected,
+            **(dict(corpora=corpora) if corpora else {}),
+            sources=per_source,
+            shards=shards,
+        ),
+    )
     job.vocabulary.save(job.folder)
-    names = ["state.json", "dataset_info.json", "tokens.json", "gene_vocabulary.json", *(s["file"] for s in shards)]
-    write_manifest(job.folder, "tokens", identity, names, {s["file"]: s["xxh3_128"] for s in shards})
+    names = [
+        "state.json",
+        "dataset_info.json",
+        "tokens.json",
+        "gene_vocabulary.json",
+        *(s["file"] for s in shards),
+    ]
+    write_manifest(
+        job.folder, "tokens", identity, names, {s["file"]: s["xxh3_128"] for s in shards}
+    )
 
 # %% ../nbs/05a_tokens.ipynb #6ee904e3
 WAY_OUT = "Copy the folder again from where it came, or tokenise anew."
 
+
 def read_tokens(
-    folder, # A token data set written by `write_tokens`
-)->TokenSet: # Memory-mapped
-    "Open a token data set without reading it; a shard is compared with its checksum when it is first read."
+    folder,  # A token data set written by `write_tokens`
+) -> TokenSet:  # Memory-mapped
+    """Open a token data set without reading it; a shard is compared with its checksum when it is
+    first read."""
     import pyarrow as pa
+
     folder = Path(folder)
-    if not (folder/"tokens.json").exists():
+    if not (folder / "tokens.json").exists():
         way = f"{folder} --out tokens" if folder.is_file() else f"FILE --out {folder.name}"
-        raise FileNotFoundError(f"{folder} is no token data set (it has no tokens.json). Make one with: scemb tokenize {way}")
+        raise FileNotFoundError(
+            f"{folder} is no token data set (it has no tokens.json). Make one with: scemb "
+            f"tokenize {way}"
+        )
     manifest = open_folder(folder, "tokens", WAY_OUT)
-    card = read_json(folder/"tokens.json", keys=("tokenizer_hash", "settings", "shards"), way_out=WAY_OUT)
+    card = read_json(
+        folder / "tokens.json", keys=("tokenizer_hash", "settings", "shards"), way_out=WAY_OUT
+    )
     vocabulary = Vocabulary.load(folder)
-    settings = settings_of(card["settings"], card["tokenizer_hash"], vocabulary, folder/"tokens.json")
+    settings = settings_of(
+        card["settings"], card["tokenizer_hash"], vocabulary, folder / "tokens.json"
+    )
     n_genes, n_bins = len(vocabulary), settings.n_bins
     parts, tables, checks = [], [], {}
     for s in _entries(folder, card["shards"]):
         path = inside(folder, s["file"])
         check_file(path, s["bytes"], s.get("xxh3_128", ""), WAY_OUT, now=False)
         if manifest and s["file"] not in manifest.files:
-            raise Damaged(f"{folder/'manifest.json'} does not name {s['file']}. {WAY_OUT}")
+            raise Damaged(f"{folder / 'manifest.json'} does not name {s['file']}. {WAY_OUT}")
         batches = _batches(path)
         tables += batches
         first = len(parts)
         parts += [_arrays(path, b) for b in batches]
-        n_cells, n_tokens = sum(len(p[0]) - 1 for p in parts[first:]), sum(int(p[0][-1]) - int(p[0][0]) for p in parts[first:])
+        n_cells, n_tokens = (
+            sum(len(p[0]) - 1 for p in parts[first:]),
+            sum(int(p[0][-1]) - int(p[0][0]) for p in parts[first:]),
+        )
         if (n_cells, n_tokens) != (s["n_cells"] - s["n_empty"], s["n_tokens"]):
-            raise Damaged(f"{path} holds {n_cells:,} cells with {n_tokens:,} tokens, its card says {s['n_cells'] - s['n_empty']:,} with {s['n_tokens']:,}. {WAY_OUT}")
+            raise Damaged(
+                f"{path} holds {n_cells:,} cells with {n_tokens:,} tokens, its card says "
+                f"{s['n_cells'] - s['n_empty']:,} with {s['n_tokens']:,}. {WAY_OUT}"
+            )
         for number in range(first, len(parts)):
-            whole = partial(manifest.check, s["file"]) if manifest else partial(_in_range, path, parts[number], n_genes, n_bins)
+            whole = (
+                partial(manifest.check, s["file"])
+                if manifest
+                else partial(_in_range, path, parts[number], n_genes, n_bins)
+            )
             checks[number] = whole
     obs = pd.DataFrame()
     if tables:
@@ -390,15 +674,23 @@ def read_tokens(
         obs = table.drop_columns(["genes", "bins", "length"])  # not read before it is asked for
     return TokenSet(parts, obs, vocabulary, settings, card, checks)
 
-def _entries(folder, shards): # the list of shards in a card, if it is one
+
+def _entries(folder, shards):  # the list of shards in a card, if it is one
     keys = ("bytes", "n_cells", "n_empty", "n_tokens")
-    fine = isinstance(shards, list) and all(isinstance(s, dict) and all(isinstance(s.get(k), int) for k in keys) for s in shards)
+    fine = isinstance(shards, list) and all(
+        isinstance(s, dict) and all(isinstance(s.get(k), int) for k in keys) for s in shards
+    )
     if not fine:
-        raise Damaged(f"{folder/'tokens.json'} is damaged: its shards must be a list of records with {', '.join(keys)}. {WAY_OUT}")
+        raise Damaged(
+            f"{folder / 'tokens.json'} is damaged: its shards must be a list of records with "
+            f"{', '.join(keys)}. {WAY_OUT}"
+        )
     return shards
 
-def _batches(path): # a shard -> its Arrow batches, mapped into memory
+
+def _batches(path):  # a shard -> its Arrow batches, mapped into memory
     import pyarrow as pa
+
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         table.validate()
@@ -409,22 +701,37 @@ def _batches(path): # a shard -> its Arrow batches, mapped into memory
     except (pa.ArrowException, ValueError, TypeError, OverflowError, OSError) as e:
         if isinstance(e, FileNotFoundError):
             raise
-        raise Damaged(f"{path} is damaged ({type(e).__name__}: {str(e)[:120]}). {WAY_OUT}") from None
+        raise Damaged(
+            f"{path} is damaged ({type(e).__name__}: {str(e)[:120]}). {WAY_OUT}"
+        ) from None
 
-def _arrays(path, batch): # -> offsets, genes, bins, whose structure is sound
+
+def _arrays(path, batch):  # -> offsets, genes, bins, whose structure is sound
     try:
         genes, bins = batch.column("genes"), batch.column("bins")
         offsets = genes.offsets.to_numpy()
         genes, bins = genes.values.to_numpy(), bins.values.to_numpy()
     except Exception as e:
-        raise Damaged(f"{path} is damaged ({type(e).__name__}: {str(e)[:120]}). {WAY_OUT}") from None
-    ordered = len(offsets) and offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= min(len(genes), len(bins))
+        raise Damaged(
+            f"{path} is damaged ({type(e).__name__}: {str(e)[:120]}). {WAY_OUT}"
+        ) from None
+    ordered = (
+        len(offsets)
+        and offsets[0] >= 0
+        and (np.diff(offsets) >= 0).all()
+        and offsets[-1] <= min(len(genes), len(bins))
+    )
     if not ordered or genes.dtype != np.uint16 or bins.dtype != np.uint8:
         raise Damaged(f"{path} is damaged: the places of its cells are not in order. {WAY_OUT}")
     return offsets, genes, bins
 
-def _in_range(path, part, n_genes, n_bins): # for folders of earlier versions, which have no checksums
+
+def _in_range(path, part, n_genes, n_bins):
+    # for folders of earlier versions, which have no checksums
     offsets, genes, bins = part
-    genes, bins = genes[offsets[0]:offsets[-1]], bins[offsets[0]:offsets[-1]]
+    genes, bins = genes[offsets[0] : offsets[-1]], bins[offsets[0] : offsets[-1]]
     if len(genes) and (int(genes.max()) >= n_genes or int(bins.max()) > n_bins):
-        raise Damaged(f"{path} is damaged: token {int(genes.max()):,} of {n_genes:,}, bin {int(bins.max())} of {n_bins}. {WAY_OUT}")
+        raise Damaged(
+            f"{path} is damaged: token {int(genes.max()):,} of {n_genes:,}, bin "
+            f"{int(bins.max())} of {n_bins}. {WAY_OUT}"
+        )

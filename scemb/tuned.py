@@ -16,31 +16,44 @@ from .batching import as_tensors
 from .checkpoint import load_checkpoint
 from .finetune import FinetuneSettings, adapted, seeded
 from .model import autocast, chosen_precision
-from .pretrain import (
-    Batches, LossWatch, TrainSettings, model_scorer, score_summary)
+from .pretrain import Batches, LossWatch, TrainSettings, model_scorer, score_summary
 from .stats import arrangements, permutation_p
 from .tokens import TokenSet
 
 # %% ../nbs/14c_tuned.ipynb #912ccf24
 def tune_on(
-    base,                   # A shipped model, a folder, or (model, vocabulary, settings): left as it is
-    tokens:TokenSet,        # Cells to learn from, tokenised as the base wants them
-    heldout:TokenSet=None,  # Cells never learned from, scored before and after
-    steps:int=100,          # Optimizer steps
-    token_budget:int=4096,  # Tokens a step
-    settings:FinetuneSettings=FinetuneSettings(), # Rank, rate and seed of LoRA, the same as for every task
+    base,  # A shipped model, a folder, or (model, vocabulary, settings): left as it is
+    tokens: TokenSet,  # Cells to learn from, tokenised as the base wants them
+    heldout: TokenSet = None,  # Cells never learned from, scored before and after
+    steps: int = 100,  # Optimizer steps
+    token_budget: int = 4096,  # Tokens a step
+    # Rank, rate and seed of LoRA, the same as for every task
+    settings: FinetuneSettings = FinetuneSettings(),
     say=lambda line: None,  # Called with a line now and then
-)->tuple:                   # (model, vocabulary, settings), ready as a base; DataFrame: loss of held-out cells before, with frequencies set, after, and by counting; or None
+    # (model, vocabulary, settings), ready as a base; DataFrame: loss of held-out cells before, with
+    # frequencies set, after, and by counting; or None
+) -> tuple:
     "Continue masked-gene training by LoRA and merge the update."
     base = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
     net, vocabulary, _ = base
-    if settings.way != "lora": raise ValueError(f"way={settings.way!r}; only a LoRA update can be merged into a base: use way='lora'.")
-    if tokens.vocabulary.hash != vocabulary.hash: raise ValueError(f"The cells are tokenised for the vocabulary {tokens.vocabulary.hash}, the base has {vocabulary.hash}; tokenise them with the vocabulary of the base.")
-    if not len(tokens): raise ValueError("There are no cells to learn from; are there non-targeting cells with one guide?")
+    if settings.way != "lora":
+        raise ValueError(
+            f"way={settings.way!r}; only a LoRA update can be merged into a base: use way='lora'."
+        )
+    if tokens.vocabulary.hash != vocabulary.hash:
+        raise ValueError(
+            f"The cells are tokenised for the vocabulary {tokens.vocabulary.hash}, the base has "
+            f"{vocabulary.hash}; tokenise them with the vocabulary of the base."
+        )
+    if not len(tokens):
+        raise ValueError(
+            "There are no cells to learn from; are there non-targeting cells with one guide?"
+        )
     with seeded(settings.seed, net.device):
         return _tuned(base, tokens, heldout, steps, token_budget, settings, say)
 
-def _tuned(base, tokens, heldout, steps, token_budget, s, say): # see `tune_on`
+
+def _tuned(base, tokens, heldout, steps, token_budget, s, say):  # see `tune_on`
     net, vocabulary, tokenizing = base
     length = min(tokens.settings.max_len, net.config.max_position_embeddings)
     tuned = copy.deepcopy(net).requires_grad_(False)
@@ -49,9 +62,16 @@ def _tuned(base, tokens, heldout, steps, token_budget, s, say): # see `tune_on`
     frequency = np.log(unigram_prior(tokens, length).clip(1e-9))
     tuned.cls["predictions"].bias.copy_(torch.from_numpy(frequency).float())
     start = copy.deepcopy(tuned).eval()
-    batches = Batches(tokens, TrainSettings(
-        steps=steps, warmup_steps=max(1, steps//10), token_budget=token_budget, max_len=length,
-        seed=s.seed))
+    batches = Batches(
+        tokens,
+        TrainSettings(
+            steps=steps,
+            warmup_steps=max(1, steps // 10),
+            token_budget=token_budget,
+            max_len=length,
+            seed=s.seed,
+        ),
+    )
     _descend(tuned.train(), batches, steps, s, say)
     tuned.bert = tuned.bert.merge_and_unload()
     tuned.tie_weights()
@@ -64,11 +84,16 @@ def _tuned(base, tokens, heldout, steps, token_budget, s, say): # see `tune_on`
     scores = masked_scores(heldout, scorers, length, seed=1)
     return (tuned, vocabulary, tokenizing), score_summary(scores)
 
-def _descend(model, batches, steps, s, say): # AdamW with warm-up and linear decay over ready-made batches
+
+def _descend(model, batches, steps, s, say):
+    # AdamW with warm-up and linear decay over ready-made batches
     trained = [p for p in model.parameters() if p.requires_grad]
-    warm = max(1, round(s.warmup*steps))
+    warm = max(1, round(s.warmup * steps))
     optimizer = torch.optim.AdamW(trained, lr=s.rate, weight_decay=s.weight_decay)
-    factor = lambda i: min((i + 1)/warm, max(0., (steps - i)/max(1, steps - warm)))
+
+    def factor(i):
+        return min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     precision = chosen_precision(s.precision, model.device)
     watch = LossWatch()
@@ -77,7 +102,11 @@ def _descend(model, batches, steps, s, say): # AdamW with warm-up and linear dec
         found = watch.failed(wait)
         if found is not None:
             step, loss, _ = found
-            raise FloatingPointError(f"The loss of step {step + 1} is {float(loss)}. Lower encoder_rate (now {s.rate:g}).")
+            raise FloatingPointError(
+                f"The loss of step {step + 1} is {float(loss)}. Lower encoder_rate (now "
+                f"{s.rate:g})."
+            )
+
     for i in range(steps):
         with autocast(model.device, precision):
             loss = model(**as_tensors(batches[i], model.device)).loss
@@ -88,20 +117,33 @@ def _descend(model, batches, steps, s, say): # AdamW with warm-up and linear dec
         torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
         optimizer.step()
         schedule.step()
-        if (i + 1) % max(1, steps//10) == 0:
+        if (i + 1) % max(1, steps // 10) == 0:
             say(f"step {i + 1} of {steps}: loss {float(loss):.3f}")
     stop_at_no_number(wait=True)
 
-
 # %% ../nbs/14c_tuned.ipynb #f55a5af7
 def told_apart(
-    guides,        # DataFrame, a row a control guide: its mean vector
-    seen,          # Did its cells train? (guides,)
-    n_permutations:int=999, seed:int=0,
-)->dict:           # distance of the two means, its mean when guides are dealt anew, p
+    guides,  # DataFrame, a row a control guide: its mean vector
+    seen,  # Did its cells train? (guides,)
+    n_permutations: int = 999,
+    seed: int = 0,
+) -> dict:  # distance of the two means, its mean when guides are dealt anew, p
     "Distance between control guides that trained and those that did not."
     x, seen = np.asarray(guides, float), np.asarray(seen, bool)
-    if not 0 < seen.sum() < len(seen): raise ValueError(f"{seen.sum()} of {len(seen)} control guides trained; some must have trained and some not.")
-    def distance(m): m = np.atleast_2d(m).astype(float); return np.linalg.norm(m @ x/m.sum(1, keepdims=True) - (1 - m) @ x/(1 - m).sum(1, keepdims=True), axis=1)
-    own, null = float(distance(seen)[0]), np.concatenate([distance(m) for m in arrangements(seen, None, n_permutations, seed)])
+    if not 0 < seen.sum() < len(seen):
+        raise ValueError(
+            f"{seen.sum()} of {len(seen)} control guides trained; some must have trained and "
+            "some not."
+        )
+
+    def distance(m):
+        m = np.atleast_2d(m).astype(float)
+        return np.linalg.norm(
+            m @ x / m.sum(1, keepdims=True) - (1 - m) @ x / (1 - m).sum(1, keepdims=True), axis=1
+        )
+
+    own, null = (
+        float(distance(seen)[0]),
+        np.concatenate([distance(m) for m in arrangements(seen, None, n_permutations, seed)]),
+    )
     return dict(distance=own, by_chance=float(null.mean()), p=permutation_p(own, null, "greater"))

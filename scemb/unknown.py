@@ -10,35 +10,37 @@ import numpy as np
 
 # %% ../nbs/08c_unknown.ipynb #3efa9844
 def cells_to_lose(
-    n,              # Held-out cells of each class
-    names=1,        # Under how many names the cells of each class go
-    loss:float=.05, # Share of a class that may be called unknown
-)->np.ndarray:      # How many of the n may lie below the thresholds
+    n,  # Held-out cells of each class
+    names=1,  # Under how many names the cells of each class go
+    loss: float = 0.05,  # Share of a class that may be called unknown
+) -> np.ndarray:  # How many of the n may lie below the thresholds
     "The rule of conformal prediction, for each class."
     if not 0 < loss < 1:
         raise ValueError(f"loss={loss}; a share between 0 and 1 is needed, such as .05.")
-    rank = np.floor(loss*(np.asarray(n) + 1) + 1e-9).astype(int)
+    rank = np.floor(loss * (np.asarray(n) + 1) + 1e-9).astype(int)
     return np.maximum(rank - np.asarray(names), 0)
 
+
 def promised_loss(
-    n,              # Held-out cells of each class
-    names=1,        # Under how many names the cells of each class go
-    loss:float=.05, # Share of a class that may be called unknown
-)->np.ndarray:      # What a new cell of the class risks at most; above `loss` for small classes
+    n,  # Held-out cells of each class
+    names=1,  # Under how many names the cells of each class go
+    loss: float = 0.05,  # Share of a class that may be called unknown
+) -> np.ndarray:  # What a new cell of the class risks at most; above `loss` for small classes
     "The chance that a new cell lies below the thresholds."
     below = cells_to_lose(n, names, loss) + np.asarray(names)
-    return np.minimum(below/(np.asarray(n) + 1), 1.)
+    return np.minimum(below / (np.asarray(n) + 1), 1.0)
 
 # %% ../nbs/08c_unknown.ipynb #9f5f48cd
 def class_thresholds(
-    confidence,     # Of each held-out cell in the name that it was given, shape (cells,)
-    guess,          # Class that it was called, shape (cells,)
-    true,           # Class that it is, shape (cells,)
-    n_classes:int,
-    loss:float=.05, # Share of each class that may be called unknown
-):                  # DataFrame, a row a class: threshold, held_out, lost (cells), promised (share)
+    confidence,  # Of each held-out cell in the name that it was given, shape (cells,)
+    guess,  # Class that it was called, shape (cells,)
+    true,  # Class that it is, shape (cells,)
+    n_classes: int,
+    loss: float = 0.05,  # Share of each class that may be called unknown
+):  # DataFrame, a row a class: threshold, held_out, lost (cells), promised (share)
     "Set for each class the confidence below which a cell that is called by it is unknown."
     import pandas as pd
+
     confidence, guess, true = np.asarray(confidence, float), np.asarray(guess), np.asarray(true)
     held_out = np.bincount(true, minlength=n_classes)
     names = np.array([max(1, len(np.unique(guess[true == c]))) for c in range(n_classes)])
@@ -56,39 +58,47 @@ def class_thresholds(
     promised = promised_loss(held_out, names, loss)
     threshold = _bounded(threshold, promised <= loss + 1e-9)
     below = confidence < threshold[guess]
-    return pd.DataFrame(dict(
-        threshold=threshold,
-        held_out=held_out,
-        lost=np.bincount(true[below], minlength=n_classes),
-        promised=promised))
+    return pd.DataFrame(
+        dict(
+            threshold=threshold,
+            held_out=held_out,
+            lost=np.bincount(true[below], minlength=n_classes),
+            promised=promised,
+        )
+    )
 
-def _bounded(threshold, sure): # thresholds, NaN where nothing stopped them; whether a class keeps the loss -> thresholds
+
+def _bounded(threshold, sure):
+    # thresholds, NaN where nothing stopped them; whether a class keeps the loss -> thresholds
     found = ~np.isnan(threshold)
     trusted = threshold[found & sure] if (found & sure).any() else threshold[found]
-    lowest = trusted.min() if len(trusted) else 0.
+    lowest = trusted.min() if len(trusted) else 0.0
     lower = np.fmin(threshold, lowest)
     return np.where(sure & found, threshold, lower)
 
+
 def called_unknown(
-    p,          # Probabilities, shape (cells, classes)
-    thresholds, # One a class, or one for all
-)->np.ndarray:  # True where the best class is not sure enough, shape (cells,)
+    p,  # Probabilities, shape (cells, classes)
+    thresholds,  # One a class, or one for all
+) -> np.ndarray:  # True where the best class is not sure enough, shape (cells,)
     "Which cells are called unknown."
     thresholds = np.broadcast_to(np.asarray(thresholds, float), p.shape[1])
     return p.max(1) < thresholds[p.argmax(1)]
 
 # %% ../nbs/08c_unknown.ipynb #766372e6
 def loss_table(
-    true,    # Class of each cell, names or numbers, shape (cells,)
-    unknown, # Whether it was called unknown, shape (cells,)
-):           # DataFrame, a row a class: label, cells, lost (share), low, high (95 %, Clopper and Pearson)
+    true,  # Class of each cell, names or numbers, shape (cells,)
+    unknown,  # Whether it was called unknown, shape (cells,)
+):  # DataFrame, a row a class: label, cells, lost (share), low, high (95 %, Clopper and Pearson)
     "The share of each class that is called unknown, with its interval over cells."
     import pandas as pd
     from scipy.stats import binomtest
+
     true, unknown, rows = np.asarray(true), np.asarray(unknown, bool), []
     for name in np.unique(true):
         own = unknown[true == name]
-        exact = binomtest(int(own.sum()), len(own)).proportion_ci(.95, method="exact")
-        rows.append(dict(
-            label=name, cells=len(own), lost=own.mean(), low=exact.low, high=exact.high))
+        exact = binomtest(int(own.sum()), len(own)).proportion_ci(0.95, method="exact")
+        rows.append(
+            dict(label=name, cells=len(own), lost=own.mean(), low=exact.low, high=exact.high)
+        )
     return pd.DataFrame(rows)

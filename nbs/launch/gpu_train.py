@@ -6,8 +6,10 @@
 
 All recipes share the paper's masked-gene loss, the same small BERT and the same cells. They differ
 in what they ask of the mean vector of a cell (section "Losses"). A recipe is a process of its own,
-so that small models fill a GPU. Each times its steps 20 to 60; as many as then fit into the time are
-its schedule, so that the learning rate ends at zero however fast the machine is. The number of steps
+so that small models fill a GPU. Each times its steps 20 to 60; as many as then fit into the time
+are
+its schedule, so that the learning rate ends at zero however fast the machine is. The number of
+steps
 stands in the record, and `--steps` repeats the run with it.
 
 OUT gets results.json and RECIPE.safetensors in float16, every ninety seconds and at the end, at
@@ -112,9 +114,9 @@ def read_pack(folder):
     indptr, genes, counts, obs = read_counts(folder / "counts.arrow")
     vocabulary = Vocabulary.load(folder)
     studies, study = np.unique(obs.dataset_id.to_numpy(str), return_inverse=True)
-    measured = np.unpackbits(np.load(folder / "measured.npy"), axis=1)[
-        :, : len(vocabulary)
-    ].astype(bool)
+    measured = np.unpackbits(np.load(folder / "measured.npy"), axis=1)[:, : len(vocabulary)].astype(
+        bool
+    )
     names, label = np.unique(obs.label.to_numpy(str), return_inverse=True)
     label = label - (names[0] == "")  # the empty name sorts first and becomes -1
     # Half whitened: with its own spread the first component is all that counts, with equal spread
@@ -193,9 +195,7 @@ def draw_view(cells, chosen, view, seed):
     "What the model may see of the chosen cells -> indptr, genes, counts seen, the other counts."
     rng = np.random.default_rng(seed)
     p_gene = np.ones(len(chosen))
-    if (
-        view == "genes"
-    ):  # of three cells in four; the fourth is seen whole, as later cells will be
+    if view == "genes":  # of three cells in four; the fourth is seen whole, as later cells will be
         p_gene = np.where(rng.random(len(chosen)) < 0.75, rng.uniform(0.3, 0.6, len(chosen)), 1.0)
     size = int((cells.indptr[chosen + 1] - cells.indptr[chosen]).sum())
     indptr, genes, counts = (
@@ -371,9 +371,7 @@ def mean_of_cells(x_TD, batch, weight_T=None):
         torch.arange(batch["n"], device=x_TD.device), lengths, output_size=batch["total"]
     )
     weight_T = x_TD.new_ones(len(x_TD)) if weight_T is None else weight_T
-    total = x_TD.new_zeros(batch["n"], x_TD.shape[1]).index_add(
-        0, owner, x_TD * weight_T[:, None]
-    )
+    total = x_TD.new_zeros(batch["n"], x_TD.shape[1]).index_add(0, owner, x_TD * weight_T[:, None])
     weight = x_TD.new_zeros(batch["n"]).index_add(0, owner, weight_T)
     return total / weight[:, None].clamp(min=1e-6)
 
@@ -468,7 +466,8 @@ RECIPES = {
     "vicreg": Recipe("pair", ((hidden_genes_of_cell, 3.0), (vicreg, 25.0))),
     "supcon": Recipe("whole", (CELL, (labelled_contrast, 5.0))),
 }
-# What followed from the first comparison: "thin" with a little of what frees it of depth, or with labels.
+# What followed from the first comparison: "thin" with a little of what frees it of depth, or with
+# labels.
 LATER = {
     "thin_free": Recipe("part", ((other_part, 10.0), (components_of_cell, 5.0)), True),
     "thin_labels": Recipe("part", ((other_part, 10.0), (labelled_contrast, 5.0))),
@@ -508,9 +507,7 @@ def losses(model, heads, recipe, batch):
 
 def make_optimizers(model, heads, size, muon, fused):
     "AdamW for all weights; with `muon`, Muon for the matrices inside the layers."
-    matrices = (
-        [p for n, p in model.bert.encoder.named_parameters() if p.ndim == 2] if muon else []
-    )
+    matrices = [p for n, p in model.bert.encoder.named_parameters() if p.ndim == 2] if muon else []
     own = {id(p) for p in matrices}
     rest = [p for p in [*model.parameters(), *heads.parameters()] if id(p) not in own]
     decayed = [
@@ -591,7 +588,10 @@ def encode(cells, chosen, window):
 
 def flat_batch(ids, bins, lengths, device):
     "Arrays of an unpadded row of cells -> what `hidden_states` takes."
-    put = lambda x: torch.from_numpy(x.astype(np.int64)).to(device)
+
+    def put(x):
+        return torch.from_numpy(x.astype(np.int64)).to(device)
+
     return dict(
         ids=put(ids),
         bins=put(bins),
@@ -651,9 +651,7 @@ def save(model, cells, size, folder, record):
 
 def train(name, cells, size, device, ends_at, steps, folder):
     "Train one recipe until the clock (or the number of steps) ends it."
-    recipe_name, _, options = name.partition(
-        "-"
-    )  # "cell-s1-muon": recipe cell, seed 1, with Muon
+    recipe_name, _, options = name.partition("-")  # "cell-s1-muon": recipe cell, seed 1, with Muon
     seed = next((int(o[1:]) for o in options.split("-") if o[:1] == "s"), 0)
     recipe, muon = (RECIPES | LATER)[recipe_name], "muon" in options
     chosen, held_out = split_held_out(len(cells.indptr) - 1)
@@ -840,9 +838,7 @@ def few_shot_f1(
     w, b = softmax_regression(problems, targets, weight, PENALTIES, fit_steps)
     scores = torch.einsum("bnd,bcdk->bcnk", problems, w) + b[:, :, None]
     loss = -(scores.log_softmax(3) * targets[:, None]).sum(3)  # (B, C, N)
-    outside = (
-        (loss * (1 - weight[:, None])).sum(2).view(S, 6, A, -1)[:, :5].sum(1)
-    )  # (2, draws, C)
+    outside = (loss * (1 - weight[:, None])).sum(2).view(S, 6, A, -1)[:, :5].sum(1)  # (2, draws, C)
     best = outside.permute(1, 0, 2).reshape(A, -1).argmin(1)
     s, c, draw = best // len(PENALTIES), best % len(PENALTIES), torch.arange(A, device=device)
     w, b = (
@@ -862,7 +858,10 @@ def few_shot_f1(
 
 def neighbour_accuracy(x_reference, y_reference, x_query, y_query, same, device, k=15):
     "Share of query cells named rightly by 15 neighbours, in the scaling best for the reference."
-    put = lambda x: torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
+
+    def put(x):
+        return torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
+
     reference, query = put(x_reference), put(x_query)
     each = reference.std(0).clamp(min=1e-6)
     best, answer = -1.0, None
@@ -890,9 +889,10 @@ def judged_sets(cells, size):
     "Name -> list of (reference cells, query cells); each pancreas library is named by the other."
     obs = cells.obs
     known = ~obs.cell_type.isin(["unknown", "unassigned", "nan", ""]).to_numpy()
-    cut = lambda rows: np.sort(
-        np.random.default_rng(0).permutation(np.flatnonzero(rows))[: size.judged]
-    )
+
+    def cut(rows):
+        return np.sort(np.random.default_rng(0).permutation(np.flatnonzero(rows))[: size.judged])
+
     blood = cut((obs.dataset_id == "pbmc3k").to_numpy() & known)
     one, two = (cut((obs.batch == f"human1_lib{i}").to_numpy() & known) for i in (1, 2))
     return dict(pbmc3k=[(blood, blood)], baron=[(one, two), (two, one)])
@@ -949,10 +949,7 @@ def pooled(model, cells, chosen, window, rarity, device, n_at_once):
         weights = [None, rarity[batch["ids"]]]
         out.append(
             torch.stack(
-                [
-                    torch.stack([mean_of_cells(x.float(), batch, w) for x in slabs])
-                    for w in weights
-                ]
+                [torch.stack([mean_of_cells(x.float(), batch, w) for x in slabs]) for w in weights]
             ).cpu()
         )
     return torch.cat(out, 2).numpy()
@@ -1061,7 +1058,10 @@ class ReadOuts:
     def scores(self, choice, size, depth=False):
         "Every question to one read-out."
         x, _ = read_out(self.features, choice, self.depth)
-        vectors = lambda rows: x[self.place[rows]]
+
+        def vectors(rows):
+            return x[self.place[rows]]
+
         return judge(vectors, self.cells, self.sets, size, self.device, depth)
 
     def quick(self, choice):
@@ -1074,7 +1074,10 @@ class ReadOuts:
 
     def chosen_on(self, sets, start, layers):
         "The read-out that is best on the named sets."
-        score = lambda choice: mean_score(self.quick(choice), sets)
+
+        def score(choice):
+            return mean_score(self.quick(choice), sets)
+
         return choose_read_out(score, start, self.size.windows, layers)
 
 
@@ -1162,8 +1165,13 @@ def work(args):
     size = TOY if args.toy else SMALL if args.small else Size()
     name, folder = args.worker, Path(args.scratch) / args.worker
     folder.mkdir(parents=True, exist_ok=True)
-    say = lambda text: print(f"{name}, {time.time() - BEGAN:.0f} s: {text}", flush=True)
-    write = lambda record: write_whole(folder / "record.json", json.dumps(record))
+
+    def say(text):
+        return print(f"{name}, {time.time() - BEGAN:.0f} s: {text}", flush=True)
+
+    def write(record):
+        return write_whole(folder / "record.json", json.dumps(record))
+
     record = dict(recipe=name)
     try:
         cells = read_pack(args.pack)
@@ -1174,7 +1182,10 @@ def work(args):
         else:
             model, record = train(name, cells, size, device, args.ends_at, args.steps, folder)
             say(f"{record['steps']} steps, held-out loss {record['held_out_loss']}")
-            keep = lambda rows: write(record | dict(judged=dict(rows=rows)))
+
+            def keep(rows):
+                return write(record | dict(judged=dict(rows=rows)))
+
             if not args.train_only:
                 record["judged"] = judge_model(model, cells, size, device, say, keep)
     except Exception as e:
@@ -1330,9 +1341,7 @@ def unpack(args):
     result = json.loads((Path(args.unpack) / "results.json").read_text())
     record = result["recipes"][args.recipe]
     model = ScembForMaskedLM(ScembConfig(**record["config"]))
-    model.load_state_dict(
-        load_file(Path(args.unpack) / f"{args.recipe}.safetensors"), strict=False
-    )
+    model.load_state_dict(load_file(Path(args.unpack) / f"{args.recipe}.safetensors"), strict=False)
     model.tie_weights()
     settings = TokenizerSettings(max_len=max(record["windows"]))
     folder = Path(args.folder)
@@ -1406,20 +1415,23 @@ def main(arguments=None):
     )
     parser.add_argument("--pack", default="local/gpu_pack")
     parser.add_argument("--out", default="local/gpu_out")
-    parser.add_argument(
-        "--keep", type=int, default=4, help="weights that are written: 13 MB each"
-    )
+    parser.add_argument("--keep", type=int, default=4, help="weights that are written: 13 MB each")
     parser.add_argument(
         "--judging", type=float, default=60, help="seconds of the time that judging gets"
     )
     parser.add_argument(
-        "--train-only", action="store_true", help="weights and curves; judge them later, see --judge"
+        "--train-only",
+        action="store_true",
+        help="weights and curves; judge them later, see --judge",
     )
     parser.add_argument(
         "--grace", type=float, default=20, help="seconds after which late processes are ended"
     )
     parser.add_argument(
-        "--steps", type=int, default=0, help="a fixed number of steps; 0: as many as fit into the time"
+        "--steps",
+        type=int,
+        default=0,
+        help="a fixed number of steps; 0: as many as fit into the time",
     )
     parser.add_argument(
         "--at-once", type=int, default=0, help="recipes trained at the same time; 0: all"
