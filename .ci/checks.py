@@ -138,7 +138,7 @@ def trees(page):
             continue
         if any(re.fullmatch(r"eval:\s*false", d) for d in directives(cell)):
             continue
-        lines = [re.sub(r"^(\s*)(?:%+[a-z]|[!?]).*", r"\1pass", line) for line in src.split("\n")]
+        lines = [re.sub(r"^(\s*)(?:%+[a-z]|!(?!=)|\?).*", r"\1pass", line) for line in src.split("\n")]
         src = "\n".join(lines)
         yield n, cell, ast.parse(src)
 
