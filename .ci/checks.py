@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_BYTES = 200 * 1024  # what a page may weigh in git, outputs included
 TAGGED = ("launch", "figures", "benchmarks")  # folders of papermill pages
+# Wings of the house, lowest first: a page imports from lower wings and from lower pages of its own.
+WINGS = "data stats corpus tokens model adapt perturb network disease judge draw app".split()
 GENERATED = {"sidebar.yml", "nbdev.yml", ".last_checked"}
 SKIP_DIRS = {
     ".git",
@@ -83,9 +85,11 @@ class Page:
 
     @property
     def order(self):
-        "(number, letter) of a page of the walk; None for every other page."
-        m = WALK.fullmatch(self.rel)
-        return (int(m[1]), m[2]) if m else None
+        "(wing, number, letter) of a page of the walk; None for every other page."
+        m = WALK.fullmatch(self.rel.split("/")[-1])
+        if not m or (self.folder and self.folder not in WINGS):
+            return None
+        return (WINGS.index(self.folder) if self.folder else -1, int(m[1]), m[2])
 
     @property
     def module(self):
@@ -138,29 +142,43 @@ def trees(page):
             continue
         if any(re.fullmatch(r"eval:\s*false", d) for d in directives(cell)):
             continue
-        lines = [re.sub(r"^(\s*)(?:%+[a-z]|!(?!=)|\?).*", r"\1pass", line) for line in src.split("\n")]
+        lines = [
+            re.sub(r"^(\s*)(?:%+[a-z]|!(?!=)|\?).*", r"\1pass", line) for line in src.split("\n")
+        ]
         src = "\n".join(lines)
         yield n, cell, ast.parse(src)
 
 
-def imports(tree, package):
-    """Modules of `package` that a tree imports, at any depth: `from scemb.genes import x` gives
-    genes."""
+def imports(tree, package, modules=()):
+    """Modules of `package` that a tree imports, at any depth: `from scemb.data.genes import x` and
+    `from scemb.data import genes` give data.genes."""
+
+    def named(path):
+        "The module of a dotted path, whose last words may be names in it."
+        words = path.split(".")
+        for n in range(len(words), 0, -1):
+            if ".".join(words[:n]) in modules:
+                return ".".join(words[:n])
+        return path
+
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
                 if a.name.startswith(f"{package}."):
-                    yield a.name.split(".")[1]
+                    yield named(a.name.removeprefix(f"{package}."))
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 base = f"{package}.{base}".rstrip(".")
-            if base == package:
-                yield from (
-                    a.name for a in node.names if not a.name.startswith("__") and a.name != "*"
-                )
-            elif base.startswith(f"{package}."):
-                yield base.split(".")[1]
+            if base != package and not base.startswith(f"{package}."):
+                continue
+            inside = base.removeprefix(package).lstrip(".")
+            if inside in modules or (inside and not modules):
+                yield inside
+                continue
+            for a in node.names:
+                if not a.name.startswith("__") and a.name != "*":
+                    yield f"{inside}.{a.name}".lstrip(".")
         elif (
             isinstance(node, ast.Call)
             and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
@@ -169,7 +187,7 @@ def imports(tree, package):
                 node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
             )
             if str(name).startswith(f"{package}."):
-                yield name.split(".")[1]
+                yield named(name.removeprefix(f"{package}."))
 
 
 def check_order(root, package="scemb"):
@@ -184,14 +202,14 @@ def check_order(root, package="scemb"):
                 f"nbs/{p.rel} and nbs/{owner[p.module].rel} both write {package}.{p.module}."
             )
         owner[p.module] = p
-    walk = [p for p in found if p.order]
+    walk = sorted((p for p in found if p.order), key=lambda p: p.order)
     for a, b in zip(walk, walk[1:], strict=False):
         if a.order == b.order:
             bad.append(
                 f"nbs/{a.rel} and nbs/{b.rel} have the same number; give the later one a letter."
             )
     for p in found:
-        if not p.folder and not p.order and p.rel != "index.ipynb":
+        if p.folder in ("", *WINGS) and not p.order and p.rel != "index.ipynb":
             bad.append(
                 f"nbs/{p.rel} has no number: a page of the walk is called like 07a_name.ipynb."
             )
@@ -204,7 +222,7 @@ def check_order(root, package="scemb"):
             )
             continue
         for n, _, tree in cells:
-            for name in imports(tree, package):
+            for name in imports(tree, package, owner):
                 if name not in owner:
                     bad.append(
                         f"nbs/{p.rel} cell {n} imports {package}.{name}, which no page writes."
@@ -363,6 +381,7 @@ def check_modules(root, package="scemb"):
     written = {f"{p.module.replace('.', '/')}.py" for p in found if p.module} | {
         "__init__.py",
         "_modidx.py",
+        *(f"{wing}/__init__.py" for wing in WINGS),
     }
     for f in sorted((root / package).rglob("*.py")):
         rel = f.relative_to(root / package).as_posix()
@@ -466,7 +485,7 @@ def check_compiled(root, package="scemb", settled=("_mix64",)):
     workers store at the same time.
     """
     bad, compiled = [], {}  # (module, function) -> (kept on disk, names called)
-    for f in sorted((root / package).glob("*.py")):
+    for f in sorted((root / package).rglob("*.py")):
         for node in ast.walk(ast.parse(f.read_text(encoding="utf-8"))):
             made = next(
                 (

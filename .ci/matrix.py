@@ -219,7 +219,7 @@ def run_page(folder, name, log):
 
 
 CELLS = """
-from scemb import datasets
+from scemb.data import datasets
 datasets.load("baron_pancreas")[:30].copy().write_h5ad("cells.h5ad")
 """
 CHECK = """
@@ -235,7 +235,7 @@ def run_commands(folder, log):
     env.pop("PYTHONPATH", None)
     python, scemb = folder / "bin" / "python", folder / "bin" / "scemb"
     steps = {
-        "import": [python, "-c", "import scemb, scemb.cli"],
+        "import": [python, "-c", "import scemb, scemb.app.cli"],
         "scemb --help": [scemb, "--help"],
         "scemb embed --help": [scemb, "embed", "--help"],
         "cells of the package": [python, "-c", CELLS],

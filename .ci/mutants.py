@@ -42,368 +42,381 @@ class Fault:
 FAULTS = [
     # statistics
     Fault(
-        "stats",
-        "greater = ((null >= observed - slack).sum(0) + 1)/(len(null) + 1)",
+        "stats.resampling",
+        "greater = ((null >= observed - slack).sum(0) + 1) / (len(null) + 1)",
         "greater = ((null >= observed - slack).sum(0))/len(null)",
         "a permutation p can be zero",
     ),
     Fault(
-        "stats",
-        "(np.minimum(1, 2*np.minimum(greater, less)), greater, less)",
+        "stats.resampling",
+        "(np.minimum(1, 2 * np.minimum(greater, less)), greater, less)",
         "(np.minimum(1, np.minimum(greater, less)), greater, less)",
         "a two-sided p counts one side",
     ),
     Fault(
-        "stats",
-        "return masks @ (values/information) - share @ (values/information)",
+        "stats.resampling",
+        "return masks @ (values / information) - share @ (values / information)",
         "return share @ (values/information) - masks @ (values/information)",
         "sign of a difference of groups",
     ),
     Fault(
-        "stats",
-        "x.std(ddof=1)/sqrt(len(x))",
+        "stats.resampling",
+        "x.std(ddof=1) / sqrt(len(x))",
         "x.std(ddof=1)/len(x)",
         "standard error over n, not over its root",
     ),
     Fault(
-        "stats",
+        "stats.resampling",
         'adjusted[order] = np.maximum.accumulate(permutation_p(size[order], largest, "greater"))',
         'adjusted[order] = permutation_p(size[order], null[:, order], "greater")',
         "adjusted p-values are not adjusted",
     ),
     # tokens
     Fault(
-        "tokenize",
-        "bins[on] = 1 + n_bins*(below + upto) // (2*max(n, 1))",
+        "tokens.ranking",
+        "bins[on] = 1 + n_bins * (below + upto) // (2 * max(n, 1))",
         "bins[on] = 1 + n_bins*(below + below) // (2*max(n, 1))",
         "ties take the bin of their lowest rank",
     ),
     Fault(
-        "tokenize",
-        "else: _tie_keys(gene, m, _mix64(h) ^ seed, key)",
+        "tokens.ranking",
+        ("else:\n            _tie_keys(gene, m, _mix64(h) ^ seed, key)"),
         "else: _tie_keys(gene, m, seed, key)",
         "the order of ties is the same in every cell",
     ),
     Fault(
-        "tokenize",
-        "while lowest > 1 and above < limit: lowest -= 1; above += hist[lowest]",
-        "while lowest > 1 and above < limit - 1: lowest -= 1; above += hist[lowest]",
+        "tokens.ranking",
+        "while lowest > 1 and above < limit:",
+        "while lowest > 1 and above < limit - 1:",
         "off by one where a long cell is cut",
     ),
     Fault(
-        "tokenize",
-        "if t >= 0 and data[j] > 0: hist[t,",
+        "tokens.ranking",
+        ("if t >= 0 and data[j] > 0:\n                hist[\n                    t,"),
         "if data[j] > 0: hist[t,",
         "unknown genes enter a gene median",
     ),
     Fault(
-        "batching",
-        "below = np.uint64(min(int(share*2**64), 2**64 - 1))",
+        "model.batching",
+        "below = np.uint64(min(int(share * 2**64), 2**64 - 1))",
         "below = np.uint64(min(int(share*2**63), 2**64 - 1))",
         "half as many genes are hidden",
     ),
     Fault(
-        "batching",
-        "if not keep_bin: bins[j] = 0",
+        "model.batching",
+        ("if not keep_bin:\n                    bins[j] = 0"),
         "if keep_bin: bins[j] = 0",
         "the bin of a hidden gene stays visible",
     ),
     Fault(
-        "orders",
-        "mine = np.arange(rank, -(-n//world)*world, world) % max(n, 1)",
+        "model.batching",
+        "mine = np.arange(rank, -(-n // world) * world, world) % max(n, 1)",
         "mine = np.arange(0, -(-n//world)*world, world) % max(n, 1)",
         "every device trains on the same batches",
     ),
     # corpus and leakage
     Fault(
-        "curate",
+        "corpus.filters",
         '("min_genes", m["n_genes"] >= filters.min_genes)',
         '("min_genes", m["n_genes"] > filters.min_genes)',
         "off by one in a filter",
     ),
     Fault(
-        "curate",
-        "if mito[g]: m += v",
+        "corpus.filters",
+        ("if mito[g]:\n                m += v"),
         "if mito[g]: m += 1",
         "mitochondrial genes are counted, not their counts",
     ),
     Fault(
-        "leakage",
+        "corpus.leakage",
         "theirs[enough >= min_genes]) & (n >= min_genes)",
         "theirs)",
         "cells with too few genes count as leaked",
     ),
     # vectors
-    Fault("embed", "/cu.diff()[:, None]", "/cu.diff().max()", "mean over padding"),
+    Fault("model.embed", "/ cu.diff()[:, None]", "/cu.diff().max()", "mean over padding"),
     Fault(
-        "geneformer",
-        "as_float[0] = v*scale[t]",
+        "judge.geneformer",
+        "as_float[0] = v * scale[t]",
         "as_float[0] = v/scale[t]",
         "counts are multiplied by gene medians",
     ),
     # perturbation
     Fault(
-        "edits",
+        "perturb.edits",
         "cells.bins[near].masked_fill(target, 0)",
         "cells.bins[near]",
         "a masked gene keeps its bin",
     ),
-    Fault("edits", "p, above + equal/2 - .5)", "p, above)", "a lowered gene goes before its ties"),
     Fault(
-        "agreement",
+        "perturb.edits",
+        "p, above + equal / 2 - 0.5)",
+        "p, above)",
+        "a lowered gene goes before its ties",
+    ),
+    Fault(
+        "perturb.agreement",
         "rank = 1 + (similar > own).sum(1)",
         "rank = (similar > own).sum(1)",
         "ranks begin at 0",
     ),
     Fault(
-        "agreement",
+        "perturb.agreement",
         "return shifts - (shifts.mean(0)",
         "return shifts + (shifts.mean(0)",
         "what all perturbations share is added",
     ),
     # links between genes
     Fault(
-        "links",
+        "network.links",
         "hidden = np.isin(graph.pairs, gone).any(1)",
         "hidden = np.isin(graph.pairs, gone).all(1)",
         "links of hidden genes leak into training",
     ),
     Fault(
-        "links",
+        "network.links",
         "bad = (out[:, 0] == out[:, 1]) | linked(out)",
         "bad = out[:, 0] == out[:, 1]",
         "false links may be true ones",
     ),
     Fault(
-        "genegraph",
-        "likeness = both/(size[here, None] + size - both)",
+        "network.graph",
+        "likeness = both / (size[here, None] + size - both)",
         "likeness = both/(size[here, None] + size)",
         "the union of two sets counts their overlap twice",
     ),
     # labels and scores
     Fault(
-        "benchmark",
-        "classify(x[~q], labels[~q], x[q])",
-        "classify(x, labels, x[q])",
+        "judge.scores",
+        "classify(x[~query], labels[~query], x[query])",
+        "classify(x, labels, x[query])",
         "a left-out batch is in the training set",
     ),
     Fault(
-        "benchmark",
+        "judge.scores",
         "asked = order[~np.isin(order, shown)][:max_query]",
         "asked = order[:max_query]",
         "labelled cells are asked about",
     ),
     Fault(
-        "benchmark",
-        "return float((2*both[t > 0]/(t + g)[t > 0]).mean())",
+        "judge.scores",
+        "return float((2 * both[t > 0] / (t + g)[t > 0]).mean())",
         "return float((both[t > 0]/t[t > 0]).mean())",
         "recall is called F1",
     ),
     Fault(
-        "benchmark",
+        "judge.scores",
         "fit(xr, yr).predict(xq)",
         "fit(xr, np.random.default_rng(0).permutation(yr)).predict(xq)",
         "shuffled labels",
     ),
     Fault(
-        "annotation_scores",
-        "(rankdata(score)[positive].sum() - n*(n + 1)/2)/(n*m)",
+        "judge.annotation_scores",
+        "(rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m)",
         "1 - (rankdata(score)[positive].sum() - n*(n + 1)/2)/(n*m)",
         "sign of an area under the curve",
     ),
     # adapting a model
-    Fault("finetune", "lora_alpha=2*s.rank", "lora_alpha=0", "LoRA is not applied"),
+    Fault("adapt.finetune", "lora_alpha=2 * s.rank", "lora_alpha=0", "LoRA is not applied"),
     Fault(
-        "fit",
+        "adapt.fit",
         "return np.setdiff1d(np.arange(len(y)), held), held",
         "return np.arange(len(y)), held",
         "held-out cells are trained on",
     ),
     Fault(
-        "fit", "nll(scores/np.exp(t), y)", "nll(scores*np.exp(t), y)", "the temperature is inverted"
+        "adapt.fit",
+        "nll(scores / np.exp(t), y)",
+        "nll(scores*np.exp(t), y)",
+        "the temperature is inverted",
     ),
     # perturbation by direction, matches
     Fault(
-        "screen",
+        "perturb.screen",
         "d = np.nanmean(x[labels == goal], 0) - np.nanmean(x[labels == start], 0)",
         "d = np.nanmean(x[labels == start], 0) - np.nanmean(x[labels == goal], 0)",
         "the direction of a screen is turned round",
     ),
     Fault(
-        "screen",
+        "perturb.screen",
         "np.lexsort((-table.effect.abs(), table.group, table.direction))",
         "np.lexsort((-table.effect, table.group, table.direction))",
         "a screen is ordered by effects with their sign",
     ),
     Fault(
-        "correlate",
+        "disease.correlate",
         'np.where(table.cosine < 0, "reversal", "mimic")',
         'np.where(table.cosine > 0, "reversal", "mimic")',
         "reversal is called mimic",
     ),
     Fault(
-        "stats",
-        "(np.minimum(1, 2*np.minimum(greater, less)), greater, less)",
+        "stats.resampling",
+        "(np.minimum(1, 2 * np.minimum(greater, less)), greater, less)",
         "(np.minimum(greater, less), greater, less)",
         "a two-sided p is the smaller one",
     ),
     Fault(
-        "edits",
-        "wanted = torch.where(there, value[p]*factor, torch.inf)",
+        "perturb.edits",
+        "wanted = torch.where(there, value[p] * factor, torch.inf)",
         "wanted = torch.where(there, value[p], torch.inf)",
         "a knocked-down gene keeps its rank",
     ),
     Fault(
-        "counts",
+        "data.counts",
         "bad |= ~(flat == np.floor(flat))",
         "bad |= flat > np.floor(flat)",
         "NaN passes as a count",
     ),
     # pretraining, files
     Fault(
-        "pretrain",
-        "np.flatnonzero(~mask) if mask.any() else None)",
-        "None)",
+        "model.pretrain",
+        ("np.flatnonzero(~mask) if mask.any() else None,\n    )"),
+        ("None,\n    )"),
         "held-out cells are trained on in pretraining",
     ),
     Fault(
-        "embed_files",
-        "yield window*self.size, np.frombuffer",
+        "model.embed_files",
+        "yield window * self.size, np.frombuffer",
         "yield window*self.size + 1, np.frombuffer",
         "windows of vectors are shifted by a cell",
     ),
     # damage
     Fault(
-        "folders",
+        "data.folders",
         "found = _SEEN.get(mark) or checksum(path)",
         "found = sums",
         "a checksum is not compared",
     ),
     Fault(
-        "folders",
-        "    if stat.st_size != size:",
+        "data.folders",
+        "if stat.st_size != size:",
         "    if stat.st_size < size:",
         "a file that is too long passes",
     ),
     Fault(
-        "folders",
+        "data.folders",
         'found.check(name, now=entry["bytes"] <= SMALL)',
         "found.check(name, now=False)",
         "small files are not checked when a folder is opened",
     ),
     Fault(
-        "folders",
+        "data.folders",
         "mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)",
         "mark = (stat.st_dev, stat.st_ino)",
         "a file that changed counts as checked",
     ),
     Fault(
-        "folders",
+        "data.folders",
         "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)",
         "a lock does not keep others out",
     ),
     Fault(
-        "folders",
-        'plain = isinstance(name, str) and name not in ("", ".", "..") and not '
+        "data.folders",
+        'isinstance(name, str) and name not in ("", ".", "..") and not '
         're.search(r"[/\\\\\\x00:]", name)',
-        "plain = isinstance(name, str)",
+        "isinstance(name, str)",
         "a name in a record may lead outside",
     ),
     Fault(
-        "folders",
+        "data.folders",
         "if finite and tensor.is_floating_point() and not tensor.isfinite().all():",
         "if finite and tensor.isnan().any():",
         "infinite weights pass",
     ),
     Fault(
-        "folders",
-        "        if signed != _sum_of(value):",
+        "data.folders",
+        "if signed != _sum_of(value):",
         "        if not signed:",
         "the checksum in a record is not compared",
     ),
     Fault(
-        "folders",
-        "place.mkdir(mode=0o700)          # exclusive",
+        "data.folders",
+        "place.mkdir(mode=0o700)  # exclusive",
         "place.mkdir(mode=0o700, exist_ok=True)          # exclusive",
         "the place of a new file may be there already",
     ),
     Fault(
-        "tokenize",
-        "    if found != identity:",
+        "tokens.ranking",
+        "if found != identity:",
         "    if not identity:",
         "settings are not compared with their hash",
     ),
     Fault(
-        "tokens",
-        "            checks[number] = whole",
+        "tokens.tokenize",
+        "checks[number] = whole",
         "            checks[number] = lambda: None",
         "token shards are not checked when they are read",
     ),
     Fault(
-        "tokens",
+        "tokens.tokenize",
         'check_file(inside(self.folder, s["file"]), s["bytes"], s["xxh3_128"])',
         'inside(self.folder, s["file"])',
         "finished shards of a stopped run are taken up unchecked",
     ),
     Fault(
-        "checkpoint",
-        "    if n_layers != config.num_hidden_layers:",
+        "model.checkpoint",
+        "if n_layers != config.num_hidden_layers:",
         "    if n_layers > config.num_hidden_layers:",
         "a configuration may claim more layers than the file has",
     ),
     Fault(
-        "checkpoint",
-        "    compare_shapes(weights, {k: v for k, v in found.items() if k not in tied}, wanted, "
-        "WAY_OUT)\n",
+        "model.checkpoint",
+        "compare_shapes(weights, {k: v for k, v in found.items() if k not in tied}, wanted, "
+        "WAY_OUT)",
         "",
         "weights may be missing",
     ),
     Fault(
-        "finetune",
-        'claims += [("rank", s.rank, shape[0]) for',
+        "adapt.finetune",
+        ('claims += [\n            ("rank", s.rank, shape[0]) for'),
         'claims += [("rank", shape[0], shape[0]) for',
         "an adapter's rank is not compared with its weights",
     ),
     Fault(
-        "corpus",
-        "def _keep_own(out, plan, say): # the plan was lost: shards count only where their "
-        "record names the same plan\n",
-        "def _keep_own(out, plan, say): # the plan was lost: shards count only where their "
-        "record names the same plan\n    return\n",
+        "corpus.curate",
+        (
+            "def _keep_own(out, plan, say):\n"
+            "    # the plan was lost: shards count only where their record names the same plan"
+        ),
+        (
+            "def _keep_own(out, plan, say): # the plan was lost: shards count only where their "
+            "record names the same plan\n"
+            "    return\n"
+            ""
+        ),
         "shards of another plan are kept when the plan was lost",
     ),
     Fault(
-        "shards",
+        "corpus.shards",
         'if r["file"] != unit.shard or',
         "if",
         "a record may name another file than its unit's",
     ),
     Fault(
-        "pretrain",
+        "model.pretrain",
         "if step > s.steps or step == s.steps and not unfinished(out):",
         "if step >= s.steps:",
         "a run that has all steps cannot be finished",
     ),
     Fault(
-        "pretrain",
-        "            for name in manifest.files if manifest else ():\n                "
-        "manifest.check(name)\n",
+        "model.pretrain",
+        ("for name in manifest.files if manifest else ():\n                manifest.check(name)"),
         "",
         "a damaged checkpoint of a run is taken up",
     ),
     Fault(
-        "embed_files",
-        "if row.any() and (row[0] != 1 or row[3] != self._sum(row[:3], self._read(window))):",
+        "model.embed_files",
+        "if row.any() and (row[0] != 1 or row[-1] != self._sum(row[:-1], self._read(window))):",
         "if False:",
         "damaged windows of a stopped run are kept",
     ),
     Fault(
-        "perturb",
-        "except (FileNotFoundError, Damaged): break",
+        "perturb.perturb",
+        ("except (FileNotFoundError, Damaged):\n            break"),
         "except FileNotFoundError: break",
         "a damaged window stops the run",
-        "14a_screen.ipynb",
+        "perturb/03_screen.ipynb",
     ),
 ]
 
@@ -446,7 +459,7 @@ def plant(fault, tree, found):
     nb, i = json.loads(json.dumps(page.nb)), place(fault, page)
     nb["cells"][i]["source"] = text(nb["cells"][i]["source"]).replace(fault.before, fault.after)
     (tree / "nbs" / page.rel).write_text(json.dumps(nb))
-    module = tree / "scemb" / f"{fault.module}.py"
+    module = tree / "scemb" / f"{fault.module.replace('.', '/')}.py"
     code = module.read_text(encoding="utf-8")
     module.write_text(code.replace(fault.before, fault.after), encoding="utf-8")
     return page

@@ -81,7 +81,7 @@ def digest(*arrays):
 
 def our_tokens(counts):
     "Tokens under each rule of the tokenizer, and the gene medians."
-    from scemb.tokenize import Encoder, TokenizerSettings, gene_medians, protein_vocabulary
+    from scemb.tokens.ranking import Encoder, TokenizerSettings, gene_medians, protein_vocabulary
 
     vocabulary = gene_medians(counts, protein_vocabulary())
     token = vocabulary.token_of_rows(counts.genes.rows)
@@ -105,7 +105,7 @@ def our_tokens(counts):
 
 def cell_hashes(counts):
     "What a corpus knows of a cell, and its counts of protein-coding genes."
-    from scemb.curate import coding_counts, gene_axis, measure
+    from scemb.corpus.filters import coding_counts, gene_axis, measure
 
     axis = gene_axis(counts.genes)
     chunk = next(counts.chunks())[1]
@@ -118,10 +118,10 @@ def cell_hashes(counts):
 
 def masks_and_batches(counts):
     "Which genes are hidden, and which cells go together."
-    from scemb.batching import mask_genes
-    from scemb.orders import grouped_batches, token_budget_batches, unpadded_batches
-    from scemb.tokenize import TokenizerSettings
-    from scemb.tokens import tokenize
+    from scemb.model.batching import mask_genes
+    from scemb.model.batching import grouped_batches, token_budget_batches, unpadded_batches
+    from scemb.tokens.ranking import TokenizerSettings
+    from scemb.tokens.tokenize import tokenize
 
     tokens = tokenize(counts, settings=TokenizerSettings(max_len=512), n_threads=2)
     cells = np.arange(len(tokens))
@@ -144,10 +144,10 @@ def models(folder, make):
     "Small models with random weights: made by the first setting, opened by all."
     import torch
 
-    from scemb.geneformer import Geneformer, toy_geneformer
-    from scemb.model import ScembConfig, ScembForMaskedLM
-    from scemb.scgpt import ScGPT, toy_scgpt
-    from scemb.tokenize import TokenizerSettings, protein_vocabulary
+    from scemb.judge.geneformer import Geneformer, toy_geneformer
+    from scemb.model.encoder import ScembConfig, ScembForMaskedLM
+    from scemb.judge.scgpt import ScGPT, toy_scgpt
+    from scemb.tokens.ranking import TokenizerSettings, protein_vocabulary
 
     vocabulary = protein_vocabulary()
     config = ScembConfig(
@@ -175,8 +175,8 @@ def models(folder, make):
 
 def vectors_and_peers(adata, folder, make):
     "(digests of the tokens of the peers, vectors of the cells by each model)"
-    from scemb.embed import embed
-    from scemb.peers import token_set
+    from scemb.model.embed import embed
+    from scemb.judge.peers import token_set
 
     exact, close = {}, {}
     for name, model in models(folder, make).items():
@@ -193,7 +193,7 @@ def toy_medians(folder):
     "The medians of a toy Geneformer, which are random numbers, made in this setting."
     import pickle
 
-    from scemb.geneformer import toy_geneformer
+    from scemb.judge.geneformer import toy_geneformer
 
     made = toy_geneformer(folder, layers=1, width=8, context=16)
     return digest(
@@ -222,8 +222,8 @@ def libraries():
 
 def write_answers(folder, shared, make):
     "Ask everything in this process."
-    from scemb import datasets
-    from scemb.counts import read_counts
+    from scemb.data import datasets
+    from scemb.data.counts import read_counts
 
     adata = datasets.load("baron_pancreas")[:: 1937 // N_CELLS].copy()
     counts = read_counts(adata)

@@ -153,7 +153,7 @@ def export_and_clean(root=ROOT, env=ENV):
 # --- package --------------------------------------------------------------------------------------
 
 
-def light_import(root=ROOT, imports="import scemb, scemb.cli", repeats=5, limit=1.5):
+def light_import(root=ROOT, imports="import scemb, scemb.app.cli", repeats=5, limit=1.5):
     """Importing the package and its command line loads no slow library and takes under 1.5x of
     `import torch`."""
     env = {**ENV, "PYTHONPATH": str(root)}
@@ -204,7 +204,7 @@ def wheel_contents(wheel, root=ROOT):
             if not n.startswith(("scemb/", "scemb-"))
         ]
         points = next((z.read(n).decode() for n in names if n.endswith("entry_points.txt")), "")
-        if "scemb = scemb.cli:app" not in points:
+        if "scemb = scemb.app.cli:app" not in points:
             bad.append("the wheel installs no `scemb` command.")
     return bad
 
@@ -451,6 +451,9 @@ def main():
         if args.processor not in known:
             ap.error(f"--processor {args.processor!r}: known are {', '.join(known)}")
         ENV.update(known[args.processor])
+        # Torch keeps what it compiled by its text, whatever instructions it was compiled for.
+        kept = tempfile.TemporaryDirectory(prefix="torch_compiled_")
+        ENV["TORCHINDUCTOR_CACHE_DIR"] = kept.name
     flags, start, tally = [] if args.fast else args.flags.split(), time.time(), Tally()
     if "net" in flags:
         ENV.pop("HF_HUB_OFFLINE")

@@ -527,7 +527,9 @@ class Planted(unittest.TestCase):
         for source, words in [
             ("import os\n", "F401"),
             ("def f(): return unknown\n", "F821"),
-            ("from math import *\nprint(pi); x = 1\n", None),
+            ("x = 1; y = 2\n", "E702"),
+            (f"x = {'1' * 100}\n", "E501"),
+            ("from math import *\nprint(pi)\n", None),
         ]:
             (self.root / "scemb" / "low.py").write_text(source)
             complaints = suite.succeeds(

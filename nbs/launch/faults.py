@@ -52,16 +52,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from scemb import datasets  # noqa: E402
-from scemb.annotate import load_annotator  # noqa: E402
-from scemb.checkpoint import save_checkpoint  # noqa: E402
-from scemb.cli import app  # noqa: E402
-from scemb.commands import refusing  # noqa: E402
-from scemb.corpus import read_corpus  # noqa: E402
-from scemb.folders import checksum  # noqa: E402
-from scemb.model import ScembConfig, ScembForMaskedLM  # noqa: E402
-from scemb.tokenize import TokenizerSettings, protein_vocabulary  # noqa: E402
-from scemb.tokens import read_tokens, tokenize  # noqa: E402
+from scemb.data import datasets  # noqa: E402
+from scemb.adapt.annotate import load_annotator  # noqa: E402
+from scemb.model.checkpoint import save_checkpoint  # noqa: E402
+from scemb.app.cli import app  # noqa: E402
+from scemb.app.commands import refusing  # noqa: E402
+from scemb.corpus.curate import read_corpus  # noqa: E402
+from scemb.data.folders import checksum  # noqa: E402
+from scemb.model.encoder import ScembConfig, ScembForMaskedLM  # noqa: E402
+from scemb.tokens.ranking import TokenizerSettings, protein_vocabulary  # noqa: E402
+from scemb.tokens.tokenize import read_tokens, tokenize  # noqa: E402
 
 OUTCOMES = ("right", "harmless", "lost", "accepted", "traceback", "unclear")
 TIMEOUT = 120  # seconds of one try
@@ -414,7 +414,7 @@ def load_before_the_forks(cells):
     ):
         importlib.import_module(name)
     tokenize(ad.read_h5ad(cells)[:4].copy(), settings=TokenizerSettings(max_len=64), n_threads=1)
-    importlib.import_module("scemb.orders").unpadded_batches(np.array([3, 4, 5]), 8)
+    importlib.import_module("scemb.model.batching").unpadded_batches(np.array([3, 4, 5]), 8)
     gc.collect()
     gc.freeze()
 
@@ -576,7 +576,7 @@ def corpus(toys, rng, n):
     tally = Tally("damaged corpus, read")
 
     def read(copy):
-        from scemb.corpus import shards
+        from scemb.corpus.curate import shards
 
         card = read_corpus(copy)
         return digest(card["n_cells"], card["content_hash"], *(checksum(p) for p in shards(copy)))
@@ -1183,12 +1183,12 @@ def inputs(toys, rng, n):
 def costs(folder, pairs):
     """Reading with and without checksums, in turns, each in a process of its own; files in the page
     cache. -> rows"""
-    from scemb.corpus import shards
-    from scemb.orders import unpadded_batches
-    from scemb.batching import masked_batch
-    from scemb.sources import open_counts
-    from scemb.tokenize import Encoder
-    from scemb.tokens import encoded_chunks, write_tokens
+    from scemb.corpus.curate import shards
+    from scemb.model.batching import unpadded_batches
+    from scemb.model.batching import masked_batch
+    from scemb.corpus.sources import open_counts
+    from scemb.tokens.ranking import Encoder
+    from scemb.tokens.tokenize import encoded_chunks, write_tokens
 
     baron = datasets.load("baron_pancreas")
     cells = ad.concat([baron] * 5, index_unique="-")

@@ -10,7 +10,8 @@ its median, lowest, highest and n. The JSON (gpu_bench_<device>.json) is written
 part that fails leaves its error in its place. A part whose estimate does not fit into --minutes is
 left out, and named.
 
-Operations are counted by scemb.flops: per token and layer 8D^2 + 4DF + 4DL forward, the head for
+Operations are counted by scemb.model.flops: per token and layer 8D^2 + 4DF + 4DL forward, the head
+for
 hidden tokens only, three times that for training. MFU is that, of real tokens alone, over seconds
 and the data sheet's dense 16-bit peak.
 
@@ -52,9 +53,9 @@ from gpu_parts import (
     wait,
 )
 
-from scemb import model as model_module
-from scemb.flops import forward_flops, mfu, peak_flops, training_flops
-from scemb.model import (
+from scemb.model.encoder import encoder as model_module
+from scemb.model.flops import forward_flops, mfu, peak_flops, training_flops
+from scemb.model.encoder import (
     ScembConfig,
     ScembForMaskedLM,
     Segments,
@@ -64,7 +65,7 @@ from scemb.model import (
     compile_layers,
     ranks_of_segments,
 )
-from scemb.orders import (
+from scemb.model.batching import (
     epoch_order,
     grouped_batches,
     packed_batches,
@@ -456,7 +457,7 @@ class Bench:
     def trainer(self):
         "Steps of the product's own training: Trainer, loader, compiled layers, real lengths."
         from transformers import Trainer
-        from scemb.pretrain import Batches, TrainSettings, new_model, pretrain
+        from scemb.model.pretrain import Batches, TrainSettings, new_model, pretrain
 
         steps, first = (8, 3) if self.toy else (45, 20)
         budget = 4 * self.window if self.toy else 32_768
@@ -549,8 +550,8 @@ class Bench:
 
     def coder(self, precision):
         "The paper's model as the product embeds with it."
-        from scemb.embed import CellEncoder
-        from scemb.tokenize import TokenizerSettings
+        from scemb.model.embed import CellEncoder
+        from scemb.tokens.ranking import TokenizerSettings
 
         vocabulary = vocabulary_of(self.vocab - 4 if self.toy else None)
         model = self.model(vocab_size=len(vocabulary)).eval()
@@ -560,7 +561,7 @@ class Bench:
 
     def embed(self):
         "Cells a second of `encode_cells`, host work and copies included, at real lengths."
-        from scemb.embed import encode_cells
+        from scemb.model.embed import encode_cells
 
         rows = {}
         sizes = dict(fp32=16, bf16=16) if self.toy else dict(bf16=1024, fp32=192)
@@ -587,14 +588,14 @@ class Bench:
 
     def one_cell(self, length):
         "A random cell on the device, for edits."
-        from scemb.edits import cells_on
+        from scemb.perturb.edits import cells_on
 
         cells = self.cells(np.array([length]))
         return cells_on(self.device, cells, cells["values"], np.array([0]))
 
     def exact(self, coder, cell, n):
         "Mask n genes of a cell exactly, evenly over its ranks -> (their places, shifts (n, D))."
-        from scemb.perturb import shifts_of
+        from scemb.perturb.perturb import shifts_of
 
         places = np.linspace(0, len(cell.ids) - 1, n).astype(int)
         tokens = cell.ids.cpu().numpy()[places]
@@ -624,7 +625,7 @@ class Bench:
 
     def screen(self):
         "Seconds a cell of `screened`, and how its effects agree with exact runs in full precision."
-        from scemb.screen import screened, trust
+        from scemb.perturb.screen import screened, trust
 
         ways = dict(fp32={})
         if "precision" in inspect.signature(screened).parameters:

@@ -49,8 +49,8 @@ from gpu_parts import (  # noqa: E402
     vocabulary_of,
 )
 
-from scemb import model as model_module  # noqa: E402
-from scemb.model import (  # noqa: E402
+from scemb.model.encoder import encoder as model_module  # noqa: E402
+from scemb.model.encoder import (  # noqa: E402
     ScembConfig,
     ScembForMaskedLM,
     Segments,
@@ -59,7 +59,7 @@ from scemb.model import (  # noqa: E402
     chosen_precision,
     compile_layers,
 )
-from scemb.prefetch import HostReads  # noqa: E402
+from scemb.model.batching import HostReads  # noqa: E402
 
 MODULES = (
     "model",
@@ -105,8 +105,8 @@ class Lab:
         self.cuda = self.device == "cuda"
         self.precisions = ("fp32", "bf16")
         self.rng = np.random.default_rng(0)
-        from scemb.checkpoint import load_checkpoint
-        from scemb.tokens import read_tokens
+        from scemb.model.checkpoint import load_checkpoint
+        from scemb.tokens.tokenize import read_tokens
 
         self.net, self.vocabulary, self.settings, _ = load_checkpoint("scemb-small")
         self.real = read_tokens(tokens) if tokens else None
@@ -114,7 +114,7 @@ class Lab:
 
     def coder(self, device, precision="fp32", pooling="mean12"):
         "A CellEncoder of the shipped model on a device."
-        from scemb.embed import CellEncoder
+        from scemb.model.embed import CellEncoder
 
         net = copy.deepcopy(self.net).to(device).eval()
         return CellEncoder(
@@ -317,7 +317,7 @@ def check_dropout_kernel(lab):
     ok = bool(np.isfinite(list(losses.values())).all())
     if lab.cuda:
         ok &= taken["0.0"] == ["varlen"]
-    from scemb.pretrain import slow_attention
+    from scemb.model.pretrain import slow_attention
 
     said = {p: slow_attention(model.config, lab.device, p) for p in lab.precisions}
     text = f"dropout 0: {', '.join(taken['0.0'])}; dropout .1: {', '.join(taken['0.1'])}"
@@ -390,7 +390,7 @@ def check_compiled(lab):
 
 def check_embed(lab):
     "64 cells as vectors: three poolings, both precisions, an empty cell, against the CPU."
-    from scemb.embed import encode_cells
+    from scemb.model.embed import encode_cells
 
     ranks = lab.net.config.max_position_embeddings
     n, longest = (8, 60) if lab.toy else (64, min(512, ranks - 1))  # <cls> takes a rank
@@ -433,7 +433,7 @@ def check_embed(lab):
 
 def check_genes(lab):
     "Vectors of genes in their cells, layer by layer, against the CPU."
-    from scemb.embed import flat_cells, layer_outputs
+    from scemb.model.embed import flat_cells, layer_outputs
 
     cells = lab.cells(4 if lab.toy else 16, 60 if lab.toy else 512, seed=2)
     flat = flat_cells(
@@ -457,7 +457,7 @@ def check_genes(lab):
 
 
 def edits_of(cells, kind, n_targets, n_tokens, rng):
-    "Variants to run: which cell, at which place, which gene (see `scemb.edits.variants`)."
+    "Variants to run: which cell, at which place, which gene (see `scemb.perturb.edits.variants`)."
     lengths = np.diff(cells["offsets"])
     which = np.repeat(np.arange(len(lengths)), n_targets)
     places = np.concatenate([np.sort(rng.permutation(n)[:n_targets]) for n in lengths])
@@ -473,14 +473,14 @@ def edits_of(cells, kind, n_targets, n_tokens, rng):
 
 def on_device(cells, device):
     "All cells of a chunk on a device."
-    from scemb.edits import cells_on
+    from scemb.perturb.edits import cells_on
 
     return cells_on(device, cells, cells["values"], np.arange(len(cells["offsets"]) - 1))
 
 
 def check_perturb(lab):
     "Four kinds of perturbation against the CPU: the shift of each cell, and its size."
-    from scemb.perturb import shifts_of
+    from scemb.perturb.perturb import shifts_of
 
     n, longest, n_targets = (3, 40, 4) if lab.toy else (6, 400, 16)
     cells = lab.cells(n, longest, seed=3)
@@ -514,8 +514,8 @@ def precisions_of(function):
 
 def check_screen(lab):
     "The screen of a cell against exact runs, on the device in each precision and on the CPU."
-    from scemb.perturb import shifts_of
-    from scemb.screen import screened, trust
+    from scemb.perturb.perturb import shifts_of
+    from scemb.perturb.screen import screened, trust
 
     longest, sample = (48, 16) if lab.toy else (512, 64)
     cells = lab.cells(1, longest, seed=5)
@@ -558,8 +558,8 @@ def check_screen(lab):
 
 def check_fit(lab):
     "Fine-tuning on the device: the loss falls, and a copy on the CPU predicts the same."
-    from scemb.finetune import CellModel, FinetuneSettings
-    from scemb.fit import fit, predict
+    from scemb.adapt.finetune import CellModel, FinetuneSettings
+    from scemb.adapt.fit import fit, predict
 
     n, longest = (24, 40) if lab.toy else (96, 256)
     lengths = np.random.default_rng(8).integers(longest // 2, longest + 1, n)
@@ -608,7 +608,7 @@ FEW = dict(steps=12, save_every=4)  # of a rehearsal, which dies in the tenth st
 
 def training_run(toy, **change):
     "Cells, model and settings of a short pretraining, the same in every process."
-    from scemb.pretrain import TrainSettings, new_model
+    from scemb.model.pretrain import TrainSettings, new_model
 
     longest = 48 if toy else 512
     lengths = np.random.default_rng(9).integers(longest // 3, longest + 1, 60 if toy else 600)
@@ -638,7 +638,7 @@ def training_run(toy, **change):
 
 def child(out, toy):
     "A training that is killed without a word in the middle of a step."
-    from scemb.pretrain import Batches, pretrain
+    from scemb.model.pretrain import Batches, pretrain
 
     original = Batches.__getitem__
 
@@ -656,7 +656,7 @@ def check_resume(lab):
     "Steps in one go, and as many killed and taken up again: the same losses and weights."
     import pandas as pd
     from safetensors.torch import load_file
-    from scemb.pretrain import pretrain
+    from scemb.model.pretrain import pretrain
 
     with tempfile.TemporaryDirectory() as d:
         whole, broken = Path(d) / "whole", Path(d) / "broken"
@@ -703,7 +703,7 @@ def check_resume(lab):
 
 def check_nan(lab):
     "A loss that is no number: the batch is saved, its file named, the run stops."
-    from scemb.pretrain import pretrain
+    from scemb.model.pretrain import pretrain
 
     tokens, model, settings = training_run(lab.toy)
     with torch.no_grad():
@@ -728,8 +728,8 @@ def check_nan(lab):
 
 def check_scores(lab):
     "Held-out scores of the shipped model on the device against the CPU."
-    from scemb.baselines import masked_scores
-    from scemb.pretrain import model_scorer
+    from scemb.model.baselines import masked_scores
+    from scemb.model.pretrain import model_scorer
 
     cells = lab.cells(6 if lab.toy else 48, 60 if lab.toy else 512, seed=10)
     tokens = token_set(cells, lab.vocabulary, lab.settings.max_len)
@@ -756,8 +756,8 @@ def check_scores(lab):
 def check_batches(lab):
     "Batches made ahead by a thread are those made on demand, and start anywhere."
     from itertools import islice
-    from scemb.prefetch import Prefetched
-    from scemb.pretrain import Batches
+    from scemb.model.batching import Prefetched
+    from scemb.model.pretrain import Batches
 
     tokens, _, settings = training_run(lab.toy)
     n, later = 12, 7
@@ -822,7 +822,7 @@ def counted_waits(lab, lines):
 
 def check_waits_model(lab):
     "Waits of forward, backward and optimizer alone, after warm-up, with a batch from the loader."
-    from scemb.pretrain import Batches
+    from scemb.model.pretrain import Batches
 
     tokens, model, settings = training_run(lab.toy)
     model = model.to(lab.device).train()
@@ -854,8 +854,8 @@ def check_waits_model(lab):
 
 def check_waits_edits(lab):
     "Waits of a perturbation do not grow with its batches; a pass with prefixes has none."
-    from scemb.finetune import Prefix, hidden_states
-    from scemb.perturb import shifts_of
+    from scemb.adapt.finetune import Prefix, hidden_states
+    from scemb.perturb.perturb import shifts_of
 
     n, longest, n_targets = (3, 40, 6) if lab.toy else (6, 400, 16)
     cells = lab.cells(n, longest, seed=3)
@@ -900,7 +900,7 @@ class Enough(Exception):
 def check_waits_trainer(lab):
     "Waits of whole steps of the Trainer, loader and all, after warm-up."
     from transformers import Trainer
-    from scemb.pretrain import pretrain
+    from scemb.model.pretrain import pretrain
 
     first, last = 14, 18  # no line is logged between steps 14 and 18
     tokens, model, settings = training_run(lab.toy, steps=400, save_every=1000)
@@ -942,7 +942,7 @@ def check_deepspeed(lab):
         return dict(ok=True, left_out="no deepspeed" if lab.cuda else "on a GPU only")
     code = (
         f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import gpu_check as g\n"
-        "from scemb.pretrain import pretrain\n"
+        "from scemb.model.pretrain import pretrain\n"
         "t, m, s = g.training_run(False, steps=5, precision='bf16', warmup_steps=1)\n"
         "pretrain(t, sys.argv[1], m, s, quiet=True, deepspeed='zero2')"
     )

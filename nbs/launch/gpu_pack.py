@@ -27,7 +27,7 @@ NO_LABEL = ["unknown", "unassigned", "nan", "None", ""]
 def read_corpus_counts(corpus, vocabulary):
     "Cells of a curated corpus -> counts (cells, tokens) as CSR, table, genes each study measured."
     import anndata as ad
-    from scemb.corpus import read_corpus
+    from scemb.corpus.curate import read_corpus
 
     parts, tables, measured = [], [], {}
     token_of = {gene: i + 4 for i, gene in enumerate(vocabulary.genes)}
@@ -101,7 +101,7 @@ def read_vectors(path):
 def own_components(counts, n_top_genes):
     "Fifty principal components of log-normalised counts, fitted on these very cells."
     import anndata as ad
-    from scemb.baselines import pca_embedding
+    from scemb.model.baselines import pca_embedding
 
     some = np.asarray((counts > 0).sum(0)).ravel() > 0
     return pca_embedding(ad.AnnData(counts[:, some]), n_top_genes=n_top_genes)
@@ -131,9 +131,9 @@ def transferred_labels(obs, components):
 def write_training_tokens(out, corpus, vocabulary, max_len, share):
     "A token data set of a random share of the cells."
     import anndata as ad
-    from scemb.corpus import read_corpus
-    from scemb.tokenize import TokenizerSettings
-    from scemb.tokens import write_tokens
+    from scemb.corpus.curate import read_corpus
+    from scemb.tokens.ranking import TokenizerSettings
+    from scemb.tokens.tokenize import write_tokens
 
     sources = []
     for shard in read_corpus(corpus)["shards"]:
@@ -148,8 +148,8 @@ def write_training_tokens(out, corpus, vocabulary, max_len, share):
 
 def toy_cells(vocabulary, n_cells=150):
     "Some pancreas cells of the package; its third library stands in for PBMC 3k in a trial."
-    from scemb import datasets
-    from scemb.counts import read_counts as counts_of
+    from scemb.data import datasets
+    from scemb.data.counts import read_counts as counts_of
 
     data = datasets.load("baron_pancreas")
     libraries = data.obs.batch.astype(str).to_numpy()
@@ -171,9 +171,9 @@ def toy_cells(vocabulary, n_cells=150):
 
 def write_pack(out, vocabulary, counts, obs, measured, width):
     "Write all but the token data set."
-    from scemb.baselines import gene_vectors
-    from scemb.tokenize import Encoder, TokenizerSettings
-    from scemb.tokens import TokenSet
+    from scemb.model.baselines import gene_vectors
+    from scemb.tokens.ranking import Encoder, TokenizerSettings
+    from scemb.tokens.tokenize import TokenSet
 
     vocabulary.save(out)
     components = own_components(counts, None)
@@ -202,7 +202,7 @@ def main(arguments=None):
     parser.add_argument("--share", type=float, default=0.25, help="cells in the token data set")
     parser.add_argument("--toy", action="store_true", help="a trial on the package's own cells")
     args = parser.parse_args(arguments)
-    from scemb.tokenize import protein_vocabulary
+    from scemb.tokens.ranking import protein_vocabulary
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

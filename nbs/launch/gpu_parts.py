@@ -257,7 +257,7 @@ def random_cells(
     seed: int = 0,
 ) -> dict:  # genes, bins, offsets and detected as an `Encoder` gives them; values, types
     "Cells in rank order: common genes come first, each type has markers, low counts are tied."
-    from scemb.tokenize import SPECIAL, rank_bins
+    from scemb.tokens.ranking import SPECIAL, rank_bins
 
     rng = np.random.default_rng(seed)
     lengths = np.asarray(lengths, np.int64)
@@ -293,7 +293,7 @@ def vocabulary_of(
     n_genes: int | None = None,  # The first protein-coding genes; None: all
 ):  # Vocabulary
     "A vocabulary of real genes."
-    from scemb.tokenize import Vocabulary, protein_vocabulary
+    from scemb.tokens.ranking import Vocabulary, protein_vocabulary
 
     whole = protein_vocabulary()
     return whole if n_genes is None else Vocabulary(whole.genes[:n_genes])
@@ -306,8 +306,8 @@ def token_set(
 ):  # TokenSet, with the type of each cell in obs
     "Random cells as a token set in memory."
     import pandas as pd
-    from scemb.tokenize import TokenizerSettings
-    from scemb.tokens import TokenSet
+    from scemb.tokens.ranking import TokenizerSettings
+    from scemb.tokens.tokenize import TokenSet
 
     part = (cells["offsets"], cells["genes"], cells["bins"])
     obs = pd.DataFrame(dict(type=cells["types"].astype(str)))
@@ -320,7 +320,7 @@ def cells_of(
     max_len: int,  # Genes a cell at most
 ) -> dict:  # As from `random_cells`; the values are the bins, which keep the order
     "Cells of a token set as an `Encoder` gives them."
-    from scemb.batching import truncated
+    from scemb.model.batching import truncated
 
     genes, bins, offsets = truncated(*tokens.gather(which), max_len)
     return dict(

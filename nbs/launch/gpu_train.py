@@ -42,11 +42,11 @@ from numba import njit
 TOP = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TOP), str(Path(__file__).parent)]
 from gpu_pack import read_counts, read_vectors  # noqa: E402
-from scemb.batching import mask_genes  # noqa: E402
-from scemb.benchmark import depth_scores, macro_f1  # noqa: E402
-from scemb.checkpoint import save_checkpoint  # noqa: E402
-from scemb.model import ScembConfig, ScembForMaskedLM, Segments, ranks_of_segments  # noqa: E402
-from scemb.tokenize import Encoder, TokenizerSettings, Vocabulary  # noqa: E402
+from scemb.model.batching import mask_genes  # noqa: E402
+from scemb.judge.scores import depth_scores, macro_f1  # noqa: E402
+from scemb.model.checkpoint import save_checkpoint  # noqa: E402
+from scemb.model.encoder import ScembConfig, ScembForMaskedLM, Segments, ranks_of_segments  # noqa: E402
+from scemb.tokens.ranking import Encoder, TokenizerSettings, Vocabulary  # noqa: E402
 
 BEGAN = time.time()
 
@@ -1366,9 +1366,9 @@ def unpack(args):
 
 def scores_of(model, tokens, max_len):
     "Masked-gene scores on the held-out cells: of the model, and of tables that count."
-    from scemb.baselines import masked_scores
-    from scemb.pretrain import SCORED_SHARE, baseline_scorers, model_scorer, score_summary
-    from scemb.tokens import read_tokens
+    from scemb.model.baselines import masked_scores
+    from scemb.model.pretrain import SCORED_SHARE, baseline_scorers, model_scorer, score_summary
+    from scemb.tokens.tokenize import read_tokens
 
     cells = read_tokens(tokens)
     training, held_out = split_held_out(len(cells))
@@ -1381,7 +1381,7 @@ def scores_of(model, tokens, max_len):
 
 def judge_checkpoint(name, cells, size, device, say=print):
     "Judge a finished model, shipped or in a folder, as the recipes are judged."
-    from scemb.checkpoint import load_checkpoint
+    from scemb.model.checkpoint import load_checkpoint
 
     model = load_checkpoint(name)[0].to(device)
     longest = model.config.max_position_embeddings
