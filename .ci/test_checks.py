@@ -528,7 +528,7 @@ class Planted(unittest.TestCase):
             ("import os\n", "F401"),
             ("def f(): return unknown\n", "F821"),
             ("x = 1; y = 2\n", "E702"),
-            (f"x = {'1' * 100}\n", "E501"),
+            (f"x = '{'a ' * 60}'\n", "E501"),
             ("from math import *\nprint(pi)\n", None),
         ]:
             (self.root / "scemb" / "low.py").write_text(source)
