@@ -22,7 +22,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from checks import ROOT, directives, pages, sidebar, text
+from checks import ROOT, TAGGED, directives, pages, sidebar, text
 
 TARGET = re.compile(
     r"(!?\[[^\]]*\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))|((?:src|href)=\")([^\"]+)(\")"
@@ -192,7 +192,8 @@ def stage(proc, site_url, out):
         return pattern.sub(lambda m: names[m[0]], s) if pattern else s
 
     for f in out.rglob("*.yml"):
-        f.write_text(renamed(f.read_text(encoding="utf-8")), encoding="utf-8")
+        config = re.sub(r"^ *html-math-method:.*\n", "", f.read_text(encoding="utf-8"), flags=re.M)
+        f.write_text(renamed(config), encoding="utf-8")
     for f in out.rglob("*.ipynb"):
         nb = json.loads(f.read_text(encoding="utf-8"))
         top = "../" * (len(f.relative_to(out).parts) - 1) or "./"
@@ -214,30 +215,36 @@ def write_sidebar(root):
     "Write nbs/sidebar.yml, which Quarto and smalldocs read through `metadata-files`."
     import yaml
 
-    def entry(line):
+    def entry(line, by_task=False):
         "One line of the sidebar: a page, or a section with the lines below it."
-        text_, target = line
-        if isinstance(target, str):
-            return {"text": text_, "href": target}
-        return {"section": text_, "contents": [entry(below) for below in target]}
+        name, target = line
+        if not isinstance(target, str):
+            below = [entry(inner, name == "By task") for inner in target]
+            return {"section": name, "contents": below}
+        # A link by file name: the page itself has its neighbours in another section.
+        return {"text": name, "href": f"/{html_name(target)}" if by_task else target}
 
     contents = [entry(line) for line in sidebar(root)]
-    file = root / "nbs" / "sidebar.yml"
     written = yaml.safe_dump(
         {"website": {"sidebar": {"contents": contents}}}, sort_keys=False, allow_unicode=True
     )
-    file.write_text(written, encoding="utf-8")
+    (root / "nbs" / "sidebar.yml").write_text(written, encoding="utf-8")
 
 
-def fold_source(proc):
-    "Close the listings of exported code in nbdev's processed pages; a click opens them."
+def fold_code(proc):
+    """Close the listings of exported code in nbdev's processed pages, and on papermill pages all
+    but the parameters; a click opens them."""
     for file in sorted(proc.rglob("*.ipynb")):
+        folder = file.relative_to(proc).parts[0]
         nb = json.loads(file.read_text(encoding="utf-8"))
         for cell in nb["cells"]:
-            if cell["cell_type"] == "code":
-                cell["source"] = text(cell["source"]).replace(
-                    "#| code-fold: show", "#| code-fold: true"
-                )
+            if cell["cell_type"] != "code":
+                continue
+            source = text(cell["source"]).replace("#| code-fold: show", "#| code-fold: true")
+            is_parameters = "parameters" in cell["metadata"].get("tags", [])
+            if folder in TAGGED and not is_parameters and "#| code-fold" not in source:
+                source = f'#| code-fold: true\n#| code-summary: "Code"\n{source}'
+            cell["source"] = source
         file.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
@@ -255,6 +262,10 @@ def with_mathml(page):
     def drawn(found):
         display = "block" if found["kind"] == "display" else "inline"
         formula = convert(html.unescape(found["tex"]).strip(), display=display)
+        # without a font for mathematics a prime is too small to be told from a dot
+        formula = re.sub(
+            r"<m[io]>(&#x02032;|\u2032)</m[io]>", r'<mo class="prime">\1</mo>', formula
+        )
         return f'<span class="math {found["kind"]}">{formula}</span>'
 
     return KATEX.sub("", FORMULA.sub(drawn, page))
@@ -277,7 +288,7 @@ def prepare(root):
             proc_nbs(n_workers=0)
     except Exception as e:  # nbdev names page and cell
         return [f"{str(e).splitlines()[0]} {type(e.__cause__).__name__}: {e.__cause__}"]
-    fold_source(proc)
+    fold_code(proc)
     return []
 
 
@@ -296,6 +307,10 @@ def render_offline(root, cfg):
     for file in sorted(docs.rglob("*.html")):
         page = file.read_text(encoding="utf-8")
         file.write_text(with_mathml(page), encoding="utf-8")
+    for file in sorted(docs.rglob("*.css")):  # the theme asks a server for its font
+        style = file.read_text(encoding="utf-8")
+        style = re.sub(r"@import url\([^)]*//[^)]*\);?", "", style)
+        file.write_text(style, encoding="utf-8")
 
 
 def build(root):
