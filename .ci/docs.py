@@ -171,44 +171,49 @@ def check_site(site, wanted, offline=True):
     return bad
 
 
+def without_number(target):
+    "A link to a page, seen from a page whose file has been renamed: ../data/00_genes.ipynb#top."
+    path, hash_, anchor = target.partition("#")
+    if not relative(target) or not path.endswith(".ipynb"):
+        return target
+    return html_name(path).removesuffix(".html") + ".ipynb" + hash_ + anchor
+
+
 def stage(proc, site_url, out):
     """Copy nbdev's processed pages, named as they will be rendered: the offline renderer knows no
     `output-file`."""
     shutil.copytree(proc, out, ignore=shutil.ignore_patterns("_docs", "_site"))
-    names = {}
-    for p in sorted(out.rglob("*.ipynb")):
-        new = Path(html_name(p.relative_to(out).as_posix())).with_suffix(".ipynb")
-        names[p.name] = new.name
-        p.rename(out / new)
-    pattern = (
-        re.compile(
-            "|".join(rf"(?<![\w]){re.escape(n)}" for n in sorted(names, key=len, reverse=True))
-        )
-        if names
-        else None
-    )
+    for page in sorted(out.rglob("*.ipynb")):
+        page.rename(out / without_number(page.relative_to(out).as_posix()))
 
-    def renamed(s):
-        return pattern.sub(lambda m: names[m[0]], s) if pattern else s
+    def in_markdown(source, top):
+        "Links of a Markdown text: to renamed pages, and to this site wherever it lies."
 
-    for f in out.rglob("*.yml"):
-        config = re.sub(r"^ *html-math-method:.*\n", "", f.read_text(encoding="utf-8"), flags=re.M)
-        f.write_text(renamed(config), encoding="utf-8")
-    for f in out.rglob("*.ipynb"):
-        nb = json.loads(f.read_text(encoding="utf-8"))
-        top = "../" * (len(f.relative_to(out).parts) - 1) or "./"
-        for c in nb["cells"]:
-            if c["cell_type"] == "markdown":
-                c["source"] = outside_fences(
-                    renamed(text(c["source"])), lambda s, top=top: s.replace(site_url, top)
-                )
-            if c["cell_type"] == "raw":
-                c["source"] = re.sub(r"^output-file:.*\n", "", text(c["source"]), flags=re.M)
-            for o in c.get("outputs", []):
-                md = o.get("data", {}).get("text/markdown")
-                if md:
-                    o["data"]["text/markdown"] = text(md).replace(site_url, top)
-        f.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
+        def link(m):
+            head, target, tail = m.group(1, 2, 3) if m[1] else m.group(4, 5, 6)
+            return head + without_number(target.replace(site_url, top)) + tail
+
+        return outside_fences(source, lambda line: TARGET.sub(link, line).replace(site_url, top))
+
+    for config in out.rglob("*.yml"):
+        lines = config.read_text(encoding="utf-8")
+        lines = re.sub(r"^ *html-math-method:.*\n", "", lines, flags=re.M)  # smalldocs has none
+        lines = re.sub(r"(?<=href: )\S+", lambda m: without_number(m[0]), lines)
+        config.write_text(lines, encoding="utf-8")
+    for page in out.rglob("*.ipynb"):
+        nb = json.loads(page.read_text(encoding="utf-8"))
+        top = "../" * (len(page.relative_to(out).parts) - 1) or "./"
+        for cell in nb["cells"]:
+            source = text(cell["source"])
+            if cell["cell_type"] == "markdown":
+                cell["source"] = in_markdown(source, top)
+            if cell["cell_type"] == "raw":
+                cell["source"] = re.sub(r"^output-file:.*\n", "", source, flags=re.M)
+            for output in cell.get("outputs", []):
+                shown = output.get("data", {}).get("text/markdown")
+                if shown:
+                    output["data"]["text/markdown"] = in_markdown(text(shown), top)
+        page.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def write_sidebar(root):
@@ -221,8 +226,9 @@ def write_sidebar(root):
         if not isinstance(target, str):
             below = [entry(inner, name == "By task") for inner in target]
             return {"section": name, "contents": below}
-        # A link by file name: the page itself has its neighbours in another section.
-        return {"text": name, "href": f"/{html_name(target)}" if by_task else target}
+        if by_task:  # a link to its first heading: the page itself belongs to another section
+            target = f"/{html_name(target)}#title-block-header"
+        return {"text": name, "href": target}
 
     contents = [entry(line) for line in sidebar(root)]
     written = yaml.safe_dump(
@@ -261,11 +267,9 @@ def with_mathml(page):
 
     def drawn(found):
         display = "block" if found["kind"] == "display" else "inline"
-        formula = convert(html.unescape(found["tex"]).strip(), display=display)
-        # without a font for mathematics a prime is too small to be told from a dot
-        formula = re.sub(
-            r"<m[io]>(&#x02032;|\u2032)</m[io]>", r'<mo class="prime">\1</mo>', formula
-        )
+        # as a superscript a prime is hard to see where no font for mathematics is installed
+        tex = html.unescape(found["tex"]).strip().replace("'", "\u2032")
+        formula = convert(tex, display=display)
         return f'<span class="math {found["kind"]}">{formula}</span>'
 
     return KATEX.sub("", FORMULA.sub(drawn, page))

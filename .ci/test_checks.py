@@ -623,7 +623,10 @@ class Planted(unittest.TestCase):
         lines = {line["section"]: line for line in written["website"]["sidebar"]["contents"]}
         page = {"text": "Embed", "href": "tutorials/embed_your_cells.ipynb"}
         self.assertEqual(lines["Tutorials"]["contents"], [page])
-        task = {"text": "Embed my cells", "href": "/tutorials/embed_your_cells.html"}
+        task = {
+            "text": "Embed my cells",
+            "href": "/tutorials/embed_your_cells.html#title-block-header",
+        }
         self.assertEqual(lines["By task"]["contents"], [task])
         chapters = lines["Chapters"]["contents"]
         self.assertEqual([line["section"] for line in chapters], ["Data", "Model"])
@@ -682,12 +685,30 @@ class Planted(unittest.TestCase):
         )
         self.assertNotIn("katex", page)
         self.assertIn("<math", page)
-        self.assertIn('<mo class="prime">', page)
+        self.assertIn("&#x02032;", page.replace("\u2032", "&#x02032;"))
         site = self.root / "_docs"
         site.mkdir()
         (site / "low.html").write_text('<script src="https://x.org/y.js"></script>')
         self.found(docs.check_site(site, ["low.html"]), "low.html loads https://x.org/y.js")
         self.assertEqual(docs.check_site(site, ["low.html"], offline=False), [])
+
+    def test_stage(self):
+        "pages lose their numbers, links follow them, and what is only a name stays"
+        site = "https://scemb.org/docs/"
+        words = (
+            "[a](../data/00_low.ipynb#x) [b](https://x.org/00_low.ipynb) `nbs/data/00_low.ipynb`\n"
+            f"[`low`]({site}data/low.html#low)\n```\n[c](00_low.ipynb)\n```"
+        )
+        self.wing_pages()
+        self.page("model/03a_Links.ipynb", cell(words, "markdown"))
+        (self.root / "nbs" / "sidebar.yml").write_text("- text: Low\n  href: data/00_low.ipynb\n")
+        out = self.root / "staged"
+        docs.stage(self.root / "nbs", site, out)
+        self.assertTrue((out / "data" / "low.ipynb").is_file())
+        staged = json.loads((out / "model" / "links.ipynb").read_text())["cells"][0]["source"]
+        wanted = words.replace("(../data/00_low", "(../data/low").replace(site, "../")
+        self.assertEqual(staged, wanted)
+        self.assertIn("href: data/low.ipynb", (out / "sidebar.yml").read_text())
 
     def test_site(self):
         "a page that was not rendered and a dead relative link are named"
