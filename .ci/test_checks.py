@@ -662,6 +662,12 @@ class Planted(unittest.TestCase):
         ]:
             with_(cell(source))
             self.found(checks.check_vocabulary(self.root), f"mid: {name!r}", "'order leak'")
+        table = self.root / ".ci" / "vocabulary.toml"
+        without = table.read_text()
+        table.write_text(without.replace("because", 'headings = false\nfree = ["mid"]\nbecause'))
+        with_(cell("## Leaks", "markdown"), cell("#| export\ndef leaks(): pass"))
+        self.clean(checks.check_vocabulary)
+        table.write_text(without)
         with_(cell("## Leaks\n\n```\n# leak\n```\n\n## The order leak", "markdown"))
         self.found(checks.check_vocabulary(self.root), "02_mid.ipynb: 'Leaks'")
 
