@@ -252,7 +252,10 @@ class Toys:
         )
         self.model = folder / "model"
         save_checkpoint(
-            ScembForMaskedLM(config).eval(), self.model, vocabulary, TokenizerSettings(max_len=64)
+            ScembForMaskedLM(config).eval(),
+            self.model,
+            vocabulary,
+            settings=TokenizerSettings(max_len=64),
         )
         (folder / "small.toml").write_text(
             "\n".join(

@@ -44,6 +44,7 @@ def perturb(
             "cells moved."
         ),
     ],
+    *,
     gene: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -96,9 +97,9 @@ def perturb(
     r = perturb_file(
         file,
         out,
-        model,
-        gene or None,
-        overwrite,
+        model=model,
+        genes=gene or None,
+        overwrite=overwrite,
         progress=counter("cells"),
         kind=kind,
         factor=factor,
@@ -132,6 +133,7 @@ def screen(
     ],
     label: Annotated[str, typer.Option(help="obs column with the states of the cells.")],
     start: Annotated[str, typer.Option(help="State whose cells are perturbed.")],
+    *,
     goal: Annotated[str, typer.Option(help="State that defines the direction.")],
     out: Annotated[
         Path,
@@ -169,16 +171,16 @@ def screen(
         file,
         out,
         label,
-        start,
-        goal,
-        model,
-        cells,
-        refine,
-        min_cells,
-        seed,
-        reading,
-        device,
-        precision,
+        start=start,
+        goal=goal,
+        model=model,
+        cells=cells,
+        refine=refine,
+        min_cells=min_cells,
+        seed=seed,
+        layer=reading,
+        device=device,
+        precision=precision,
         overwrite=overwrite,
         progress=counter("cells"),
     )
@@ -211,6 +213,7 @@ def correlate(
         ),
     ],
     group: Annotated[str, typer.Option(help="Column of obs with the two states.")],
+    *,
     case: Annotated[str, typer.Option(help="Its value for the cases.")],
     control: Annotated[str, typer.Option(help="Its value for the controls.")],
     out: Annotated[
@@ -286,16 +289,16 @@ def correlate(
         open_h5ad(disease, backed=False),
         open_h5ad(screen, backed=False),
         group,
-        case,
-        control,
-        donor,
-        target,
-        guide,
-        reference,
-        None if key else model,
-        key or "X_scemb",
-        batch,
-        screen_batch,
+        case=case,
+        control=control,
+        donor=donor,
+        target=target,
+        guide=guide,
+        reference=reference,
+        model=None if key else model,
+        key=key or "X_scemb",
+        batch=batch,
+        screen_batch=screen_batch,
         paired=paired,
         minimum=min_overlap,
         layer=reading,
@@ -320,7 +323,8 @@ def correlate(
         table(match.left_out, "left_out.csv", "%.4f", index=True)
         (part / "power.json").write_text(json.dumps(record, indent=1))
         save_figure(
-            signed_violins(match.table, match.draws, listed, disease=case), part / "correlation"
+            signed_violins(match.table, match.draws, bold=listed, disease=case),
+            part / "correlation",
         )
         (part / "correlation.pdf").unlink()
         if listed:
