@@ -96,7 +96,6 @@ def finetune(
         Path,
         typer.Option(help="Folder of the adapter: what was trained, and the hash of its base."),
     ],
-    *,
     base: Base = "scemb-small",
     way: Way = "auto",
     thorough: Thorough = False,
@@ -201,7 +200,6 @@ def annotate(
             "and obsm['scemb_probabilities'], a column a class."
         ),
     ],
-    *,
     reference: Annotated[
         Optional[Path],
         typer.Option(
@@ -357,7 +355,6 @@ def integrate(
     out: Annotated[
         Path, typer.Option(help="A copy of it (.h5ad or .zarr) with obsm['X_scemb_integrated'].")
     ],
-    *,
     base: Base = "scemb-small",
     way: EncoderWay = "lora",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 150,

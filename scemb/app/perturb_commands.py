@@ -44,7 +44,6 @@ def perturb(
             "cells moved."
         ),
     ],
-    *,
     gene: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -133,7 +132,6 @@ def screen(
     ],
     label: Annotated[str, typer.Option(help="obs column with the states of the cells.")],
     start: Annotated[str, typer.Option(help="State whose cells are perturbed.")],
-    *,
     goal: Annotated[str, typer.Option(help="State that defines the direction.")],
     out: Annotated[
         Path,
@@ -213,7 +211,6 @@ def correlate(
         ),
     ],
     group: Annotated[str, typer.Option(help="Column of obs with the two states.")],
-    *,
     case: Annotated[str, typer.Option(help="Its value for the cases.")],
     control: Annotated[str, typer.Option(help="Its value for the controls.")],
     out: Annotated[
