@@ -49,7 +49,7 @@ from gpu_parts import (  # noqa: E402
     vocabulary_of,
 )
 
-from scemb.model.encoder import encoder as model_module  # noqa: E402
+from scemb.model import encoder as model_module  # noqa: E402
 from scemb.model.encoder import (  # noqa: E402
     ScembConfig,
     ScembForMaskedLM,
