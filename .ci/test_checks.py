@@ -531,7 +531,7 @@ class Planted(unittest.TestCase):
             (f"x = '{'a ' * 60}'\n", "E501"),
             ("from math import *\nprint(pi)\n", None),
         ]:
-            (self.root / "scemb" / "low.py").write_text(source)
+            (self.root / "nbs" / "low.py").write_text(source)
             complaints = suite.succeeds(
                 suite.BIN / "ruff",
                 "check",
