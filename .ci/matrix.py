@@ -24,7 +24,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "benchmarks" / "matrix.csv"
+TABLE = ROOT / "results/explain/matrix/matrix.csv"
 # What the pages below need besides the base: peft, matplotlib and accelerate, and the reader of the
 # Census.
 EXTRAS = ("finetune", "demo", "census")

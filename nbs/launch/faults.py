@@ -1,7 +1,7 @@
 """Kills, full disks, damage, two writers and strangers' files, tried on toys; what came of each try
 is counted.
 
-    python nbs/launch/faults.py --out benchmarks/faults.csv    # all of it: some 530 tries, about 20
+    python nbs/launch/faults.py --out results/launch/faults/faults.csv    # all of it: some 530 tries, about 20
     minutes
     python nbs/launch/faults.py --small --out FILE             # a few of each area, under a minute
     python nbs/launch/faults.py --only checkpoint              # one area
