@@ -1,10 +1,12 @@
 """Kills, full disks, damage, two writers and strangers' files, tried on toys; what came of each try
 is counted.
 
-    python nbs/launch/faults.py --out results/launch/faults/faults.csv    # all of it: some 530 tries, about 20
-    minutes
-    python nbs/launch/faults.py --small --out FILE             # a few of each area, under a minute
-    python nbs/launch/faults.py --only checkpoint              # one area
+    # all of it: some 530 tries, about 20 minutes
+    python nbs/launch/faults.py --out results/launch/faults/faults.csv
+    # a few of each area, under a minute
+    python nbs/launch/faults.py --small --out FILE
+    # one area
+    python nbs/launch/faults.py --only checkpoint
 
 Every try runs a command (or a reader) in a process of its own, which is forked, so that no library
 is loaded anew; it may take 3 GB more memory than its parent and two minutes. A try is

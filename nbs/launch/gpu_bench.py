@@ -4,8 +4,8 @@
     python nbs/launch/gpu_bench.py --parts full_cells,embed,ladder_all
     python nbs/launch/gpu_bench.py --toy --out DIR      # every part on a CPU, tiny
 
-Cell lengths are real (results/benchmarks/padding_ladder/lengths.json); genes are random, which changes no time. Times are
-taken by a clock that waits for the GPU, in turn where two ways are compared; a number stands with
+Cell lengths are real (results/benchmarks/padding_ladder/lengths.json); genes are random, which
+changes no time. Times are taken by a clock that waits for the GPU, in turn where two ways are compared; a number stands with
 its median, lowest, highest and n. The JSON (gpu_bench_<device>.json) is written after each part; a
 part that fails leaves its error in its place. A part whose estimate does not fit into --minutes is
 left out, and named.
