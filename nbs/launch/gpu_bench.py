@@ -5,10 +5,10 @@
     python nbs/launch/gpu_bench.py --toy --out DIR      # every part on a CPU, tiny
 
 Cell lengths are real (results/benchmarks/padding_ladder/lengths.json); genes are random, which
-changes no time. Times are taken by a clock that waits for the GPU, in turn where two ways are compared; a number stands with
-its median, lowest, highest and n. The JSON (gpu_bench_<device>.json) is written after each part; a
-part that fails leaves its error in its place. A part whose estimate does not fit into --minutes is
-left out, and named.
+changes no time. Times are taken by a clock that waits for the GPU, in turn where two ways are
+compared; a number stands with its median, lowest, highest and n. The JSON (gpu_bench_<device>.json)
+is written after each part; a part that fails leaves its error in its place. A part whose estimate
+does not fit into --minutes is left out, and named.
 
 Operations are counted by scemb.model.flops: per token and layer 8D^2 + 4DF + 4DL forward, the head
 for
