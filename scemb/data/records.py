@@ -69,7 +69,7 @@ def _command(page, folder, values, defaults):  # -> the line that repeats the ru
 def write_record(
     folder,  # Where the tables and pictures of the run lie, such as results/fig2/baron
     page: str,  # Path of the page that made them, from the top folder
-    values: dict,  # `globals()` of the page: the values of its parameters are taken
+    values: dict,  # `dict(globals())` after the parameters cell: theirs are taken
     *,
     files=None,  # Names of what this run wrote; None: all but parameter files
     shown: str = "",  # Path of the page that shows the results, where it is another one
