@@ -8,7 +8,8 @@ suite.
 
 A fault is a change of one piece of code. It is planted in a copy of the project, on the page and
 in the module, and the page that must notice is run: its fast cells first, its slow ones too when
-those see nothing. Only then does a fault survive. Outcomes go to results/explain/mutants/mutants.csv.
+those see nothing. Only then does a fault survive. Outcomes go to
+results/explain/mutants/mutants.csv.
 """
 
 import argparse
