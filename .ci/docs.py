@@ -201,6 +201,21 @@ def stage(proc, site_url, out):
         f.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def bring_results(root, site):
+    """Copy what pages show of results/ into the site. A page of `nbs/FOLDER/` names it
+    `../../results/`, which in the site is one folder nearer."""
+    for f in sorted((root / "results").rglob("*")):
+        if f.suffix in (".png", ".csv", ".json", ".yaml"):
+            to = site / f.relative_to(root)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(f, to)
+    for page in site.glob("*/*.html"):
+        body = page.read_text(encoding="utf-8")
+        nearer = re.sub(r"((?:src|href)=\")\.\./\.\./results/", r"\1../results/", body)
+        if nearer != body:
+            page.write_text(nearer, encoding="utf-8")
+
+
 def build(root):
     "Render every page into _docs/; returns complaints."
     from nbdev.config import get_config
@@ -238,6 +253,7 @@ def build(root):
             )
             shutil.rmtree(docs, ignore_errors=True)
             shutil.copytree(staged / docs.name, docs)
+    bring_results(root, docs)
     bad = check_site(docs, [html_name(p.rel) for p in pages(root)])
     print(
         f"docs: {sum(1 for _ in docs.rglob('*.html'))} pages in {docs.name}/, start at "

@@ -558,6 +558,19 @@ class Planted(unittest.TestCase):
         plant(files=made)
         self.clean(checks.check_shelf)
 
+    def test_results_in_the_site(self):
+        "pictures of results are brought into the site, and the links to them led there"
+        made, site = self.root / "results" / "fig" / "toy", self.root / "site"
+        made.mkdir(parents=True)
+        (made / "a.png").write_bytes(b"")
+        (site / "figures").mkdir(parents=True)
+        page = site / "figures" / "fig.html"
+        page.write_text('<img src="../../results/fig/toy/a.png"> ../../results/')
+        self.assertEqual(len(docs.check_site(site, [])), 1)
+        docs.bring_results(self.root, site)
+        self.assertEqual(docs.check_site(site, []), [])
+        self.assertIn(" ../../results/", page.read_text())
+
     def test_ruff(self):
         "ruff sees an unused import and an unknown name, and lets star imports pass"
         shutil.copy(checks.ROOT / "pyproject.toml", self.root)
