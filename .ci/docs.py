@@ -157,8 +157,11 @@ def check_site(site, wanted):
             path = unquote(urlsplit(target).path)
             if not path or not relative(target):
                 continue
-            if not (f.parent / path).exists():
+            led_to = (f.parent / path).resolve()
+            if not led_to.exists():
                 bad.append(f"{f.relative_to(site)} links to {target}, which does not exist.")
+            elif not led_to.is_relative_to(site.resolve()):
+                bad.append(f"{f.relative_to(site)} links to {target}, which is not in the site.")
     return bad
 
 
@@ -190,20 +193,28 @@ def stage(proc, site_url, out):
         for c in nb["cells"]:
             if c["cell_type"] == "markdown":
                 c["source"] = outside_fences(
-                    renamed(text(c["source"])), lambda s, top=top: s.replace(site_url, top)
+                    renamed(text(c["source"])), lambda s, top=top: nearer(s.replace(site_url, top))
                 )
             if c["cell_type"] == "raw":
                 c["source"] = re.sub(r"^output-file:.*\n", "", text(c["source"]), flags=re.M)
             for o in c.get("outputs", []):
                 md = o.get("data", {}).get("text/markdown")
                 if md:
-                    o["data"]["text/markdown"] = text(md).replace(site_url, top)
+                    o["data"]["text/markdown"] = nearer(text(md).replace(site_url, top))
         f.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+RESULTS = re.compile(r"""(\]\(|(?:src|href)=")\.\./\.\./results/""")
+
+
+def nearer(markup):
+    """Links of a page of `nbs/FOLDER/` to results/, as they are in the site: `../../results/` is one
+    folder nearer there."""
+    return RESULTS.sub(r"\1../results/", markup)
+
+
 def bring_results(root, site):
-    """Copy what pages show of results/ into the site. A page of `nbs/FOLDER/` names it
-    `../../results/`, which in the site is one folder nearer."""
+    "Copy what pages show of results/ into the site, and lead the links of rendered pages there."
     for f in sorted((root / "results").rglob("*")):
         if f.suffix in (".png", ".csv", ".json", ".yaml"):
             to = site / f.relative_to(root)
@@ -211,9 +222,8 @@ def bring_results(root, site):
             shutil.copyfile(f, to)
     for page in site.glob("*/*.html"):
         body = page.read_text(encoding="utf-8")
-        nearer = re.sub(r"((?:src|href)=\")\.\./\.\./results/", r"\1../results/", body)
-        if nearer != body:
-            page.write_text(nearer, encoding="utf-8")
+        if nearer(body) != body:
+            page.write_text(nearer(body), encoding="utf-8")
 
 
 def build(root):
@@ -245,6 +255,7 @@ def build(root):
         with tempfile.TemporaryDirectory() as tmp:
             staged = Path(tmp) / "site"
             stage(root / "_proc", f"{cfg.doc_host}{cfg.doc_baseurl}/", staged)
+            bring_results(root, staged)
             # An iframe without height and the like are not worth a failure; a page that is not
             # rendered is, below.
             subprocess.run(
