@@ -193,7 +193,7 @@ def stage(proc, site_url, out):
         for c in nb["cells"]:
             if c["cell_type"] == "markdown":
                 c["source"] = outside_fences(
-                    renamed(text(c["source"])), lambda s, top=top: nearer(s.replace(site_url, top))
+                    nearer(renamed(text(c["source"]))), lambda s, top=top: s.replace(site_url, top)
                 )
             if c["cell_type"] == "raw":
                 c["source"] = re.sub(r"^output-file:.*\n", "", text(c["source"]), flags=re.M)
@@ -208,8 +208,8 @@ RESULTS = re.compile(r"""(\]\(|(?:src|href)=")\.\./\.\./results/""")
 
 
 def nearer(markup):
-    """Links of a page of `nbs/FOLDER/` to results/, as they are in the site: `../../results/` is one
-    folder nearer there."""
+    """Links of a page of `nbs/FOLDER/` to results/, as they are in the site, where `../../results/`
+    is one folder nearer."""
     return RESULTS.sub(r"\1../results/", markup)
 
 
