@@ -286,6 +286,9 @@ def write_row(row):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    from scemb.data.records import write_record
+
+    write_record(TABLE.parent, ".ci/matrix.py", {}, shown="nbs/explain/matrix.ipynb")
 
 
 def main():

@@ -532,6 +532,9 @@ def write(rows):
         w = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         w.writeheader()
         w.writerows(ordered)
+    from scemb.data.records import write_record
+
+    write_record(TABLE.parent, ".ci/mutants.py", {}, shown="nbs/explain/mutants.ipynb")
 
 
 def main():

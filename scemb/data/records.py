@@ -6,7 +6,7 @@
 __all__ = ['page_parameters', 'write_record']
 
 # %% ../../nbs/data/09_records.ipynb #ede0410e
-import ast, json, platform, subprocess
+import ast, json, platform, subprocess, sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -68,8 +68,9 @@ def _command(page, folder, values, defaults):  # -> the line that repeats the ru
 # %% ../../nbs/data/09_records.ipynb #29e9750b
 def write_record(
     folder,  # Where the tables and pictures of the run lie, such as results/fig2/baron
-    page: str,  # Path of the page that made them, from the top folder
-    values: dict,  # `dict(globals())` after the parameters cell: theirs are taken
+    page: str,  # Path of the page or script that made them, from the top folder
+    # `dict(globals())` after the parameters cell: theirs are taken; of a script, its options
+    values: dict,
     *,
     files=None,  # Names of what this run wrote; None: all but parameter files
     shown: str = "",  # Path of the page that shows the results, where it is another one
@@ -82,8 +83,13 @@ def write_record(
     """
     folder = Path(folder)
     path, now = folder / "run.json", datetime.now(timezone.utc).date().isoformat()
-    defaults = page_parameters(page)
-    parameters = {name: values[name] for name in defaults}
+    if Path(page).suffix == ".py":
+        parameters = json.loads(json.dumps(values, default=str))
+        command = " ".join(["python", str(page), *sys.argv[1:]])
+    else:
+        defaults = page_parameters(page)
+        parameters = {name: values[name] for name in defaults}
+        command = _command(page, folder, parameters, defaults)
     if files is None:
         files = [
             f.name
@@ -99,7 +105,7 @@ def write_record(
     made = {name: dict(commit=commit, date=now) for name in files}
     model = parameters.get("model") or parameters.get("models") or ""
     record = dict(
-        command=_command(page, folder, parameters, defaults),
+        command=command,
         page=str(page),
         shown=shown or str(page),
         model=model,
