@@ -255,7 +255,10 @@ class Toys:
         )
         self.model = folder / "model"
         save_checkpoint(
-            ScembForMaskedLM(config).eval(), self.model, vocabulary, TokenizerSettings(max_len=64)
+            ScembForMaskedLM(config).eval(),
+            self.model,
+            vocabulary,
+            settings=TokenizerSettings(max_len=64),
         )
         (folder / "small.toml").write_text(
             "\n".join(
@@ -394,17 +397,16 @@ class Toys:
 def load_before_the_forks(cells):
     "What the commands would import and compile in each process; nothing here may start a thread."
     for name in (
-        "adapt_batches",
-        "annotate",
-        "batching",
-        "corpus",
-        "curate",
-        "embed_files",
-        "finetune",
-        "orders",
-        "perturb",
-        "pretrain",
-        "screen",
+        "adapt.annotate",
+        "adapt.finetune",
+        "adapt.integrate",
+        "corpus.curate",
+        "corpus.filters",
+        "model.batching",
+        "model.embed_files",
+        "model.pretrain",
+        "perturb.perturb",
+        "perturb.screen",
     ):
         importlib.import_module(f"scemb.{name}")
     for name in (

@@ -53,7 +53,7 @@ from gpu_parts import (
     wait,
 )
 
-from scemb.model.encoder import encoder as model_module
+from scemb.model import encoder as model_module
 from scemb.model.flops import forward_flops, mfu, peak_flops, training_flops
 from scemb.model.encoder import (
     ScembConfig,
@@ -307,7 +307,7 @@ class Bench:
                             peak_memory_gb=memory
                         )
         kernels = {
-            name: attention_kernel(self.device, self.dtype, 0.1 * (name == PAPER_DROPOUT))
+            name: attention_kernel(self.device, self.dtype, dropout=0.1 * (name == PAPER_DROPOUT))
             for name in makers
         }
         best = max((v["cells_s"]["median"], v["mfu"], k) for k, v in out.items() if "mfu" in v)
@@ -365,7 +365,7 @@ class Bench:
 
     def head(self):
         "A step with the head on hidden genes, on every gene, and without it, in turn."
-        lengths = self.pick(unpadded_batches(self.lengths, 8 * self.window, self.window), 1)
+        lengths = self.pick(unpadded_batches(self.lengths, 8 * self.window, max_len=self.window), 1)
         batch, model = self.flat(lengths[0]), self.model().train()
         encoder = {k: v for k, v in batch.items() if k not in ("labels", "hidden")}
         head = model.cls["predictions"]
@@ -410,13 +410,13 @@ class Bench:
             "pad to window": (eights, False),
             "mega-batch 1000x": (list(grouped_batches(self.lengths)), False),
             "token budget": (list(token_budget_batches(self.lengths, budget)), False),
-            "unpadded": (list(unpadded_batches(self.lengths, budget, self.window)), True),
+            "unpadded": (list(unpadded_batches(self.lengths, budget, max_len=self.window)), True),
         }
         if whole:
             found["dynamic"] = (eights, False)
-            larger = unpadded_batches(self.lengths, 4 * budget, self.window)
+            larger = unpadded_batches(self.lengths, 4 * budget, max_len=self.window)
             found["unpadded, 4 times the budget"] = (list(larger), True)
-            filled = packed_batches(self.lengths, budget, self.window)
+            filled = packed_batches(self.lengths, budget, max_len=self.window)
             found["unpadded, packed to fit"] = (list(filled), True)
         return found
 
@@ -502,7 +502,7 @@ class Bench:
             mock.patch.object(Batches, "__getitem__", item),
         ):
             try:
-                pretrain(tokens, Path(d) / "run", model, settings, quiet=True)
+                pretrain(tokens, Path(d) / "run", model, settings=settings, quiet=True)
             except Enough:
                 pass
         torch.set_flush_denormal(False)
@@ -576,7 +576,7 @@ class Bench:
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
             seconds = timed(run, 2 if self.toy else 4, 1)
-            flops = forward_flops(coder.net.config, self.lengths[:n], 0.0)
+            flops = forward_flops(coder.net.config, self.lengths[:n], share=0.0)
             share = mfu(flops, float(np.median(seconds)), self.peak)
             rows[precision] = dict(
                 cells_s=rate(seconds, n), mfu=round(share, 4), cells=n, peak_memory_gb=peak_gb()
@@ -591,7 +591,7 @@ class Bench:
         from scemb.perturb.edits import cells_on
 
         cells = self.cells(np.array([length]))
-        return cells_on(self.device, cells, cells["values"], np.array([0]))
+        return cells_on(self.device, cells, cells["values"], cells=np.array([0]))
 
     def exact(self, coder, cell, n):
         "Mask n genes of a cell exactly, evenly over its ranks -> (their places, shifts (n, D))."
@@ -599,7 +599,9 @@ class Bench:
 
         places = np.linspace(0, len(cell.ids) - 1, n).astype(int)
         tokens = cell.ids.cpu().numpy()[places]
-        shifts, _, _ = shifts_of(coder, cell, np.zeros(n, int), places[:, None], tokens[:, None])
+        shifts, _, _ = shifts_of(
+            coder, cell, np.zeros(n, int), places=places[:, None], tokens=tokens[:, None]
+        )
         return places, shifts
 
     def perturb(self):
@@ -646,7 +648,7 @@ class Bench:
                 for n in (1, 3):
 
                     def run(n=n, how=how, cell=cell):
-                        return screened(coder.net, cell.ids, cell.bins, put[:n], **how)
+                        return screened(coder.net, cell.ids, cell.bins, directions=put[:n], **how)
 
                     torch.set_float32_matmul_precision(products)
                     seconds = timed(run, 2 if self.toy else 3, 1)
@@ -698,7 +700,7 @@ class Bench:
         heads = self.size["num_attention_heads"]
         d = self.size["hidden_size"] // heads
         budget = 16 * self.window
-        lengths = self.pick(unpadded_batches(self.lengths, budget, self.window), 1)[0]
+        lengths = self.pick(unpadded_batches(self.lengths, budget, max_len=self.window), 1)[0]
         total = int(lengths.sum())
         cells = Segments.of(lengths, self.device)
         shape = total, heads, d

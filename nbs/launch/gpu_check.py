@@ -49,7 +49,7 @@ from gpu_parts import (  # noqa: E402
     vocabulary_of,
 )
 
-from scemb.model.encoder import encoder as model_module  # noqa: E402
+from scemb.model import encoder as model_module  # noqa: E402
 from scemb.model.encoder import (  # noqa: E402
     ScembConfig,
     ScembForMaskedLM,
@@ -62,20 +62,19 @@ from scemb.model.encoder import (  # noqa: E402
 from scemb.model.batching import HostReads  # noqa: E402
 
 MODULES = (
-    "model",
-    "checkpoint",
-    "tokens",
-    "batching",
-    "orders",
-    "embed",
-    "edits",
-    "perturb",
-    "screen",
-    "finetune",
-    "fit",
-    "gene_embeddings",
-    "baselines",
-    "pretrain",
+    "adapt.finetune",
+    "adapt.fit",
+    "model.baselines",
+    "model.batching",
+    "model.checkpoint",
+    "model.embed",
+    "model.encoder",
+    "model.gene_embeddings",
+    "model.pretrain",
+    "perturb.edits",
+    "perturb.perturb",
+    "perturb.screen",
+    "tokens.tokenize",
 )
 KINDS = ("mask", "delete", "shift", "overexpress")
 HIDDEN_LIMIT = dict(fp32=1e-4, bf16=3e-2)  # relative errors of hidden states
@@ -407,10 +406,10 @@ def check_embed(lab):
                 coder.net,
                 cells["genes"],
                 cells["bins"],
-                cells["offsets"],
-                pooling,
-                coder.token_budget,
-                precision,
+                offsets=cells["offsets"],
+                pooling=pooling,
+                token_budget=coder.token_budget,
+                precision=precision,
             )
             again = coder(cells)
             row = dict(
@@ -437,7 +436,7 @@ def check_genes(lab):
 
     cells = lab.cells(4 if lab.toy else 16, 60 if lab.toy else 512, seed=2)
     flat = flat_cells(
-        cells["genes"], cells["bins"], cells["offsets"], np.arange(len(cells["offsets"]) - 1)
+        cells["genes"], cells["bins"], cells["offsets"], cells=np.arange(len(cells["offsets"]) - 1)
     )
 
     @torch.no_grad()
@@ -475,7 +474,7 @@ def on_device(cells, device):
     "All cells of a chunk on a device."
     from scemb.perturb.edits import cells_on
 
-    return cells_on(device, cells, cells["values"], np.arange(len(cells["offsets"]) - 1))
+    return cells_on(device, cells, cells["values"], cells=np.arange(len(cells["offsets"]) - 1))
 
 
 def check_perturb(lab):
@@ -488,10 +487,19 @@ def check_perturb(lab):
     for kind in KINDS:
         rng = np.random.default_rng(4)
         which, places, tokens = edits_of(cells, kind, n_targets, len(lab.vocabulary), rng)
-        wanted = shifts_of(lab.coder("cpu"), on_device(cells, "cpu"), which, places, tokens, kind)
+        wanted = shifts_of(
+            lab.coder("cpu"),
+            on_device(cells, "cpu"),
+            which,
+            places=places,
+            tokens=tokens,
+            kind=kind,
+        )
         for precision in lab.precisions:
             coder = lab.coder(lab.device, precision)
-            found = shifts_of(coder, on_device(cells, lab.device), which, places, tokens, kind)
+            found = shifts_of(
+                coder, on_device(cells, lab.device), which, places=places, tokens=tokens, kind=kind
+            )
             row = dict(
                 shift=relative(found[0], wanted[0]),
                 impact=relative(found[1], wanted[1]),
@@ -533,7 +541,7 @@ def check_screen(lab):
     def run(device, **how):
         coder, cell = lab.coder(device), on_device(cells, device)
         put = torch.as_tensor(direction, dtype=torch.float32, device=device)
-        return screened(coder.net, cell.ids, cell.bins, put, "mean12", **how)
+        return screened(coder.net, cell.ids, cell.bins, directions=put, pooling="mean12", **how)
 
     on_cpu = run("cpu")
     rows, ok = {}, True
@@ -576,9 +584,9 @@ def check_fit(lab):
     for way, how in ways.items():
         settings = FinetuneSettings(**how, epochs=1 if lab.toy else 2, gene_dropout=0.2)
         model = CellModel(copy.deepcopy(lab.net.bert), 2, settings).to(lab.device)
-        history = fit(model, tokens, y, train)
-        found = predict(model, tokens, held)
-        on_cpu = predict(copy.deepcopy(model).to("cpu"), tokens, held)
+        history = fit(model, tokens, y, train=train)
+        found = predict(model, tokens, cells=held)
+        on_cpu = predict(copy.deepcopy(model).to("cpu"), tokens, cells=held)
         loss = [h["loss"] for h in history[1:]]
         row = dict(
             loss=loss,
@@ -649,7 +657,7 @@ def child(out, toy):
 
     with mock.patch.object(Batches, "__getitem__", dies):
         tokens, model, settings = training_run(toy)
-        pretrain(tokens, out, model, settings, quiet=True)
+        pretrain(tokens, out, model, settings=settings, quiet=True)
 
 
 def check_resume(lab):
@@ -668,7 +676,7 @@ def check_resume(lab):
         )
         try:
             tokens, model, settings = training_run(lab.toy)
-            pretrain(tokens, whole, model, settings, quiet=True)
+            pretrain(tokens, whole, model, settings=settings, quiet=True)
             said, _ = process.communicate(timeout=300 if lab.toy else 60)
         finally:
             process.kill()  # nothing, where it has ended
@@ -678,7 +686,7 @@ def check_resume(lab):
             )
         kept = sorted(p.name for p in (broken / "steps").glob("checkpoint-*"))
         tokens, model, settings = training_run(lab.toy)
-        pretrain(tokens, broken, model, settings, resume=True, quiet=True)
+        pretrain(tokens, broken, model, settings=settings, resume=True, quiet=True)
         a, b = (pd.read_csv(f / "loss.csv").loss.to_numpy() for f in (whole, broken))
         first, second = (load_file(f / "model.safetensors") for f in (whole, broken))
     weights = max(float((first[k] - second[k]).abs().max()) for k in first)
@@ -710,7 +718,7 @@ def check_nan(lab):
         model.cls["predictions"].bias[10] = float("nan")
     with tempfile.TemporaryDirectory() as d:
         try:
-            pretrain(tokens, Path(d) / "run", model, settings, quiet=True)
+            pretrain(tokens, Path(d) / "run", model, settings=settings, quiet=True)
         except FloatingPointError as e:
             said = str(e)
         else:
@@ -736,7 +744,7 @@ def check_scores(lab):
 
     def loss(device):
         score = model_scorer(copy.deepcopy(lab.net).to(device).eval())
-        table = masked_scores(tokens, dict(model=score), lab.settings.max_len, seed=1)
+        table = masked_scores(tokens, dict(model=score), max_len=lab.settings.max_len, seed=1)
         return float(table.select_dtypes("number").iloc[:, -1].mean()), table
 
     _, wanted = loss("cpu")
@@ -883,7 +891,7 @@ def check_waits_edits(lab):
     for warm in (True, False):
         lines.clear()
         with counted_waits(lab, lines):
-            hidden_states(coder.net.bert, batch, prefix)[-1].square().mean().backward()
+            hidden_states(coder.net.bert, batch, prefix=prefix)[-1].square().mean().backward()
     rows["prefix"] = dict(Counter(lines))
     counts = {k: sum(v.values()) for k, v in rows.items()}
     ok = counts["prefix"] == 0 and all(
@@ -917,7 +925,7 @@ def check_waits_trainer(lab):
 
     with tempfile.TemporaryDirectory() as d, mock.patch.object(Trainer, "training_step", step):
         try:
-            pretrain(tokens, Path(d) / "run", model, settings, quiet=True)
+            pretrain(tokens, Path(d) / "run", model, settings=settings, quiet=True)
         except Enough:
             pass
         finally:

@@ -143,7 +143,15 @@ def write_training_tokens(out, corpus, vocabulary, max_len, share):
         sources.append(data[kept].copy())
     columns = ["dataset_id", "batch", "cell_type"]
     settings = TokenizerSettings(max_len=max_len)
-    write_tokens(sources, out, vocabulary, settings, columns, overwrite=True, compression="zstd")
+    write_tokens(
+        sources,
+        out,
+        vocabulary=vocabulary,
+        settings=settings,
+        obs_columns=columns,
+        overwrite=True,
+        compression="zstd",
+    )
 
 
 def toy_cells(vocabulary, n_cells=150):

@@ -287,7 +287,9 @@ class Loader:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         number = np.arange(len(lengths))
         masking = dict(seed=self.seed, epoch=i, share=MASKED_SHARE)
-        ids, bins, labels = mask_genes(tokens, bins, offsets, number, self.n_vocab, **masking)
+        ids, bins, labels = mask_genes(
+            tokens, bins, offsets, cells=number, n_vocab=self.n_vocab, **masking
+        )
         hidden = np.flatnonzero(labels >= 0)
         batch = dict(ids=ids, bins=bins, hidden=hidden, true=labels[hidden])
         free = self.recipe.depth_free
@@ -611,7 +613,14 @@ def held_out_loss(model, cells, chosen, window, device, n_at_once=32):
         genes, bins, lengths = encode(cells, some, window)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         ids, shown, labels = mask_genes(
-            genes, bins, offsets, some, len(cells.vocabulary), seed=1, p_mask=1.0, p_random=0.0
+            genes,
+            bins,
+            offsets,
+            cells=some,
+            n_vocab=len(cells.vocabulary),
+            seed=1,
+            p_mask=1.0,
+            p_random=0.0,
         )
         hidden = np.flatnonzero(labels >= 0)
         batch = flat_batch(ids, shown, lengths, device)
@@ -644,7 +653,12 @@ def save(model, cells, size, folder, record):
     "Weights in float16 as a checkpoint folder, and what is known of them."
     settings = TokenizerSettings(max_len=max(size.windows))
     save_checkpoint(
-        model, folder, cells.vocabulary, settings, dict(recipe=record["recipe"]), half=True
+        model,
+        folder,
+        cells.vocabulary,
+        settings=settings,
+        card=dict(recipe=record["recipe"]),
+        half=True,
     )
     write_whole(Path(folder) / "record.json", json.dumps(record))
 
@@ -1349,7 +1363,7 @@ def unpack(args):
     vocabulary = Vocabulary.load(args.pack)
     recipe = dict(recipe=args.recipe)
     if not args.tokens:
-        save_checkpoint(model.eval(), folder, vocabulary, settings, recipe, half=True)
+        save_checkpoint(model.eval(), folder, vocabulary, settings=settings, card=recipe, half=True)
         return
     heldout, guesses = scores_of(model.eval(), args.tokens, settings.max_len)
     kept = ("steps", "windows", "seed", "n_tokens", "n_cells", "ms_a_step", "held_out_loss")
@@ -1359,7 +1373,7 @@ def unpack(args):
         n_cells=len(read_pack(args.pack).obs),
         heldout=heldout,
     )
-    save_checkpoint(model, folder, vocabulary, settings, recipe, half=True)
+    save_checkpoint(model, folder, vocabulary, settings=settings, card=recipe, half=True)
     write_whole(folder / "training.json", json.dumps(training) + "\n")
     guesses.to_csv(folder / "baselines.csv", index=False)
 

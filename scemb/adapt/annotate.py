@@ -74,7 +74,7 @@ class Annotator:
             self.thresholds = np.zeros(len(self.classes))
 
     def tokens(self, adata, layer=None) -> TokenSet:
-        return tokenize(read_counts(adata, layer), self.vocabulary, self.tokenizing)
+        return tokenize(read_counts(adata, layer), self.vocabulary, settings=self.tokenizing)
 
     def vectors_of_knowledge(self, adata, labels=None):  # with the control of the settings
         if self.knowledge is None:
@@ -91,7 +91,9 @@ class Annotator:
             genes=gene_bits(self.genes, len(self.vocabulary)),
             learned=self.card or {},
         )
-        return save_adapter(self.model, folder, self.base, self.classes, card, overwrite)
+        return save_adapter(
+            self.model, folder, self.base, classes=self.classes, card=card, overwrite=overwrite
+        )
 
 
 def gene_bits(
@@ -255,6 +257,7 @@ def lesson_of(
     a: Annotator,
     reference,
     rows,
+    *,
     y,  # Cells to learn from, and their classes
     layer: str | None,
     donor: str | None,  # See `learn`
@@ -290,6 +293,7 @@ def knowledge_width(adata, key) -> int:  # 0 without a key
 def learn(
     reference,  # AnnData with raw counts and labels
     label: str,  # Column of obs
+    *,
     base="scemb-small",  # A shipped model, a folder, or (model, vocabulary, settings)
     settings: FinetuneSettings | None = None,  # How to adapt; None: the default way
     layer: str | None = None,
@@ -355,7 +359,7 @@ def learn(
         genes=measured_genes(reference, vocabulary, layer),
     )
     with stage(say, "tokenising the reference"):
-        lesson = lesson_of(a, reference, rows, y, layer, donor)
+        lesson = lesson_of(a, reference, rows, y=y, layer=layer, donor=donor)
 
     tried, again = [], True
     by_probe = settings.way == "probe" and settings.head == "linear" and knowledge is None
@@ -364,7 +368,7 @@ def learn(
         f"{len(classes)} classes"
     )
     if by_probe:
-        v = read_vectors(a.model, lesson, say, what)
+        v = read_vectors(a.model, lesson, say, what=what)
         with stage(say, "choosing and checking the probe"):
             held, history = learn_probe(a.model, lesson, v)
     else:
@@ -388,7 +392,7 @@ def learn(
     )
     if rival and len(held.cells) >= 10 and _has_scanpy():
         with stage(say, "fitting the simple baseline"):
-            simple = rival_of(lesson, held, len(classes), settings, layer)
+            simple = rival_of(lesson, held, len(classes), settings=settings, layer=layer)
         a.card["simple_scores"] = probe_scores(simple, lesson.y[held.cells])
         a.card["verdict"] = verdict(held.p, simple, lesson.y[held.cells])
     return a
@@ -413,7 +417,9 @@ def _try_lora(a, lesson, v, by_probe, new_model, say):
         say(f"LoRA is left: {len(lora.cells)} cells held out cannot tell which is better")
         return held, history, True, []
     with stage(say, "comparing LoRA with the probe"):
-        probe_p = named_once(v, lesson, lora.cells, model.n_classes, a.model.settings)
+        probe_p = named_once(
+            v, lesson, lora.cells, n_classes=model.n_classes, settings=a.model.settings
+        )
     y = lesson.y[lora.cells]
     better = likelier(lora.p, probe_p, y)
     tried = [
@@ -443,7 +449,9 @@ def _finish(a, lesson, held, history, loss):
         held.cells = held.cells[:0]
         y = y[:0]
     a.temperature = held.temperature
-    table = class_thresholds(held.p.max(1, initial=0.0), held.p.argmax(1), y, len(a.classes), loss)
+    table = class_thresholds(
+        held.p.max(1, initial=0.0), held.p.argmax(1), y, n_classes=len(a.classes), loss=loss
+    )
     a.thresholds = table.threshold.to_numpy()
     cells = np.bincount(lesson.y, minlength=len(a.classes))
     by_class = [
@@ -535,6 +543,7 @@ def check_footing(share: dict):  # From `shared_footing`
 def annotate(
     query,  # AnnData with raw counts
     annotator,  # From `learn` or `load_annotator`, or a folder
+    *,
     layer: str | None = None,
     # Confidence below which a cell is unknown, for all classes; None: the annotator's own; 0: name
     # every cell
@@ -591,7 +600,7 @@ def _scores_of(a, tokens, knowledge, say):  # -> (cells, classes)
         def on(done, first=first):
             return pace(first + done, len(cells))
 
-        parts.append(predict(a.model, tokens, some, knowledge, progress=on))
+        parts.append(predict(a.model, tokens, cells=some, knowledge=knowledge, progress=on))
     return np.concatenate(parts)
 
 
@@ -661,6 +670,7 @@ def open_reference(
 def annotate_file(
     query,
     out,  # Paths: a file of cells of any kind; .h5ad or .zarr to write, with labels
+    *,
     annotator=None,  # Folder of an adapter, or
     reference=None,
     # a labelled file of cells (or a data set's name) and its column, from which one is learned
@@ -676,7 +686,7 @@ def annotate_file(
     **learning,
 ):  # The annotated AnnData
     "Annotate a file by a saved adapter or by a reference."
-    out = check_results(out, overwrite, (".h5ad", ".zarr"))
+    out = check_results(out, overwrite, endings=(".h5ad", ".zarr"))
     if (annotator is None) == (reference is None):
         raise ValueError(
             "Give either the folder of an adapter or a reference with its label column."
@@ -698,7 +708,7 @@ def annotate_file(
         a = learn(
             cells, label, layer=layer if reference_layer is None else reference_layer, **learning
         )
-    annotate(adata, a, layer, threshold, say)
+    annotate(adata, a, layer=layer, threshold=threshold, say=say)
     with stage(say, f"writing {out.name}"):
         write_cells(adata, out)
     return adata

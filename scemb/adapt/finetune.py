@@ -184,6 +184,7 @@ def _flat_places(cells, n_tokens):  # place of each token in padded rows laid en
 def hidden_states(
     encoder,  # `ScembModel`, or one wrapped by peft
     batch: dict,  # input_ids, bins (1, T), cu_seqlens (cells + 1,) or Segments
+    *,
     prefix: Prefix | None = None,
     knowledge_BK=None,  # Knowledge vectors of the cells
 ) -> tuple:  # Outputs of the embedding and of each layer, each (T, D)
@@ -326,7 +327,9 @@ class CellModel(nn.Module):
         cells = segments(batch["cu_seqlens"], batch.get("longest"))
         batch = batch | dict(cu_seqlens=cells)
         with autocast(self.device, self.precision):
-            states = hidden_states(self.encoder, batch, self.prefix, batch.get("knowledge"))
+            states = hidden_states(
+                self.encoder, batch, prefix=self.prefix, knowledge_BK=batch.get("knowledge")
+            )
             return self.head.pool(torch.stack(states[1:]).mean(0), cells)
 
     def forward(self, batch):
@@ -390,6 +393,7 @@ def save_adapter(
     model: CellModel,
     folder,  # Where
     base: str,  # Name or folder of the base, for the reader and as the default when loading
+    *,
     classes,  # Names of the classes, in the order of the scores
     card: dict = None,  # Temperature, threshold, scores: whatever else belongs to it
     overwrite: bool = False,
@@ -408,7 +412,7 @@ def save_adapter(
         classes=list(map(str, classes)),
         **(card or {}),
     )
-    with new_folder(folder, "adapter", model.base, overwrite) as part:
+    with new_folder(folder, "adapter", settings=model.base, overwrite=overwrite) as part:
         weights = {
             n: x.detach().cpu().contiguous() for n, x in model.state_dict().items() if n in names
         }
@@ -528,6 +532,6 @@ def load_adapter(
         raise Damaged(f"{folder / 'adapter.json'} does not fit its base: {e} {WAY_OUT}") from None
     names = saved_names(model)
     wanted = {n: tuple(x.shape) for n, x in model.state_dict().items() if n in names}
-    weights = read_tensors(folder / "adapter.safetensors", wanted, WAY_OUT)
+    weights = read_tensors(folder / "adapter.safetensors", wanted, way_out=WAY_OUT)
     model.load_state_dict(weights, strict=False)
     return model.eval(), card, vocabulary, tokenizing

@@ -73,6 +73,7 @@ class Budget:
 def cell_batch(
     tokens: TokenSet,
     cells,  # Which of them
+    *,
     device="cpu",
     knowledge=None,  # Vectors of all cells of the token set, shape (len(tokens), length)
 ) -> dict:  # input_ids, bins (1, T), cu_seqlens (cells + 1,), longest, knowledge (cells, length)
@@ -108,6 +109,7 @@ READ_AT = 4096  # Cells whose results wait on the device to be copied together
 def predict(
     model: CellModel,
     tokens: TokenSet,
+    *,
     cells=None,  # Which of them; None: all
     knowledge=None,  # Vectors of all cells, shape (len(tokens), length)
     vectors: bool = False,  # Vectors before the head instead of scores
@@ -128,7 +130,7 @@ def predict(
     for i, some in enumerate(batches):
 
         def work(piece, some=some):
-            batch = cell_batch(tokens, cells[some[piece]], model.device, knowledge)
+            batch = cell_batch(tokens, cells[some[piece]], device=model.device, knowledge=knowledge)
             return asked(batch).float()
 
         results += budget.run(work, lengths[some])
@@ -147,6 +149,7 @@ def split_labelled(
     y: np.ndarray,  # Classes of the labelled cells
     # Held out, of each class; at least one cell of a class with four or more, none of a smaller one
     share: float = 0.15,
+    *,
     seed: int = 0,
     # Donor of each cell, shape (cells,): with three or more, whole donors are held out, as near to
     # the share as one order of them comes
@@ -235,6 +238,7 @@ def chosen_penalty(
     x,
     y,  # Features (cells, D) and classes of the cells to learn from
     held_x,
+    *,
     held_y,  # Of held-out cells; with fewer than ten of the same classes, C = 1
     sample_weight=None,  # Of the cells to learn from
 ) -> float:  # C
@@ -258,6 +262,7 @@ def start_from_probe(
     model: CellModel,
     v: np.ndarray,
     y: np.ndarray,  # Vectors of the labelled cells before the head (cells, D), and their classes
+    *,
     weights: np.ndarray,  # Of the classes
     held_v=(),
     held_y=(),  # Of held-out cells, which choose the penalty
@@ -280,7 +285,9 @@ def start_from_probe(
         np.unique(y),
         penalty
         or (
-            chosen_penalty(inner(v), y, inner(held_v), np.asarray(held_y), weights[y])
+            chosen_penalty(
+                inner(v), y, inner(held_v), held_y=np.asarray(held_y), sample_weight=weights[y]
+            )
             if len(held_y)
             else 1.0
         ),
@@ -321,7 +328,7 @@ def _step(model, tokens, cells, y, w, knowledge, optimizer, budget):  # -> losse
     whole = w[target].sum()
 
     def work(piece):
-        whole_cells = cell_batch(tokens, cells[piece], "cpu", knowledge)
+        whole_cells = cell_batch(tokens, cells[piece], device="cpu", knowledge=knowledge)
         batch = thinned(whole_cells, model.settings.gene_dropout)
         scores = model(sent(batch, model.device))
         loss = F.cross_entropy(scores, target[piece], w, reduction="sum")
@@ -344,6 +351,7 @@ def fit(
     model: CellModel,
     tokens: TokenSet,
     y: np.ndarray,  # Class of each cell of the token set
+    *,
     train: np.ndarray,  # Cells to learn from
     validation=(),  # Labelled cells that choose the epoch; none: the last epoch stays
     knowledge=None,  # Vectors of all cells, shape (len(tokens), length)
@@ -393,11 +401,27 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty):  #
     def on(before):
         return lambda done: read(before + done, len(train) + len(validation))
 
-    v = predict(model, tokens, train, knowledge, True, budget, on(0))
-    held_v = predict(model, tokens, validation, knowledge, True, budget, on(len(train)))
+    v = predict(
+        model, tokens, cells=train, knowledge=knowledge, vectors=True, budget=budget, progress=on(0)
+    )
+    held_v = predict(
+        model,
+        tokens,
+        cells=validation,
+        knowledge=knowledge,
+        vectors=True,
+        budget=budget,
+        progress=on(len(train)),
+    )
     with stage(say, "choosing where to start"):
         model.penalty = start_from_probe(
-            model, v, y[train], weights, held_v, y[validation], penalty
+            model,
+            v,
+            y[train],
+            weights=weights,
+            held_v=held_v,
+            held_y=y[validation],
+            penalty=penalty,
         )
 
     def held():
@@ -407,8 +431,8 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty):  #
         scores = predict(
             model,
             tokens,
-            validation,
-            knowledge,
+            cells=validation,
+            knowledge=knowledge,
             budget=budget,
             progress=lambda done: checked(done, len(validation)),
         )
@@ -424,7 +448,7 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty):  #
     pace, n_steps = Pace("steps", say), steps_an_epoch * (s.epochs if stop is None else stop)
     for epoch in range(s.epochs if stop is None else stop):
         model.train()
-        order, losses = train[epoch_order(len(train), s.seed, epoch)], []
+        order, losses = train[epoch_order(len(train), s.seed, epoch=epoch)], []
         for cells in np.array_split(order, steps_an_epoch):
             losses += _step(model, tokens, cells, y, w, knowledge, optimizer, budget)
             schedule.step()
@@ -450,6 +474,7 @@ def fit_again(
     model: CellModel,  # Fitted by `fit`
     start: dict,  # Its trained weights before that (`trained_state`)
     tokens: TokenSet,
+    *,
     y: np.ndarray,
     cells: np.ndarray,  # As for `fit`; all labelled cells
     history: list,  # From `fit`
@@ -459,5 +484,15 @@ def fit_again(
     "Learn from all labelled cells, as long as was best for those held out."
     model.load_state_dict(start, strict=False)
     best = min(history, key=lambda h: h["held_out"])["epoch"]
-    fit(model, tokens, y, cells, (), knowledge, say, best, model.penalty)
+    fit(
+        model,
+        tokens,
+        y,
+        train=cells,
+        validation=(),
+        knowledge=knowledge,
+        say=say,
+        stop=best,
+        penalty=model.penalty,
+    )
     return best

@@ -36,6 +36,7 @@ def directions(x: np.ndarray) -> np.ndarray:  # (cells, D) -> centred rows of le
 def mutual_pairs(
     x: np.ndarray,  # Directions, shape (cells, D)
     batch,  # Batch of each cell, shape (cells,)
+    *,
     k: int = 15,  # Neighbours looked at on each side
     # Cosine of a pair; below it they are no kin, only the least strange to each other
     at_least: float = 0.1,
@@ -189,7 +190,7 @@ def _losses(model, genes, tokens, cells, x, b, s, step):  # -> contrastive, mask
     batch["cu_seqlens"] = segments(batch["cu_seqlens"], longest)
     far = to_device(far_of(x[cells], b[cells]), device)
     with autocast(device, model.precision):
-        states = hidden_states(model.encoder, batch, model.prefix)
+        states = hidden_states(model.encoder, batch, prefix=model.prefix)
         v = model.head.pool(torch.stack(states[1:]).mean(0), batch["cu_seqlens"])
         scores = genes(states[-1].index_select(0, to_device(hidden, device))) if s.masked else None
     u = F.normalize((v - model.head.mean) / model.head.spread, dim=1)
@@ -222,6 +223,7 @@ def check_batches(
 def adapt_batches(
     adata,  # AnnData with raw counts
     batch: str,  # Column of obs
+    *,
     base="scemb-small",  # A shipped model, a folder, or (model, vocabulary, settings)
     settings: BatchSettings = BatchSettings(),
     layer: str | None = None,
@@ -255,12 +257,12 @@ def adapt_batches(
     window = min(max_len or tokenizing.max_len, net.config.max_position_embeddings)
     with stage(say, "tokenising the cells"):
         tokens = tokenize(
-            read_counts(adata, layer), vocabulary, replace(tokenizing, max_len=window)
+            read_counts(adata, layer), vocabulary, settings=replace(tokenizing, max_len=window)
         )
     b, full = adata.obs[batch].astype(str).to_numpy(), np.flatnonzero(tokens.lengths > 0)
     with stage(say, "looking for mutual neighbours"):
         x = directions(pca_embedding(adata, layer=layer, seed=f.seed))
-        pairs = full[mutual_pairs(x[full], b[full], s.neighbours)]
+        pairs = full[mutual_pairs(x[full], b[full], k=s.neighbours)]
     if len(pairs) < s.pairs:
         raise ValueError(
             f"Only {len(pairs)} mutual neighbours between the {len(np.unique(b))} batches of "
@@ -300,6 +302,7 @@ def neighbours_kept(
     before: np.ndarray,
     after: np.ndarray,  # Vectors, shape (cells, D)
     batch,  # Batch of each cell
+    *,
     k: int = 30,
 ) -> float:  # 1: all, 0: as many as unrelated vectors would keep
     "Mean share of the nearest neighbours within a batch that stay, beyond chance."
@@ -346,6 +349,7 @@ def over_corrected(
 def integrate(
     adata,  # AnnData with raw counts
     batch: str,  # Column of obs
+    *,
     base="scemb-small",
     settings: BatchSettings = BatchSettings(),
     layer: str | None = None,
@@ -356,7 +360,16 @@ def integrate(
 ):  # The same AnnData, with obsm[key] and uns["scemb"]["integration"]
     "Write vectors in which batches are drawn together."
     check_key(key)
-    got = adapt_batches(adata, batch, base, settings, layer, max_len, device, say)
+    got = adapt_batches(
+        adata,
+        batch,
+        base=base,
+        settings=settings,
+        layer=layer,
+        max_len=max_len,
+        device=device,
+        say=say,
+    )
     with stage(say, "counting the neighbours that were kept"):
         kept = neighbours_kept(got["before"], got["after"], adata.obs[batch].astype(str).to_numpy())
     if kept < 0.3:

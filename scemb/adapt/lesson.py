@@ -45,13 +45,21 @@ def read_vectors(
     model: CellModel,
     lesson: Lesson,
     say,  # Called with a line
+    *,
     what: str,  # How the line begins
 ) -> np.ndarray:  # Vectors before the head, shape (cells, D)
     "Run the encoder over the labelled cells, and say how long it will take."
     cells, lengths = np.arange(len(lesson.y)), lesson.tokens.lengths
 
     def read(some, progress=None):
-        return predict(model, lesson.tokens, some, lesson.knowledge, True, progress=progress)
+        return predict(
+            model,
+            lesson.tokens,
+            cells=some,
+            knowledge=lesson.knowledge,
+            vectors=True,
+            progress=progress,
+        )
 
     warm, timed, rest = np.split(cells, [16, 80])
     parts = [read(warm)]
@@ -94,7 +102,9 @@ def learn_probe(
     import torch
 
     s = model.settings
-    found = probed(v, lesson.y, model.n_classes, lesson.donors, s.class_weight, s.seed)
+    found = probed(
+        v, lesson.y, model.n_classes, units=lesson.donors, power=s.class_weight, seed=s.seed
+    )
     probe, head = found.probe, model.head
     new = {
         head.mean: probe.mean,
@@ -117,49 +127,75 @@ def learn_by_fit(
 ) -> tuple:  # `Held`; history, as from `fit`; whether it then learned from all
     "Train by steps; a part of the cells, or whole donors, is held out."
     s, y = model.settings, lesson.y
-    train, cells = split_labelled(y, s.validation_share, s.seed, lesson.donors)
+    train, cells = split_labelled(y, s.validation_share, seed=s.seed, units=lesson.donors)
     start = trained_state(model)
-    history = fit(model, lesson.tokens, y, train, cells, lesson.knowledge, say)
+    history = fit(
+        model, lesson.tokens, y, train=train, validation=cells, knowledge=lesson.knowledge, say=say
+    )
     scores = np.zeros((0, model.n_classes))
     if len(cells):
         with stage(say, "naming the held-out cells"):
-            scores = predict(model, lesson.tokens, cells, lesson.knowledge)
+            scores = predict(model, lesson.tokens, cells=cells, knowledge=lesson.knowledge)
     temperature = fit_temperature(scores, y[cells])
     by_donor = lesson.donors is not None and len(np.unique(lesson.donors)) >= 3
     how = "once, whole donors" if by_donor else "once"
     again = 0 < len(cells) and len(y) <= s.refit
     if again:
         say("once more, from all labelled cells")
-        fit_again(model, start, lesson.tokens, y, np.arange(len(y)), history, lesson.knowledge, say)
+        fit_again(
+            model,
+            start,
+            lesson.tokens,
+            y=y,
+            cells=np.arange(len(y)),
+            history=history,
+            knowledge=lesson.knowledge,
+            say=say,
+        )
     history = [{k: None if value != value else value for k, value in h.items()} for h in history]
     return Held(cells, probabilities(scores, temperature), temperature, how), history, again
 
 # %% ../../nbs/adapt/06_lesson.ipynb #c5f762ff
 def named_once(
-    vectors, lesson: Lesson, cells, n_classes: int, settings
+    vectors, lesson: Lesson, cells, *, n_classes: int, settings
 ) -> np.ndarray:  # cells held out once -> probabilities (cells, classes)
     "A probe that learns from the other cells."
     train = np.setdiff1d(np.arange(len(lesson.y)), cells)
     donors = None if lesson.donors is None else lesson.donors[train]
     found = probed(
-        vectors[train], lesson.y[train], n_classes, donors, settings.class_weight, settings.seed
+        vectors[train],
+        lesson.y[train],
+        n_classes,
+        units=donors,
+        power=settings.class_weight,
+        seed=settings.seed,
     )
     return probabilities(found.probe.scores(vectors[cells]), found.temperature)
 
 
 def rival_of(
-    lesson: Lesson, held: Held, n_classes: int, settings, layer
+    lesson: Lesson, held: Held, n_classes: int, *, settings, layer
 ) -> np.ndarray:  # probabilities (held-out cells, classes)
     "What 50 components of log counts say of the same held-out cells."
     from scemb.model.baselines import pca_embedding
 
     seed, power = settings.seed, settings.class_weight
     if held.how.startswith("in turn"):
-        rival = simple_rival(lesson.adata, lesson.y, n_classes, lesson.donors, power, seed, layer)
+        rival = simple_rival(
+            lesson.adata,
+            lesson.y,
+            n_classes,
+            units=lesson.donors,
+            power=power,
+            seed=seed,
+            layer=layer,
+        )
         return rival.probabilities()[held.cells]
     n_components = min(50, lesson.adata.n_obs - 2, lesson.adata.n_vars - 2)
-    vectors = pca_embedding(lesson.adata, None, None, n_components, layer, seed)
-    return named_once(vectors, lesson, held.cells, n_classes, settings)
+    vectors = pca_embedding(
+        lesson.adata, None, n_top_genes=None, n_comps=n_components, layer=layer, seed=seed
+    )
+    return named_once(vectors, lesson, held.cells, n_classes=n_classes, settings=settings)
 
 # %% ../../nbs/adapt/06_lesson.ipynb #e88f1328
 def paired(

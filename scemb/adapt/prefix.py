@@ -73,6 +73,7 @@ def pooled_vectors(
 def annotation_vectors(
     pairs,  # DataFrame: ensembl_id, term; a row an annotation
     dim: int = 32,  # Width
+    *,
     smallest: int = 10,
     largest: int = 1000,  # Genes of a term; rarer and commoner terms are left out
     seed: int = 0,

@@ -80,6 +80,7 @@ def fitted_probes(
     v,
     y,  # Vectors of the cells to learn from (cells, D), and their classes
     n_classes: int,
+    *,
     scaling: str,  # One of `SCALINGS`
     penalties,  # Values of C; each fit starts where the one before ended
     power: float = 0.5,  # Of the class weights, see `class_weights`
@@ -134,6 +135,7 @@ def unseen_scores(
     v,
     y,  # Vectors (cells, D) and classes
     n_classes: int,
+    *,
     fold,  # Fold of each cell, from `dealt_folds`
     scaling: str,
     penalties,
@@ -147,7 +149,9 @@ def unseen_scores(
         if len(np.unique(y[~asked])) < 2:
             continue
         checked[asked] = np.isin(y[asked], y[~asked])
-        probes = fitted_probes(v[~asked], y[~asked], n_classes, scaling, penalties, power)
+        probes = fitted_probes(
+            v[~asked], y[~asked], n_classes, scaling=scaling, penalties=penalties, power=power
+        )
         for i, probe in enumerate(probes):
             scores[i, asked] = probe.scores(v[asked])
     return scores, checked
@@ -157,13 +161,16 @@ def chosen_setting(
     v,
     y,
     n_classes: int,
+    *,
     fold,
     power: float = 0.5,  # See `unseen_scores`
 ) -> tuple:  # Scaling and C
     "The setting under which unseen cells are likeliest."
     loss = {}
     for scaling in SCALINGS:
-        scores, checked = unseen_scores(v, y, n_classes, fold, scaling, PENALTIES, power)
+        scores, checked = unseen_scores(
+            v, y, n_classes, fold=fold, scaling=scaling, penalties=PENALTIES, power=power
+        )
         if checked.sum() < 10:
             return SCALINGS[0], 1.0
         for C, s in zip(PENALTIES, scores):
@@ -175,6 +182,7 @@ def probed(
     v,
     y,  # Vectors (cells, D) and classes of the labelled cells
     n_classes: int,
+    *,
     units=None,  # Donors, see `dealt_folds`
     power: float = 0.5,  # Of the class weights
     seed: int = 0,
@@ -183,10 +191,12 @@ def probed(
     v, y = np.asarray(v, np.float32), np.asarray(y)
     fold = dealt_folds(y, units, seed)
     some = np.sort(np.random.default_rng([seed, 10]).permutation(len(y))[:CHOICE_CELLS])
-    scaling, C = chosen_setting(v[some], y[some], n_classes, fold[some], power)
-    scores, checked = unseen_scores(v, y, n_classes, fold, scaling, [C], power)
+    scaling, C = chosen_setting(v[some], y[some], n_classes, fold=fold[some], power=power)
+    scores, checked = unseen_scores(
+        v, y, n_classes, fold=fold, scaling=scaling, penalties=[C], power=power
+    )
     temperature = fit_temperature(scores[0][checked], y[checked])
-    probe = fitted_probes(v, y, n_classes, scaling, [C], power)[0]
+    probe = fitted_probes(v, y, n_classes, scaling=scaling, penalties=[C], power=power)[0]
     return Probed(probe, scaling, C, scores[0], checked, temperature)
 
 # %% ../../nbs/adapt/05_probe.ipynb #f20d33a3
@@ -194,6 +204,7 @@ def simple_rival(
     adata,  # AnnData: the labelled cells, raw counts
     y,  # Their classes
     n_classes: int,
+    *,
     units=None,
     power: float = 0.5,
     seed: int = 0,  # See `probed`
@@ -201,8 +212,10 @@ def simple_rival(
 ) -> Probed:
     "The probe on principal components of log counts."
     n_components = min(50, adata.n_obs - 2, adata.n_vars - 2)
-    vectors = pca_embedding(adata, None, None, n_components, layer, seed)
-    return probed(vectors, y, n_classes, units, power, seed)
+    vectors = pca_embedding(
+        adata, None, n_top_genes=None, n_comps=n_components, layer=layer, seed=seed
+    )
+    return probed(vectors, y, n_classes, units=units, power=power, seed=seed)
 
 
 def probe_scores(

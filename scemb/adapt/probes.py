@@ -95,6 +95,7 @@ def _losses_outside(x, y, fold, scaling, penalties, seed):  # -> (penalties,), s
 def fit_probe(
     x: np.ndarray,  # Vectors of the labelled cells, shape (cells, D)
     y,  # Their classes, shape (cells,); at least two
+    *,
     scalings=SCALINGS,  # Those that may be chosen
     penalties=PENALTIES,  # C of scikit-learn, those that may be chosen
     n_folds: int = 5,  # Of the labelled cells

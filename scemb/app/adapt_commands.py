@@ -158,12 +158,12 @@ def finetune(
     a = learn(
         cells,
         label,
-        base,
-        settings,
-        reading,
-        max_len,
-        knowledge,
-        cells_a_class,
+        base=base,
+        settings=settings,
+        layer=reading,
+        max_len=max_len,
+        knowledge=knowledge,
+        cells_a_class=cells_a_class,
         donor=donor,
         device=chosen_device(device),
         say=tell,
@@ -302,13 +302,13 @@ def annotate(
     r = annotate_file(
         query,
         out,
-        adapter,
-        reference,
-        label,
-        overwrite,
-        threshold,
-        reading,
-        of_reference,
+        annotator=adapter,
+        reference=reference,
+        label=label,
+        overwrite=overwrite,
+        threshold=threshold,
+        layer=reading,
+        reference_layer=of_reference,
         **learning,
     )
     _print_names(out, r)
@@ -376,11 +376,18 @@ def integrate(
     from scemb.data.files import open_cells
     from scemb.data.results import check_results, write_cells
 
-    check_results(out, overwrite, (".h5ad", ".zarr"))
+    check_results(out, overwrite, endings=(".h5ad", ".zarr"))
     settings = BatchSettings(FinetuneSettings(way=way, precision=precision, seed=seed), steps=steps)
     cells = open_cells(file, whole=True)
     cells = mix(
-        cells, batch, base, settings, reading, max_len, device=chosen_device(device), say=tell
+        cells,
+        batch,
+        base=base,
+        settings=settings,
+        layer=reading,
+        max_len=max_len,
+        device=chosen_device(device),
+        say=tell,
     )
     with tell.stage(f"writing {out.name}"):
         write_cells(cells, out)

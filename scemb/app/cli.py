@@ -116,7 +116,7 @@ def demo(
     from scemb.app.demo import DemoSettings, run_demo, verdicts, write_report
 
     settings = DemoSettings(seed=seed, **(dict(steps=steps) if steps else {}))
-    table = run_demo(out, settings, overwrite)
+    table = run_demo(out, settings, overwrite=overwrite)
     print("writing the report", file=sys.stderr)
     report = write_report(out)
     Console(force_jupyter=False).print(_rich_table(table))
@@ -251,8 +251,8 @@ def curate(
     recipe = join_sources(
         sources,
         pairs(assume, "--assume"),
-        pairs(exclude, "--exclude"),
-        given,
+        exclude=pairs(exclude, "--exclude"),
+        reading=given,
         min_genes=min_genes,
         max_mito_fraction=max_mito,
         allow_assays=tuple(allow_assay or ()),
@@ -261,12 +261,12 @@ def curate(
     card = run(
         recipe,
         out,
-        (int(part[1]), int(part[2])),
-        merge,
-        overwrite,
-        shard_cells,
-        threads,
-        seed,
+        partition=(int(part[1]), int(part[2])),
+        merge_only=merge,
+        overwrite=overwrite,
+        shard_cells=shard_cells,
+        n_threads=threads,
+        seed=seed,
         progress=counter("cells"),
         say=lambda line: tell(f"scemb curate: {line}"),
     )
@@ -341,10 +341,10 @@ def leakage(
     found = run(
         corpus,
         evaluation,
-        rows,
-        name,
-        donor_column,
-        min_genes,
+        rows=rows,
+        data_set=name,
+        donor_column=donor_column,
+        min_genes=min_genes,
         progress=counter("data sets"),
         layer=reading,
     )
@@ -533,7 +533,7 @@ def pretrain(
             launch(
                 again + ["--resume"] * resume + ["--overwrite"] * overwrite,
                 nproc,
-                hostfile and str(hostfile),
+                hostfile=hostfile and str(hostfile),
             )
         )
     if start_from:
@@ -546,10 +546,10 @@ def pretrain(
         cells,
         out,
         model,
-        settings,
-        held,
-        resume,
-        overwrite,
+        settings=settings,
+        heldout=held,
+        resume=resume,
+        overwrite=overwrite,
         quiet=tell.style == "none",
         deepspeed=deepspeed,
         report_to=report_to,
@@ -636,10 +636,10 @@ def embed(
     r = embed_file(
         file,
         out,
-        model,
-        pooling,
-        max_len,
-        reading,
+        model=model,
+        pooling=pooling,
+        max_len=max_len,
+        layer=reading,
         key=key,
         device=device,
         precision=precision,
@@ -718,9 +718,9 @@ def benchmark(
     embedders, absent = contestants(
         methods.split(",") if methods else METHODS,
         batch,
-        model,
-        read_tokens(corpus) if corpus else None,
-        reading,
+        model=model,
+        corpus=read_tokens(corpus) if corpus else None,
+        layer=reading,
     )
     if not embedders:
         raise ValueError("No method is left to compare. " + "; ".join(absent))
@@ -729,9 +729,9 @@ def benchmark(
         adata,
         embedders,
         label,
-        batch,
-        batch,
-        file.stem,
+        batch=batch,
+        unit=batch,
+        dataset=file.stem,
         integration=integration,
         n_samples=samples,
         max_cells=max_cells,
@@ -744,8 +744,11 @@ def benchmark(
         return write_page(
             folder / "report.html",
             result.table,
-            {"All scores": folder / "scores.png", "UMAPs by label and batch": folder / "umap.png"},
-            facts(
+            pictures={
+                "All scores": folder / "scores.png",
+                "UMAPs by label and batch": folder / "umap.png",
+            },
+            run=facts(
                 adata,
                 label,
                 batch,
@@ -755,11 +758,11 @@ def benchmark(
                 seed=seed,
                 half_samples=samples if integration else "none",
             ),
-            absent + result.skipped,
-            f"{file.stem}: embeddings compared",
+            notes=absent + result.skipped,
+            title=f"{file.stem}: embeddings compared",
         )
 
-    write_comparison(result, adata, label, batch, out, seed, more=page)
+    write_comparison(result, adata, label, batch=batch, out=out, seed=seed, more=page)
     for line in absent + result.skipped:
         print(f"skipped: {line}", file=sys.stderr)
     for metric in ("bio conservation", "batch correction", "probe accuracy", "5-shot macro-F1"):

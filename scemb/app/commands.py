@@ -80,6 +80,7 @@ def with_options(
     function,  # That runs
     command,  # Whose parameters it has
     added,  # Further parameters, `inspect.Parameter`
+    *,
     without=(),  # Names of parameters that it has no longer
 ):  # The function, with that signature
     "Give a function the parameters of a command and others."

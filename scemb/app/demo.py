@@ -68,7 +68,7 @@ def demo_cells(
     return adata, tokens, (adata.obs.batch == DEMO_HELD_OUT).to_numpy()
 
 
-def demo_losses(model, untrained, train, test, max_len):  # -> DataFrame, a row a held-out cell
+def demo_losses(model, untrained, train, *, test, max_len):  # -> DataFrame, a row a held-out cell
     "Masked-gene losses of the model and of what needs no training."
     from scemb.model.baselines import (
         adversary_scorer,
@@ -89,20 +89,20 @@ def demo_losses(model, untrained, train, test, max_len):  # -> DataFrame, a row 
             "frequency given bin": table_scorer(bin_table(train, max_len)),
             "order-only adversary": adversary_scorer(train, prior, max_len),
         },
-        max_len,
+        max_len=max_len,
         seed=1,
     )
 
 
 def demo_embeddings(
-    adata, tokens, held, model, untrained, settings
+    adata, tokens, held, *, model, untrained, settings
 ) -> dict:  # method -> (cells, D)
     "The model, its untrained twin, and what needs no network."
     from scemb.model.baselines import bag, gene_vectors, pca_embedding, random_projection
     from scemb.model.embed import encode_cells
 
     flat = tokens.gather(np.arange(len(tokens)))
-    vectors = gene_vectors(tokens.subset(~held), 50, settings.seed, settings.max_len)
+    vectors = gene_vectors(tokens.subset(~held), 50, seed=settings.seed, max_len=settings.max_len)
     return {
         "scEMB (demo)": encode_cells(model, *flat),
         "untrained": encode_cells(untrained, *flat),
@@ -116,6 +116,7 @@ def demo_embeddings(
 def run_demo(
     out,  # Folder for everything the demo makes
     settings: DemoSettings = DemoSettings(),
+    *,
     overwrite: bool = False,
     quiet: bool = False,
 ):  # The score table
@@ -151,9 +152,9 @@ def run_demo(
         return new_model(
             train,
             s,
-            settings.layers,
-            settings.width,
-            settings.heads,
+            layers=settings.layers,
+            width=settings.width,
+            heads=settings.heads,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -163,22 +164,22 @@ def run_demo(
         train,
         out / "checkpoint",
         fresh(),
-        s,
+        settings=s,
         quiet=quiet,
         card=dict(data="baron_pancreas, libraries 1 and 2", purpose="demonstration"),
     )
     say("scoring masked genes on held-out cells")
-    losses = demo_losses(model, untrained, train, test, settings.max_len)
+    losses = demo_losses(model, untrained, train, test=test, max_len=settings.max_len)
     losses.to_csv(out / "losses.csv", index=False)
     rows = loss_scores(losses)
     embeddings, y = (
-        demo_embeddings(adata, tokens, held, model, untrained, settings),
+        demo_embeddings(adata, tokens, held, model=model, untrained=untrained, settings=settings),
         adata.obs.cell_type.astype(str).to_numpy(),
     )
     for name, x in embeddings.items():
         say(f"scoring {name}")
-        rows += cluster_scores(x[held], y[held], name) + transfer_scores(
-            x[~held], y[~held], x[held], y[held], name, seed=settings.seed
+        rows += cluster_scores(x[held], y[held], method=name) + transfer_scores(
+            x[~held], y[~held], x[held], y_query=y[held], method=name, seed=settings.seed
         )
     table = pd.DataFrame(rows).assign(dataset="baron_pancreas, library 3", seed=settings.seed)
     table.to_csv(out / "scores.csv", index=False)

@@ -37,6 +37,7 @@ class RiskGroup:
 def top_risk(
     table: pd.DataFrame,  # A row a donor
     fraction: float = 0.2,  # Share of the donors with a score (Hsieh et al., Methods)
+    *,
     score: str = "prs",  # Column of the score
     donor: str = "donor",  # Column of donors
     diagnosis: str = "diagnosis",  # Column that is counted
@@ -79,6 +80,7 @@ def top_risk(
 def seurat_steps(
     n_genes,  # Detected genes a cell (nFeature_RNA), shape (cells,)
     percent_mt,  # Mitochondrial counts in percent (percent.mt), shape (cells,)
+    *,
     min_genes: int = 200,  # Fewest detected genes
     max_genes: int | None = None,  # Most detected genes, against doublets; None: no limit
     max_percent_mt: float = 50.0,  # As published for ROS/MAP (Hsieh et al., Methods)

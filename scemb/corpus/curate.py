@@ -118,6 +118,7 @@ def join_sources(
     # Files, folders, recipes (.toml), addresses of stores, "census:VERSION", or names of data sets
     sources,
     assume=(),  # Column -> value, stated for all cells of the files
+    *,
     exclude=(),  # (by, value) pairs; by is one of data_set, collection, donor, cells, hashes
     reading=None,  # dict with layer and duplicates, for the files that are named
     # Fields of `Filters` that differ; None and () leave them as they are; deny_assays adds to those
@@ -346,6 +347,7 @@ def write_unit(
     plan: Plan,
     unit: Unit,
     folder: Path,
+    *,
     pool=None,  # Threads that compress
     progress=None,  # Called with the number of cells of each chunk
     chunk_cells: int = 1024,  # What is in memory at once; larger is no faster
@@ -366,7 +368,7 @@ def write_unit(
     try:
         for first, chunk in ahead(source.chunks(unit.rows, chunk_cells)):
             m = measure(chunk, axis, key)
-            out, left = funnel(chunk.shape[0], counted_steps(m, axis, filters, plan.banned))
+            out, left = funnel(chunk.shape[0], counted_steps(m, axis, filters, banned=plan.banned))
             removed = {k: removed.get(k, 0) + v for k, v in out.items()}
             writer.append(coding_counts(chunk, axis, left))
             parts.append({k: v[left] for k, v in m.items()})
@@ -379,7 +381,7 @@ def write_unit(
                 source.obs(rows),
                 rows,
                 {k: np.concatenate([p[k] for p in parts]) for k in parts[0]},
-                axis,
+                axis=axis,
             )
             writer.close(
                 obs,
@@ -404,9 +406,9 @@ def write_unit(
         folder,
         unit.record,
         record,
-        folder / unit.shard if obs is not None else None,
-        obs,
-        writer.size,
+        path=folder / unit.shard if obs is not None else None,
+        obs=obs,
+        size=writer.size,
     )
 
 # %% ../../nbs/corpus/03_curate.ipynb #cf292519
@@ -429,7 +431,7 @@ def drop_duplicates(
     out = []
     for r, unit, a, b in zip(records, plan.units, ends, ends[1:]):
         left = keep[a:b]
-        out.append(r if left.all() else rewrite(folder, unit, r, left))
+        out.append(r if left.all() else rewrite(folder, unit, r, left=left))
     return out, xxh3_128(everything[keep].tobytes()).hexdigest()
 
 # %% ../../nbs/corpus/03_curate.ipynb #208541d7
@@ -437,6 +439,7 @@ def merge(
     plan: Plan,
     folder: Path,
     records,  # One a unit
+    *,
     seed: int = 0,  # Written into the card; nothing here is random
 ) -> dict:  # The card, also written as corpus.json
     "Take out copies and write the card of the corpus."
@@ -507,7 +510,13 @@ def merge(
 def seal(folder, plan, card):  # the manifest of a corpus, with the checksums that its card knows
     known = {s["file"]: s["xxh3_128"] for s in card["shards"]}
     names = ["corpus.json", "plan.json", *(u.record for u in plan.units), *known]
-    write_manifest(folder, "corpus", plan.key, [n for n in names if (folder / n).exists()], known)
+    write_manifest(
+        folder,
+        "corpus",
+        settings=plan.key,
+        names=[n for n in names if (folder / n).exists()],
+        known=known,
+    )
 
 
 def _added(counts):  # dicts of numbers -> one, keys in order
@@ -561,6 +570,7 @@ def software(plan):
 def curate(
     recipe: Recipe,
     out,  # Folder of the corpus
+    *,
     partition: tuple = (1, 1),  # (i, n): do every n-th unit, beginning with the i-th; 1 <= i <= n
     merge_only: bool = False,  # Only check that all is there, and write the card
     overwrite: bool = False,  # Replace a corpus of another recipe
@@ -599,10 +609,14 @@ def _made(plan, out, partition, merge_only, n_threads, seed, progress, say):
     # units, and the card when all are there
     i, n = partition
     mine = [u for u in plan.units if u.number % n == i - 1]
-    records = {} if merge_only else make_units(plan, mine, out, n_threads, progress, say)
+    records = (
+        {}
+        if merge_only
+        else make_units(plan, mine, out, n_threads=n_threads, progress=progress, say=say)
+    )
     if n > 1 and not merge_only:
         return None
-    records = [records.get(u.number) or finished(out, u, True, plan.key) for u in plan.units]
+    records = [records.get(u.number) or finished(out, u, True, plan=plan.key) for u in plan.units]
     if missing := [u for u, r in zip(plan.units, records) if r is None]:
         raise ValueError(
             f"{len(missing)} of {len(plan.units)} shards are missing or damaged: "
@@ -617,7 +631,7 @@ def _made(plan, out, partition, merge_only, n_threads, seed, progress, say):
             f"{', '.join(f'{k} takes out {v:,}' for k, v in removed.items() if v)}. No corpus is "
             "written."
         )
-    return merge(plan, out, records, seed)
+    return merge(plan, out, records, seed=seed)
 
 # %% ../../nbs/corpus/03_curate.ipynb #5392ebc5
 def _why(plan):
@@ -699,7 +713,7 @@ def _keep_own(out, plan, say):
 
 
 def make_units(
-    plan, units, out, n_threads, progress, say
+    plan, units, out, *, n_threads, progress, say
 ):  # -> unit number -> record; what cannot be read is reported at the end
     done, records, missing = 0, {}, []
     total = sum(len(u.rows) for u in units)
@@ -712,14 +726,14 @@ def make_units(
 
     with ThreadPoolExecutor(n_threads) as pool:
         for u in units:
-            if r := finished(out, u, True, plan.key):
+            if r := finished(out, u, True, plan=plan.key):
                 records[u.number] = r
                 report(len(u.rows))
                 continue
             (out / u.record).unlink(missing_ok=True)
             try:
                 records[u.number] = write_unit(
-                    plan, u, out, pool if n_threads > 1 else None, report
+                    plan, u, out, pool=pool if n_threads > 1 else None, progress=report
                 )
             except OSError as e:
                 missing.append((u, e))
@@ -768,7 +782,7 @@ def read_corpus(
             f"{', '.join(keys)}. {WAY_OUT}"
         )
     for s in card["shards"]:
-        check_file(inside(folder, s["file"]), s["bytes"], s["xxh3_128"], WAY_OUT, now=False)
+        check_file(inside(folder, s["file"]), s["bytes"], s["xxh3_128"], way_out=WAY_OUT, now=False)
     return card
 
 
@@ -778,7 +792,7 @@ def shard_path(
 ) -> Path:  # The file, compared with its checksum when this process first asks for it
     "A shard that is what was written."
     path = inside(folder, shard["file"])
-    check_file(path, shard["bytes"], shard["xxh3_128"], WAY_OUT)
+    check_file(path, shard["bytes"], shard["xxh3_128"], way_out=WAY_OUT)
     return path
 
 

@@ -75,6 +75,7 @@ COLUMNS = (
 def standard_obs(
     obs: pd.DataFrame,  # Table of cells of any source
     stated=(),  # Column -> value, for what holds for all cells of the source
+    *,
     columns=(),  # Standard column -> column of `obs`, where the names differ
     where: str = "The table of cells",  # For the message
 ) -> pd.DataFrame:  # `COLUMNS` as strings (is_primary_data: bool), "unknown" where nothing is known
@@ -356,6 +357,7 @@ def counted_steps(
     measured: dict,  # What `measure` returns
     axis: Axis,
     filters: Filters,
+    *,
     banned=None,  # Sorted uint64 hashes of cells that must stay out
 ) -> list:  # (filter, bool array: passes)
     """The filters that need counts; the mitochondrial one is blind where no mitochondrial gene was

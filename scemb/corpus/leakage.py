@@ -89,6 +89,7 @@ class Leakage:
 def leakage(
     corpus,  # Folder of a corpus
     evaluation,  # AnnData or file to be judged on
+    *,
     rows=None,  # bool, shape (cells,): only these cells of it
     data_set: str | None = None,  # Its name; default: obs.dataset_id, else the name of the file
     donor_column: str
@@ -198,7 +199,9 @@ def check_evaluations(
             .any(axis=1)
             .to_numpy()
         )
-        found = leakage(corpus, path, rows, data_set=name if value is None else f"{name}:{value}")
+        found = leakage(
+            corpus, path, rows=rows, data_set=name if value is None else f"{name}:{value}"
+        )
         lines.append(
             dict(
                 evaluation=name if value is None else f"{name}:{value}",

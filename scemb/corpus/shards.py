@@ -120,7 +120,7 @@ def _deflate(block):  # 1-D int32 of full length -> shuffled and compressed as H
     return isal_zlib.compress(np.ascontiguousarray(block.view(np.uint8).reshape(-1, 4).T).data, 2)
 
 # %% ../../nbs/corpus/02_shards.ipynb #392047f9
-def shard_obs(obs, rows, measured, axis):  # standard columns, and what was measured
+def shard_obs(obs, rows, measured, *, axis):  # standard columns, and what was measured
     mito = (
         (measured["n_mito"] / np.maximum(measured["n_counts"], 1)).astype(np.float32)
         if axis.mito.any()
@@ -149,7 +149,7 @@ COMPOSITION = ("tissue", "assay", "suspension_type", "cell_type", "donor_id")
 GENE_STEP, MITO_STEP = 100, 0.005  # widths of the histograms in the card
 
 
-def enter(folder, name, record, path, obs, size):  # write a record; obs None: no cell was left
+def enter(folder, name, record, *, path, obs, size):  # write a record; obs None: no cell was left
     "Describe a finished shard."
     record = record | dict(
         file=path and path.name,
@@ -175,7 +175,7 @@ def enter(folder, name, record, path, obs, size):  # write a record; obs None: n
 
 
 def finished(
-    folder, unit, deep, plan=None
+    folder, unit, deep, *, plan=None
 ):  # the record of a unit whose shard is there and, if `deep`, has its checksum; else None
     "A record that names another file than its unit's, or belongs to another plan, does not count."
     try:
@@ -206,7 +206,7 @@ def _uns_of(path):
         return read_elem(f["uns"]) if "uns" in f else {}
 
 
-def rewrite(folder, unit, record, left):  # a shard without some of its cells
+def rewrite(folder, unit, record, *, left):  # a shard without some of its cells
     counts = open_counts(folder / record["file"])
     adata = counts.adata
     writer = ShardWriter(folder / record["file"], adata.n_vars)
@@ -230,7 +230,7 @@ def rewrite(folder, unit, record, left):  # a shard without some of its cells
         folder,
         unit.record,
         kept | dict(duplicates=record.get("duplicates", 0) + int((~left).sum())),
-        path,
-        obs if path else None,
-        writer.size,
+        path=path,
+        obs=obs if path else None,
+        size=writer.size,
     )

@@ -43,7 +43,7 @@ class Candidates:
 
 
 def group_candidates(
-    number, obs, rows, filters, exclude, into
+    number, obs, rows, *, filters, exclude, into
 ):  # adds one block of a table of cells to `into`: name -> [n, removed, list of rows]
     "Filter a block of the table of cells, data set by data set."
     for name, part in obs.groupby("dataset_id", observed=True, sort=False):
@@ -86,8 +86,8 @@ class FileSource:
         self._obs = standard_obs(
             obs,
             {"dataset_id": self.name, **dict(stated)} if "dataset_id" not in obs else stated,
-            columns,
-            f"{self.path.name}",
+            columns=columns,
+            where=f"{self.path.name}",
         )
         self._barcodes = obs.index.astype(str).to_numpy()
 
@@ -111,7 +111,14 @@ class FileSource:
     def candidates(self, number, filters, exclude=()):
         return to_candidates(
             number,
-            group_candidates(number, self._obs, np.arange(len(self._obs)), filters, exclude, {}),
+            group_candidates(
+                number,
+                self._obs,
+                np.arange(len(self._obs)),
+                filters=filters,
+                exclude=exclude,
+                into={},
+            ),
         )
 
     def obs(self, rows):
@@ -159,6 +166,7 @@ def genes_card(genes):
 def with_retries(
     read,  # Function without arguments
     reopen=None,  # Called before each further try
+    *,
     attempts: int = 6,  # Tries in all
     wait: float = 1.0,  # Seconds before the second try; doubled for each further one
     say=None,  # Called with a message before each pause
@@ -274,7 +282,9 @@ class SomaSource:
             ) from e
         self.uri, self.version, self.organism = uri and str(uri), version, organism
         self.stated, self.columns, self.buffer_bytes = dict(stated), dict(columns), buffer_bytes
-        self.again = lambda read, reopen=self.open: with_retries(read, reopen, attempts, wait, say)
+        self.again = lambda read, reopen=self.open: with_retries(
+            read, reopen, attempts=attempts, wait=wait, say=say
+        )
         if self.uri and "://" not in self.uri and not Path(self.uri).is_dir():
             raise FileNotFoundError(f"There is no store at {uri}; check the path.")
         self.again(self.open, None)
@@ -355,8 +365,8 @@ class SomaSource:
         return standard_obs(
             frame,
             {"organism": self.organism.capitalize().replace("_", " "), **self.stated},
-            columns,
-            "The store",
+            columns=columns,
+            where="The store",
         )
 
     def _wanted(self):
@@ -377,9 +387,9 @@ class SomaSource:
                     number,
                     self._standard(frame),
                     frame.soma_joinid.to_numpy(),
-                    filters,
-                    exclude,
-                    into,
+                    filters=filters,
+                    exclude=exclude,
+                    into=into,
                 )
             return to_candidates(number, into)
 
@@ -451,6 +461,7 @@ def write_store(
     # dict dataset_id -> AnnData of counts, obs with the Census columns disease, assay,
     # suspension_type, is_primary_data, donor_id, ...
     sets,
+    *,
     collections=(),  # dataset_id -> collection_id
     build: str = "2000-01-01",  # Its date
 ) -> Path:  # The folder

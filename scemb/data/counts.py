@@ -176,6 +176,7 @@ def iter_chunks(
     # Cells x genes: numpy, scipy CSR/CSC, dask, or a matrix on disk (HDF5, zarr, 10x, loom)
     matrix,
     chunk_size: int = 4096,  # Cells a chunk
+    *,
     start: int = 0,  # First cell to read
     pool=None,  # Threads that inflate gzip-compressed chunks
 ):  # Yields (first cell, CSR chunk)
@@ -232,7 +233,7 @@ def _sample(matrix, n: int = 600):  # a block of cells from the beginning, the m
     return [
         (s, c)
         for s in starts
-        for s, c in [next(iter_chunks(matrix, block, s), (s, None))]
+        for s, c in [next(iter_chunks(matrix, block, start=s), (s, None))]
         if c is not None
     ]
 
@@ -500,7 +501,7 @@ class Counts:
     def chunks(self, chunk_size=4096, start=0, pool=None):
         """Yield (first cell, CSR chunk of int32 counts); a value that is no count stops the reading
         and is named."""
-        for first, chunk in iter_chunks(self.matrix, chunk_size, start, pool):
+        for first, chunk in iter_chunks(self.matrix, chunk_size, start=start, pool=pool):
             if self.rounded and chunk.data.dtype.kind == "f":
                 chunk.data = np.rint(chunk.data)
                 chunk.eliminate_zeros()
@@ -614,6 +615,7 @@ def read_counts(
     layer: str
     | Reading
     | None = None,  # "X", a layer, "raw", or a `Reading`; None takes X when it holds counts
+    *,
     gene_column: str
     | None = None,  # Column of var with identifiers; None: an Ensembl column, else var_names
     duplicates: str = "error",  # What to do with a gene name that stands twice: "error" or "sum"

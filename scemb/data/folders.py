@@ -180,6 +180,7 @@ def write_file(
 def write_json(
     path,
     value,  # What JSON can hold
+    *,
     indent: int = 1,  # None: all on one line
     sign: bool = False,  # Add a checksum of the rest: for records that no manifest covers
     **options,  # Of json.dumps
@@ -245,6 +246,7 @@ def inside(
 def write_manifest(
     folder,
     kind: str,  # What the folder holds: checkpoint, adapter, tokens, corpus
+    *,
     settings: str = "",  # Hash of the settings that made it
     # Files that belong to it; None: all at its top but hidden ones and texts for people (.md)
     names=None,
@@ -268,6 +270,7 @@ def write_manifest(
 def new_folder(
     path,
     kind: str = "",  # Of the manifest; empty: none is written
+    *,
     settings: str = "",  # Hash for the manifest
     overwrite: bool = False,  # Replace the folder that is there
     into: bool = False,  # Add to the folder that is there: file by file, the manifest last
@@ -278,7 +281,7 @@ def new_folder(
     if into and path.is_dir():
         with _place(path) as place:
             yield place
-            write_manifest(place, kind, settings)
+            write_manifest(place, kind, settings=settings)
             _flushed(place, _usual_mode(place))
             (path / MANIFEST).unlink(missing_ok=True)  # from here on the folder is unfinished
             for part in sorted(place.iterdir(), key=lambda p: p.name == MANIFEST):
@@ -294,7 +297,7 @@ def new_folder(
         yield part
         if kind:
             _flushed(part, _usual_mode(part))  # the manifest speaks of what is on the disk
-            write_manifest(part, kind, settings)
+            write_manifest(part, kind, settings=settings)
 
 # %% ../../nbs/data/01_folders.ipynb #d7455186
 _SEEN = {}  # (device, inode, size, time) -> checksum
@@ -304,6 +307,7 @@ def check_file(
     path,
     size: int,  # Bytes, by the record
     sums: str,  # Checksum, by the record
+    *,
     way_out: str = "Copy the folder again from where it came.",
     now: bool = True,  # False: only the size, unless the checksum is remembered
 ) -> None:
@@ -344,7 +348,11 @@ class Manifest:
         if name in self.files:
             record = self.files[name]
             check_file(
-                inside(self.folder, name), record["bytes"], record["xxh3_128"], self.way_out, now
+                inside(self.folder, name),
+                record["bytes"],
+                record["xxh3_128"],
+                way_out=self.way_out,
+                now=now,
             )
 
 
@@ -399,6 +407,7 @@ def _text(path, way_out):  # -> str
 def read_json(
     path,
     kind: type = dict,  # What must stand at its top: dict or list
+    *,
     keys=(),  # Keys that it must have
     way_out: str = "Copy it again from where it came.",
 ):  # The value
@@ -464,6 +473,7 @@ def tensor_shapes(
 def read_tensors(
     path,  # A .safetensors file
     wanted: dict = None,  # Name -> shape: exactly these must be there; None: whatever is there
+    *,
     way_out: str = "Copy it again from where it came.",
     finite: bool = True,  # Refuse NaN and infinity
 ) -> dict:  # Name -> tensor, on the CPU
@@ -472,7 +482,7 @@ def read_tensors(
     from safetensors.torch import load_file
 
     if wanted is not None:
-        compare_shapes(path, tensor_shapes(path, way_out), wanted, way_out)
+        compare_shapes(path, tensor_shapes(path, way_out), wanted, way_out=way_out)
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -493,6 +503,7 @@ def compare_shapes(
     path,  # For the message
     found: dict,  # Name -> shape, in the file
     wanted: dict,  # Name -> shape, by the configuration
+    *,
     way_out: str = "Copy it again from where it came.",
 ) -> None:
     "Refuse missing, additional and differently shaped tensors, by name."

@@ -326,6 +326,7 @@ def find_names(
 def map_genes(
     names,  # Ensembl ids (any version), symbols or aliases, mixed as they come
     counts=None,  # Total counts a name, shape (n,): adds the fraction of counts lost
+    *,
     symbols=None,  # A second name for each, e.g. a `var` column, tried where the first is unknown
     # One gene given twice by exact name: "error", or "sum" to keep both names
     duplicates: str = "error",

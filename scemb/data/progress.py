@@ -69,7 +69,7 @@ class Pace:
 
 
 def json_line(
-    what: str, done: int, total: int, out=None
+    what: str, done: int, total: int, *, out=None
 ):  # a line of JSON for a program that watches
     "Progress for a program: one JSON object a line, on stderr."
     print(

@@ -55,6 +55,7 @@ def remembered(
 def check_results(
     out,  # Where the cells with their results will be written
     overwrite: bool = False,  # Accept that it exists
+    *,
     endings=(".h5ad",),  # Endings that are written
     beside=(),  # Files that will be written beside it
 ) -> Path:  # The path

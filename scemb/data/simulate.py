@@ -74,6 +74,7 @@ def deal_roles(
     n_genes: int,  # Genes in the deck
     n_types: int,  # Cell types that need markers
     s: ToySettings,  # Sizes of the sets
+    *,
     rng: np.random.Generator,  # Source of the shuffle
 ) -> dict:  # Role -> integer array of gene positions, one row a set
     "Deal the genes to the planted sets; no gene gets two roles."
@@ -112,6 +113,7 @@ def plant_genes(
     roles: dict,  # From `deal_roles`
     names: np.ndarray,  # Gene names, shape (genes,)
     types: list,  # Names of the cell types
+    *,
     s: ToySettings,  # Sizes of the effects
     rng: np.random.Generator,  # Source of the effects
 ) -> dict:  # Factor -> loadings on the log scale, shape (genes,)
@@ -141,6 +143,7 @@ def plant_noise(
     n_genes: int,  # Genes
     batches: list,  # Names of the batches
     donors: list,  # Names of the donors
+    *,
     s: ToySettings,  # Sizes of the effects
     rng: np.random.Generator,  # Source of the effects
 ) -> dict:  # Factor -> loadings on the log scale, shape (genes,)
@@ -156,6 +159,7 @@ def base_levels(
     roles: dict,  # From `deal_roles`
     n_genes: int,  # Genes
     s: ToySettings,  # Levels
+    *,
     rng: np.random.Generator,  # Source of the levels
 ) -> np.ndarray:  # Log mean count in a cell of median depth, shape (genes,)
     "Draw the base level of each gene."
@@ -218,6 +222,7 @@ def design_guides(
     targets: list,  # Names of the perturbed genes
     labels: list,  # How the guides call them
     s: ToySettings,  # Guides for each gene, range of efficiencies
+    *,
     rng: np.random.Generator,  # Source of the efficiencies
 ) -> pd.DataFrame:  # One row a guide, index = guide name: target, efficiency
     "Design a guide library; the non-targeting guides come last."
@@ -246,6 +251,7 @@ def take_up(
     n_cells: int,  # Cells
     guides: pd.DataFrame,  # From `design_guides`
     s: ToySettings,  # Fractions of cells with no and with two guides, of non-targeting guides
+    *,
     rng: np.random.Generator,  # Source of the uptake
 ) -> np.ndarray:  # Which cell holds which guide, bool, shape (cells, guides)
     "Let each cell take up one guide, or none, or two."
@@ -269,6 +275,7 @@ def take_up(
 def guide_counts(
     held: np.ndarray,  # Which cell holds which guide, shape (cells, guides)
     rng: np.random.Generator,  # Source of the counts
+    *,
     mean: float = 25.0,  # UMIs of a guide in a cell that holds it
     background: float = 0.05,  # UMIs of a guide in a cell that does not
 ) -> sparse.csr_matrix:  # Guide UMIs, int32, shape (cells, guides)
@@ -303,6 +310,7 @@ def cell_activities(
     factors: list,  # Columns wanted
     perturbable: list,  # Those of them which are the levels of perturbable genes
     # Log fold of the perturbed genes by guides, shape (cells, genes); None: no screen
+    *,
     knock_down: pd.DataFrame,
     s: ToySettings,  # Spread of the regulators
     rng: np.random.Generator,  # Source of the activities
@@ -328,6 +336,7 @@ def draw_counts(
     activities: np.ndarray,  # Shape (cells, factors)
     loadings: np.ndarray,  # Shape (factors, genes)
     base: np.ndarray,  # Log mean counts, shape (genes,)
+    *,
     size_factor: np.ndarray,  # Depth of each cell around 1, shape (cells,)
     overdispersion: float,  # Variance = mean + overdispersion * mean^2
     rng: np.random.Generator,  # Source of the counts
@@ -346,6 +355,7 @@ def plan_tissue(
     n_genes: int,  # Genes
     levels: dict,  # Names of the cell types, batches and donors
     s: ToySettings,  # Everything else
+    *,
     seed: int,  # Seed of the tissue
 ) -> dict:  # var, roles, base, loadings (DataFrame, factors x genes), perturbable, guides
     "Plant a tissue: everything that is true before a cell is drawn."
@@ -354,20 +364,20 @@ def plan_tissue(
         return np.random.default_rng([seed, i])
 
     var = toy_genes(n_genes, stream(0), s.symbols)
-    roles = deal_roles(n_genes, len(levels["cell_type"]), s, stream(1))
+    roles = deal_roles(n_genes, len(levels["cell_type"]), s, rng=stream(1))
     names = var.index.to_numpy(object)
     loadings = {
-        **plant_genes(roles, names, levels["cell_type"], s, stream(2)),
-        **plant_noise(n_genes, levels["batch"], levels["donor"], s, stream(3)),
+        **plant_genes(roles, names, levels["cell_type"], s=s, rng=stream(2)),
+        **plant_noise(n_genes, levels["batch"], levels["donor"], s=s, rng=stream(3)),
     }
     perturbable = names[np.r_[roles["regulators"], roles["idle"], roles["passengers"]]]
     return dict(
         var=var,
         roles=roles,
-        base=base_levels(roles, n_genes, s, stream(4)),
+        base=base_levels(roles, n_genes, s, rng=stream(4)),
         perturbable=perturbable,
         loadings=pd.DataFrame(loadings, index=names).T,
-        guides=design_guides(perturbable, var.symbol[perturbable], s, stream(5)),
+        guides=design_guides(perturbable, var.symbol[perturbable], s, rng=stream(5)),
     )
 
 
@@ -412,6 +422,7 @@ def planted_truth(
 def toy_tissue(
     n_cells: int = 2000,  # Cells
     n_genes: int = 1000,  # Genes
+    *,
     n_types: int = 4,  # Cell types
     n_batches: int = 2,  # Batches
     n_donors: int = 16,  # Donors; with a disease every second one is diseased
@@ -435,7 +446,7 @@ def toy_tissue(
         batch=name("batch", n_batches),
         donor=name("donor", n_donors),
     )
-    plan = plan_tissue(n_genes, levels, s, seed)
+    plan = plan_tissue(n_genes, levels, s, seed=seed)
     w, guides, perturbable = plan["loadings"], plan["guides"], list(plan["perturbable"])
 
     def stream(i):
@@ -451,7 +462,7 @@ def toy_tissue(
         )
         obs["size_factor"] *= np.exp(s.disease_depth * obs.severity)
     if screen:
-        held = take_up(n_cells, guides, s, stream(1))
+        held = take_up(n_cells, guides, s, rng=stream(1))
         obs = obs.join(guide_labels(held, guides, obs.index))
         obsm["grna_counts"] = guide_counts(held, stream(2))
         uns = dict(
@@ -461,14 +472,16 @@ def toy_tissue(
             guides.target.to_numpy()[:, None] == perturbable
         )
         knock_down = pd.DataFrame(held @ folds, index=obs.index, columns=perturbable)
-    activities = cell_activities(obs, list(w.index), perturbable, knock_down, s, stream(3))
+    activities = cell_activities(
+        obs, list(w.index), perturbable, knock_down=knock_down, s=s, rng=stream(3)
+    )
     counts = draw_counts(
         activities.to_numpy(),
         w.to_numpy(),
         plan["base"],
-        obs.size_factor.to_numpy(),
-        s.overdispersion,
-        stream(4),
+        size_factor=obs.size_factor.to_numpy(),
+        overdispersion=s.overdispersion,
+        rng=stream(4),
     )
     obsm["truth"] = activities[name("programme", s.n_programmes) + perturbable]
     return ad.AnnData(

@@ -71,7 +71,7 @@ def without_depth(
     return x - np.outer(d - d.mean(), own @ inner(x) / spread)
 
 
-def check_design(case, strata, unit="donor", table_of="batch"):  # bool and strata, one a unit
+def check_design(case, strata, *, unit="donor", table_of="batch"):  # bool and strata, one a unit
     """Refuse a design in which groups and batches cannot be told apart; warn of batches that hold
     one group only."""
     counts = {g: int(n) for g, n in zip(("control", "case"), (np.sum(~case), np.sum(case)))}
@@ -109,6 +109,7 @@ def state_shift(
     x,  # Embedding or expression, shape (cells, features)
     case,  # True for cells of the cases
     donors,  # Donor of each cell
+    *,
     batch=None,  # Batch of each donor's cells: groups are compared within batches
     depth=None,  # Counts of each cell, to adjust for; None: not adjusted
     paired: bool = False,  # Donors are seen in both states: compared within donors
@@ -123,7 +124,9 @@ def state_shift(
     if depth is not None:
         x = without_depth(x, depth, donors)
     names, means, labels = per_unit(x, donors, case=case, strata=batch)
-    check_design(labels["case"], labels["strata"], unit, "donor" if paired else "batch")
+    check_design(
+        labels["case"], labels["strata"], unit=unit, table_of="donor" if paired else "batch"
+    )
     vector = mean_differences(means, labels["case"][None], labels["strata"])[0]
     return StateShift(vector, means, names, labels["case"], labels["strata"], len(x), unit, name)
 
@@ -145,6 +148,7 @@ def centred_cells(
     x,  # Embedding or expression, shape (cells, features)
     target,  # Target of each cell
     guide,  # Guide of each cell
+    *,
     control: str = "non-targeting",  # Target of the control cells
     batch=None,  # Batch of each cell
     depth=None,  # Counts of each cell, to adjust for
@@ -176,13 +180,14 @@ def perturbation_shifts(
     x,  # Embedding or expression, shape (cells, features)
     target,  # Target of each cell; cells of none, or of two (joined by "+"), belong out
     guide,  # Guide of each cell
+    *,
     control: str = "non-targeting",  # Target of the control cells
     batch=None,  # Batch of each cell: compared with controls of the same batch
     depth=None,  # Counts of each cell, to adjust for
     min_cells: int = 20,  # A target with fewer cells is left out, with a warning
 ) -> Shifts:
     "Observed shifts of a screen."
-    centred = centred_cells(x, target, guide, control, batch, depth)
+    centred = centred_cells(x, target, guide, control=control, batch=batch, depth=depth)
     target, guide = np.asarray(target).astype(str), np.asarray(guide).astype(str)
     is_control = target == control
 
@@ -209,6 +214,7 @@ def perturbation_shifts(
 def donor_test(
     state: StateShift,
     directions: np.ndarray,  # Unit vectors, shape (targets, features)
+    *,
     n_permutations: int = 9999,
     seed: int = 0,
 ) -> tuple:  # p (targets,), smallest attainable p, null projections (B, targets), exact
@@ -220,7 +226,12 @@ def donor_test(
 
     observed = project(state.case[None])[0]
     null = np.concatenate(
-        [project(m) for m in arrangements(state.case, state.strata, n_permutations, seed)]
+        [
+            project(m)
+            for m in arrangements(
+                state.case, state.strata, n_permutations=n_permutations, seed=seed
+            )
+        ]
     )
     exact = n_arrangements(state.case, state.strata) - 1 <= n_permutations
     return permutation_p(observed, null), attainable_p(observed, null, exact=exact), null, exact
@@ -230,6 +241,7 @@ def guide_test(
     guides: np.ndarray,  # Shifts of a target's guides, shape (guides, features)
     control: np.ndarray,  # Of non-targeting guides
     direction: np.ndarray,  # Unit vector of the state shift
+    *,
     n_permutations: int = 9999,
     seed: int = 0,
 ) -> tuple:  # p, smallest attainable p
@@ -250,7 +262,9 @@ def guide_test(
 
     observed, null = (
         welch(own[None])[0],
-        np.concatenate([welch(m) for m in arrangements(own, None, n_permutations, seed)]),
+        np.concatenate(
+            [welch(m) for m in arrangements(own, None, n_permutations=n_permutations, seed=seed)]
+        ),
     )
     return permutation_p(observed, null), attainable_p(
         observed, null, exact=n_arrangements(own) - 1 <= n_permutations
@@ -260,6 +274,7 @@ def guide_test(
 def bootstrap_cosines(
     state: StateShift,
     shifts: Shifts,
+    *,
     n_boot: int = 999,
     seed: int = 0,
     # Shape (n_boot, targets); donors within group and stratum, guides and non-targeting guides
@@ -304,6 +319,7 @@ class Match:
 def correlate(
     state: StateShift,
     shifts: Shifts,
+    *,
     matched: dict
     | None = None,  # Target -> shifts of random genes matched to it (genes, features): a third null
     n_permutations: int = 9999,
@@ -324,7 +340,9 @@ def correlate(
     if not ok.all():
         shifts = kept(shifts, ok)
     length, units = np.linalg.norm(state.vector), shifts.vectors / size[ok, None]
-    p_donors, p_min, null, exact = donor_test(state, units, n_permutations, seed)
+    p_donors, p_min, null, exact = donor_test(
+        state, units, n_permutations=n_permutations, seed=seed
+    )
     row = dict(
         target=shifts.targets,
         cosine=cosine(state.vector, shifts.vectors),
@@ -339,7 +357,13 @@ def correlate(
         row |= dict(
             n_guides=[len(g) for g in shifts.guides],
             p_guides=[
-                guide_test(g, shifts.control, state.vector / length, n_permutations, seed)[0]
+                guide_test(
+                    g,
+                    shifts.control,
+                    state.vector / length,
+                    n_permutations=n_permutations,
+                    seed=seed,
+                )[0]
                 for g in shifts.guides
             ],
         )
@@ -358,7 +382,9 @@ def correlate(
         ]
     table["p"] = table[[c for c in ("p_donors", "p_guides", "p_matched") if c in table]].max(axis=1)
     table["q"] = false_discovery(table.p.to_numpy())
-    draws = pd.DataFrame(bootstrap_cosines(state, shifts, n_boot, seed), columns=shifts.targets)
+    draws = pd.DataFrame(
+        bootstrap_cosines(state, shifts, n_boot=n_boot, seed=seed), columns=shifts.targets
+    )
     few = min((state.case).sum(), (~state.case).sum()) < min_units
     table["ci_low"], table["ci_high"] = (
         (np.nan, np.nan) if few else draws.quantile([0.025, 0.975]).to_numpy()
@@ -379,7 +405,7 @@ def correlate(
         table.sort_values("cosine", ignore_index=True, kind="stable"),
         draws,
         left,
-        power_statement(state, table, p_min, exact, alpha),
+        power_statement(state, table, p_min, exact=exact, alpha=alpha),
     )
 
 # %% ../../nbs/disease/00_correlate.ipynb #aa981e63
@@ -430,7 +456,7 @@ def leave_one_out(
     return pd.DataFrame.from_dict(rows, orient="index", columns=shifts.targets)
 
 # %% ../../nbs/disease/00_correlate.ipynb #ed145479
-def power_statement(state, table, p_min, exact, alpha=0.05):  # -> dict with a text
+def power_statement(state, table, p_min, *, exact, alpha=0.05):  # -> dict with a text
     "What this design could have shown."
     n_case, n_control = int(state.case.sum()), int((~state.case).sum())
     ways, tested = n_arrangements(state.case, state.strata), int(table.p.notna().sum())

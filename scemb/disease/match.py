@@ -28,6 +28,7 @@ from ..data.genes import gene_table, map_genes
 def shared_genes(
     a,
     b,  # AnnData with raw counts
+    *,
     minimum: float = 0.3,  # Smallest share of the smaller file's genes that must be in the other
     fewest: int = 50,  # Smallest number of shared genes
     layer: str | None = None,
@@ -93,6 +94,7 @@ def donor_shift(
     adata,  # AnnData with an embedding
     group: str,  # Column of the two states
     case: str,
+    *,
     control: str,  # Its two values; other cells are left out
     # Column of donors; None: every cell is its own unit, and the result describes these cells only
     donor: str | None,
@@ -128,17 +130,18 @@ def donor_shift(
         x,
         sick,
         units,
-        of_batch,
-        counts,
-        paired,
-        "cell" if donor is None else "donor",
-        f"{case} - {control}",
+        batch=of_batch,
+        depth=counts,
+        paired=paired,
+        unit="cell" if donor is None else "donor",
+        name=f"{case} - {control}",
     )
 
 # %% ../../nbs/disease/02_match.ipynb #1abdcc21
 def screen_shifts(
     adata,  # AnnData of a screen with an embedding
     target: str = "target",
+    *,
     guide: str = "guide",
     control: str = "non-targeting",  # Columns, and the target of the controls
     key: str = "X_scemb",
@@ -165,10 +168,10 @@ def screen_shifts(
         x[keep],
         t[keep],
         g[keep],
-        control,
-        None if batch is None else column(part, batch, "batches").astype(str).to_numpy(),
-        depth_of(part, layer) if depth else None,
-        min_cells,
+        control=control,
+        batch=None if batch is None else column(part, batch, "batches").astype(str).to_numpy(),
+        depth=depth_of(part, layer) if depth else None,
+        min_cells=min_cells,
     )
 
 # %% ../../nbs/disease/02_match.ipynb #4d86e624
@@ -177,6 +180,7 @@ def matched_genes(
     genes,  # Names of the targets
     # Random genes for each: its nearest in expression and detection among those drawn; under 40, no
     # p below .05
+    *,
     n: int = 40,
     pool: int = 200,  # Genes drawn in all, so many perturbations does it cost
     exclude=(),  # Names of genes never drawn, such as the rest of a list
@@ -226,6 +230,7 @@ def matched_genes(
 def predicted_shifts(
     adata,  # Cells to perturb: of the disease, of healthy donors, or both
     genes,  # Symbols or Ensembl ids; "A+B" for both at once
+    *,
     model="scemb-small",  # As for `embed`
     kind: str = "delete",  # As for `perturb`
     n_matched: int = 0,  # Random genes for each target; 0: none
@@ -240,9 +245,9 @@ def predicted_shifts(
 
     genes = list(dict.fromkeys(genes))
     single = [g for g in genes if "+" not in g]
-    like = matched_genes(adata, single, n_matched, pool, seed=seed) if n_matched else {}
+    like = matched_genes(adata, single, n=n_matched, pool=pool, seed=seed) if n_matched else {}
     others = sorted({g for v in like.values() for g in v})
-    out = perturb(adata, model, [*genes, *others], kind=kind, missing="nan", **settings)
+    out = perturb(adata, model, genes=[*genes, *others], kind=kind, missing="nan", **settings)
     x, n = np.asarray(out.X, float), len(genes)
     if centre and np.isfinite(x).all(1).sum() >= 10:
         x = x - np.nanmean(x, 0)
@@ -365,6 +370,7 @@ def pca_pair(
     a,
     b,  # AnnData with the same genes in the same order (see `shared_genes`)
     calm_a,
+    *,
     calm_b,  # Bool masks of the control cells, on which it is fitted
     key: str = "X_pca",
     n_comps: int = 30,
@@ -384,7 +390,10 @@ def pca_pair(
         var=a.var[[]],
     )
     x = pca_embedding(
-        both, np.r_[np.asarray(calm_a, bool), np.asarray(calm_b, bool)], None, n_comps
+        both,
+        np.r_[np.asarray(calm_a, bool), np.asarray(calm_b, bool)],
+        n_top_genes=None,
+        n_comps=n_comps,
     )
     a.obsm[key], b.obsm[key] = x[: a.n_obs], x[a.n_obs :]
 
@@ -393,6 +402,7 @@ def match_files(
     disease,
     screen,  # AnnData with raw counts
     group: str,
+    *,
     case: str,
     control: str,
     donor: str | None,
@@ -425,7 +435,7 @@ def match_files(
                     f"{', '.join(sorted(there.unique())[:8])}."
                 )
     if model is not None:
-        disease, screen, overlap = shared_genes(disease, screen, minimum, layer=layer)
+        disease, screen, overlap = shared_genes(disease, screen, minimum=minimum, layer=layer)
         layer = None
         say(
             f"{overlap['shared']:,} shared genes, {overlap['share']:.0%} of the smaller file; "
@@ -436,8 +446,8 @@ def match_files(
                 disease,
                 screen,
                 column(disease, group, "groups").astype(str) == control,
-                column(screen, target, "targets").astype(str) == reference,
-                key,
+                calm_b=column(screen, target, "targets").astype(str) == reference,
+                key=key,
             )
         else:
             from scemb.model.embed import cell_encoder, embed
@@ -445,10 +455,31 @@ def match_files(
             encoder = cell_encoder(model, seed=seed)
             for a in (disease, screen):
                 embed(a, encoder, key=key)
-    state = donor_shift(disease, group, case, control, donor, key, batch, depth, paired, layer)
+    state = donor_shift(
+        disease,
+        group,
+        case,
+        control=control,
+        donor=donor,
+        key=key,
+        batch=batch,
+        depth=depth,
+        paired=paired,
+        layer=layer,
+    )
     return correlate(
         state,
-        screen_shifts(screen, target, guide, reference, key, screen_batch, depth, min_cells, layer),
+        screen_shifts(
+            screen,
+            target,
+            guide=guide,
+            control=reference,
+            key=key,
+            batch=screen_batch,
+            depth=depth,
+            min_cells=min_cells,
+            layer=layer,
+        ),
         seed=seed,
         **settings,
     )

@@ -84,6 +84,7 @@ def fit_predictor(
     cells,  # Embedding of control cells, shape (cells, D)
     vectors,  # Perturbation vector of each guide, shape (guides, P)
     shifts,  # Expression change of each guide, shape (guides, genes)
+    *,
     weight=None,  # Of each guide, for example its cells
     hidden: int = 64,
     steps: int = 300,
@@ -197,6 +198,7 @@ def shift_scores(
     predicted,  # Shape (targets, genes)
     observed,  # Shape (targets, genes)
     reference,  # Mean shift of training, shape (targets, genes) or (genes,), subtracted from both
+    *,
     own=(),  # Positions of the candidates' own genes, removed from every vector
     top: int = 10,
     # DataFrame: a row a target: cosine, discrimination, overlap, error (squared, as a share of the
@@ -246,6 +248,7 @@ def all_methods(
     x,
     y,  # Training: vector (n, P) and shift (n, genes) of each target
     guide_x,
+    *,
     guide_y,  # The same of each guide
     new,  # Vectors to predict, shape (m, P)
     own,  # Position of each new target's gene among the genes, -1 where it is not measured
@@ -277,7 +280,9 @@ def scored(
 ):  # DataFrame: method, target, cosine, discrimination, overlap, error; means over rounds
     "Scores of each target."
     tables = [
-        shift_scores(p, r.observed, r.reference, own).assign(method=name, target=targets[r.targets])
+        shift_scores(p, r.observed, r.reference, own=own).assign(
+            method=name, target=targets[r.targets]
+        )
         for r in rounds
         for name, p in r.predicted.items()
     ]
@@ -288,6 +293,7 @@ def held_out_targets(
     shifts: Shifts,  # Observed, with guides, in expression
     vectors,  # Function of target names giving (n, P)
     cells,  # Embedding of control cells
+    *,
     control,  # Log expression of control cells, for the covariance regression
     genes,  # Names of the columns of the shifts
     n_folds: int = 3,  # Parts of the targets; each is predicted from the others
@@ -326,12 +332,12 @@ def held_out_targets(
                 x[train],
                 shifts.vectors[train],
                 guide_x,
-                guide_y,
-                x[test],
-                own[test],
-                cells,
-                control,
-                mean_drop(drops[train]),
+                guide_y=guide_y,
+                new=x[test],
+                own=own[test],
+                cells=cells,
+                control=control,
+                drop=mean_drop(drops[train]),
                 seed=seed,
                 **settings,
             )
@@ -368,6 +374,7 @@ def held_out_guides(
     shifts: Shifts,
     vectors,
     cells,
+    *,
     control,
     genes,  # As for `held_out_targets`
     n_folds: int = 2,
@@ -408,12 +415,12 @@ def held_out_guides(
             x,
             seen,
             guide_x,
-            guide_y,
-            x,
-            own,
-            cells,
-            control,
-            mean_drop(drops),
+            guide_y=guide_y,
+            new=x,
+            own=own,
+            cells=cells,
+            control=control,
+            drop=mean_drop(drops),
             seed=seed,
             **settings,
         ) | {"other guides": seen}
@@ -459,6 +466,7 @@ def carried_shifts(
     shifts: Shifts,  # Of a screen, with guides, in expression
     vectors,  # Function of gene names giving (n, P), NaN rows for genes without
     cells,  # Embedding of control cells
+    *,
     perturbations,  # Each "A", "A+B", or a dict of gene -> weight
     **settings,  # Of `fit_predictor`
 ) -> tuple:  # Shifts, the report of `perturbation_vectors`
@@ -498,6 +506,7 @@ def changed_genes(
     x: np.ndarray,
     groups: dict,  # Target -> positions of its cells
     controls,  # Positions of the control cells
+    *,
     change: np.ndarray,  # Observed shift of each target, shape (targets, genes)
     # target, feature, log2_fold_change, p_value, fdr; the columns that cell-eval reads
 ) -> pd.DataFrame:
@@ -555,6 +564,7 @@ def edistances(
     x: np.ndarray,  # As for `changed_genes`
     groups: dict,  # Target -> positions of its cells
     controls,  # Positions of the control cells
+    *,
     predicted: dict,  # Method -> shifts (targets, genes)
     most: int = 200,  # Cells of a side at most
     seed: int = 0,
@@ -571,7 +581,7 @@ def edistances(
     inside = [distances(c, c).sum() for c in (reference, other)]
 
     def apart(cells, own):
-        return energy(distances(cells, reference).sum(), own, inside[0], len(cells), half)
+        return energy(distances(cells, reference).sum(), own, inside[0], n_a=len(cells), n_b=half)
 
     rows = []
     for k, (name, cells) in enumerate(groups.items()):
@@ -593,6 +603,7 @@ def cell_scores(
     shifts: Shifts,  # Of the screen
     # Expression of all cells, controls around 0 (see `centred_cells`), shape (cells, genes)
     x: np.ndarray,
+    *,
     target,
     guide,  # Of each cell
     own=(),  # Positions of the candidates' genes, left out
@@ -612,8 +623,8 @@ def cell_scores(
         groups = {t: np.flatnonzero((target == t) & np.isin(guide, g)) for t, g in named.items()}
         predicted = {m: np.asarray(p)[:, keep] for m, p in r.predicted.items()}
         genes, far = (
-            changed_genes(x, groups, controls, r.observed[:, keep]),
-            edistances(x, groups, controls, predicted, seed=seed),
+            changed_genes(x, groups, controls, change=r.observed[:, keep]),
+            edistances(x, groups, controls, predicted=predicted, seed=seed),
         )
         n = (genes.fdr < 0.05).groupby(genes.target, sort=False).sum().to_numpy()
         for m, p in predicted.items():
@@ -668,7 +679,7 @@ def cell_summary(
             i = bootstrap_units(
                 partial(correlated, far[["observed", "predicted"]].to_numpy()),
                 far.target,
-                "target",
+                unit="target",
                 n_resamples=n_resamples,
                 method="percentile",
             )

@@ -14,6 +14,7 @@ from .figures import PALETTE, _plt
 def confusion_grid(
     table,  # DataFrame: method, true, guess, share (of the true class), n
     columns: int = 3,  # Panels side by side
+    *,
     size: float = 3.0,  # Inches a panel
     order=None,  # Classes from top to bottom; None: commonest first
 ):  # matplotlib figure

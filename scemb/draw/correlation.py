@@ -17,6 +17,7 @@ CALLS = {"reversal": PALETTE[0], "mimic": PALETTE[3], "not told apart": "#b0b0b0
 def signed_violins(
     table,  # DataFrame: target, cosine, ci_low, ci_high, call; perhaps cosine_needed, symbol
     draws=None,  # DataFrame of bootstrap cosines, a column a target; None: intervals alone
+    *,
     bold=(),  # Targets written in bold
     # More targets than these: the extremes of both ends are drawn, and the title says so
     most: int = 60,
@@ -108,6 +109,7 @@ def signed_violins(
 def link_bars(
     table,  # DataFrame: method, value, ci_low, ci_high, and the columns named next
     panel: str = "test",  # Column: a panel each
+    *,
     colour_by: str = "negatives",  # Column: a colour each
     metric: str = "AUROC",
     chance: float | None = 0.5,
@@ -162,6 +164,7 @@ def link_bars(
 def network_drawing(
     edges,  # DataFrame: source, target, weight
     nodes,  # DataFrame: gene, degree, module (from `hubs_and_modules`)
+    *,
     named: int = 15,  # Hubs with a name
     bold=(),
     title: str = "",

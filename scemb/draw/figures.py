@@ -67,6 +67,7 @@ def umap_coordinates(
 def umap_grid(
     table,  # DataFrame: method, umap1, umap2 and the columns to colour by
     colour_by=("cell_type", "batch"),
+    *,
     size: float = 2.6,  # Inches a panel
     shared: bool = False,  # One palette for all colourings, where they speak of the same classes
 ):  # matplotlib figure
@@ -266,6 +267,7 @@ def write_comparison(
     result,
     adata,
     label: str,
+    *,
     batch: str,  # From `compare`, and what was compared
     out,  # Folder; an earlier result is replaced
     seed: int = 0,

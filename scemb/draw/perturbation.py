@@ -16,6 +16,7 @@ def target_bars(
     # (bool)
     table,
     label: str = "agreement",
+    *,
     alpha: float = 0.05,  # Of q
     second: str = None,  # Column with the values of a second model, and its name
 ):  # matplotlib figure
@@ -66,6 +67,7 @@ def method_bars(
     # floor become lines
     scores,
     metrics=("agreement", "discrimination"),
+    *,
     chance=None,  # Score -> its value by chance; None: 0 of agreement, .5 of discrimination
     spaces=None,  # Values of the column `space`, a row of panels each; None: one row of all
 ):  # matplotlib figure
@@ -125,6 +127,7 @@ def _method_panel(ax, s, methods, metric, chance, lines):
 def shift_scatter(
     table,  # DataFrame: target, predicted, observed (a row a target and feature)
     columns: int = 4,  # Panels in a row
+    *,
     x: str = "predicted",
     y: str = "observed",  # Labels
 ):  # matplotlib figure
@@ -195,6 +198,7 @@ def qq_plot(
 def volcano(
     table,  # DataFrame: symbol, effect, and q (or p)
     n_labels: int = 8,  # Genes named: the largest effects among the significant, or of all
+    *,
     label: str = "effect on the direction",
     alpha: float = 0.05,
 ):  # matplotlib figure

@@ -67,6 +67,7 @@ def annotation_rows(
     true,  # Names of the query's classes, shape (cells,)
     ps,  # Probabilities (cells, classes), or a list of them, one a seed
     classes,  # Names of the reference's classes
+    *,
     units=None,  # Donor, run or library of each cell, shape (cells,)
     unit: str = "donor",
     method: str = "",
@@ -118,7 +119,7 @@ def annotation_rows(
             metric,
             [f[metric] for f in found],
             bootstrap_units(
-                statistic, units, unit, method="percentile", n_resamples=n_resamples, seed=seed
+                statistic, units, unit=unit, method="percentile", n_resamples=n_resamples, seed=seed
             ),
         )
     hit = np.mean([p.argmax(1) == y for p in ps], 0)
@@ -131,7 +132,7 @@ def annotation_rows(
             else bootstrap_units(
                 lambda r: mine[r].mean(),  # noqa: B023
                 own,
-                unit,
+                unit=unit,
                 method="percentile",
                 n_resamples=n_resamples,
                 seed=seed,
@@ -163,6 +164,7 @@ def against(
     # Whether each cell was named rightly, by a method and by the one it is compared with; shape
     # (cells,)
     reference,
+    *,
     units=None,  # Unit of each cell; fewer than six: cells are the units
     seed: int = 0,
 ) -> float:  # p of no difference in accuracy
@@ -202,6 +204,7 @@ def confusion(
 def unknown_roc(
     confidence,  # Of each query cell, shape (cells,)
     known,  # Whether its class stands in the reference, shape (cells,)
+    *,
     method: str = "",
     n_points: int = 101,
     seed: int = 0,
@@ -229,7 +232,7 @@ def unknown_roc(
     return table, bootstrap_units(
         lambda i: auroc(confidence[i], known[i]),
         np.arange(len(known)),
-        "cell",
+        unit="cell",
         groups=known.astype(int),
         method="percentile",
         n_resamples=199,
@@ -243,6 +246,7 @@ def leave_types_out(
     # Method -> function(mask of cells to fit on) that gives vectors of all cells, (cells, D)
     vectors: dict,
     # Donors of all cells: with three or more in the reference, whole ones are held out in turn
+    *,
     units=None,
     absent=None,  # Types to leave out in turn; None: all with 20 cells in reference and query
     loss: float = 0.05,  # Share of each known class that may be lost
@@ -274,9 +278,11 @@ def _named_or_refused(labels, fit, query, v, units, loss, seed):
     # one method, one reference -> a row a label of the query
     classes, y = np.unique(labels[fit], return_inverse=True)
     donors = None if units is None else np.asarray(units)[fit]
-    found = probed(v[fit], y, len(classes), donors, seed=seed)
+    found = probed(v[fit], y, len(classes), units=donors, seed=seed)
     unseen = found.probabilities()[found.checked]
-    limits = class_thresholds(unseen.max(1), unseen.argmax(1), y[found.checked], len(classes), loss)
+    limits = class_thresholds(
+        unseen.max(1), unseen.argmax(1), y[found.checked], n_classes=len(classes), loss=loss
+    )
     p = probabilities(found.probe.scores(v[query]), found.temperature)
     unknown = called_unknown(p, limits.threshold.to_numpy())
     right = ~unknown & (classes[p.argmax(1)] == labels[query])
@@ -329,6 +335,7 @@ def baseline_features(
     fit,  # Reference and query in one AnnData; mask of the reference
     tokens: TokenSet,  # The same cells, tokenised
     # Gene vectors of the pretraining corpus (`gene_vectors`); None: the reference takes its place
+    *,
     vectors: np.ndarray | None = None,
     layer: str | None = None,
     dim: int = 128,
@@ -348,9 +355,9 @@ def baseline_features(
         work = work[:, part.var.highly_variable.to_numpy()]
     x, own = work.X, tokens.subset(fit)
     if vectors is None:
-        vectors = gene_vectors(own, min(dim, len(own) - 1), seed, own.settings.max_len)
+        vectors = gene_vectors(own, min(dim, len(own) - 1), seed=seed, max_len=own.settings.max_len)
     return {
-        "PCA": pca_embedding(adata, fit, None, layer=layer, seed=seed),
+        "PCA": pca_embedding(adata, fit, n_top_genes=None, layer=layer, seed=seed),
         "HVG": np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32),
         "SVD bag": np.nan_to_num(bag(tokens, vectors, tokens.settings.max_len)).astype(np.float32),
     }
@@ -360,6 +367,7 @@ def baseline_probabilities(
     features: dict,  # From `baseline_features`
     train,
     query,  # Positions of the labelled cells and of those to be named
+    *,
     y: np.ndarray,
     n_classes: int,  # Classes of the labelled cells; number of classes
     names=BASELINES,
@@ -398,8 +406,8 @@ def baseline_probabilities(
             own[learn],
             y[learn],
             own[kept],
-            y[kept],
-            class_weights(y[learn], n_classes, power)[y[learn]],
+            held_y=y[kept],
+            sample_weight=class_weights(y[learn], n_classes, power)[y[learn]],
         )
         t = fit_temperature(scores(weighted(C, own[learn], y[learn]), own[kept]), y[kept])
         out[name] = probabilities(scores(weighted(C, own, y), x[query]), t).astype(np.float32)

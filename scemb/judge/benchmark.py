@@ -50,6 +50,7 @@ def contestants(
     # your own
     names,
     batch: str = "batch",  # Column of obs, for Harmony and scVI
+    *,
     model="scemb-small",  # The scEMB, where its name carries no path
     corpus=None,  # TokenSet that it was trained on (see `named_methods`)
     layer: str | None = None,
@@ -84,12 +85,23 @@ def contestants(
         ours.append(full[kind])
         order.append(full[kind])
     made = (
-        {e.name: e for e in named_methods(ours, model, batch, corpus, layer, max_len, n_seeds)}
+        {
+            e.name: e
+            for e in named_methods(
+                ours,
+                model,
+                batch=batch,
+                corpus=corpus,
+                layer=layer,
+                max_len=max_len,
+                n_seeds=n_seeds,
+            )
+        }
         if ours
         else {}
     )
     made |= {
-        n: Embedder(n, lambda a, seed, p=p: vectors(p, a, layer, seed), n_seeds)
+        n: Embedder(n, lambda a, seed, p=p: vectors(p, a, layer=layer, seed=seed), n_seeds)
         for n, p in peers.items()
     }
     return [made[n] for n in dict.fromkeys(order)], absent
@@ -99,6 +111,7 @@ def annotated_by(
     peer: Peer,  # From `Geneformer` or `ScGPT`; a copy is trained
     tokens: TokenSet,  # All cells, from `token_set`
     names,  # Their classes, shape (cells,)
+    *,
     reference: np.ndarray,  # Cells to learn from
     query: np.ndarray,  # Cells to be named
     settings: FinetuneSettings = FinetuneSettings(),
@@ -117,14 +130,14 @@ def annotated_by(
     train, held = split_labelled(
         y,
         settings.validation_share,
-        settings.seed,
-        None if units is None else np.asarray(units)[rows],
+        seed=settings.seed,
+        units=None if units is None else np.asarray(units)[rows],
     )
-    start, history = trained_state(model), fit(model, mine, y, train, held)
-    warmth = fit_temperature(predict(model, mine, held), y[held]) if len(held) else 1.0
+    start, history = trained_state(model), fit(model, mine, y, train=train, validation=held)
+    warmth = fit_temperature(predict(model, mine, cells=held), y[held]) if len(held) else 1.0
     if 0 < len(held) and len(y) <= settings.refit:
-        fit_again(model, start, mine, y, np.arange(len(y)), history)
-    return probabilities(predict(model, tokens, query), warmth), classes
+        fit_again(model, start, mine, y=y, cells=np.arange(len(y)), history=history)
+    return probabilities(predict(model, tokens, cells=query), warmth), classes
 
 # %% ../../nbs/judge/06_benchmark.ipynb #18e79ec0
 GROUPS = {
@@ -220,6 +233,7 @@ def facts(
 def write_page(
     path,  # File to write
     table,  # Score table (`compare`)
+    *,
     pictures: dict | None = None,  # Heading -> PNG file, put in as it is
     run: dict | None = None,  # What was run: name -> value (`facts`)
     notes=(),  # Lines on methods that are absent or were left out

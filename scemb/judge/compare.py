@@ -109,6 +109,7 @@ def cross_study_pbmc():  # -> AnnData with cell_type and batch (study)
 def evaluation_cells(
     dataset: str,  # A manifest with labels and batches, or "pbmc_cross_study"
     label: str = "cell_type",  # Column of obs with cell types
+    *,
     keep=None,  # Column of obs: value; other cells are left out
     n_cells: int = 0,  # Cells drawn; 0: all
     seed: int = 0,
@@ -150,18 +151,21 @@ def twin(net, corpus=None, seed=0):  # the model as it was before training -> Sc
     return new_model(
         corpus,
         s,
-        c.num_hidden_layers,
-        c.hidden_size,
-        c.num_attention_heads,
+        layers=c.num_hidden_layers,
+        width=c.hidden_size,
+        heads=c.num_attention_heads,
         intermediate_size=c.intermediate_size,
     )
 
 
 def embed_vectors(
-    adata, model, layer=None, max_len=None, seed=None, pooling="mean12"
+    adata, model, *, layer=None, max_len=None, seed=None, pooling="mean12"
 ):  # -> (cells, D); obsm is left alone
     "Embed cells without writing into the AnnData."
-    encoder, counts = cell_encoder(model, pooling, max_len, seed=seed), read_counts(adata, layer)
+    encoder, counts = (
+        cell_encoder(model, pooling, max_len=max_len, seed=seed),
+        read_counts(adata, layer),
+    )
     return np.concatenate(
         [encoder(e) for _, e in encoded_chunks(counts, encoder.tokenizer(counts))]
     )
@@ -170,6 +174,7 @@ def embed_vectors(
 def named_methods(
     names=METHODS,  # Which, in the order of the table
     model=None,  # Checkpoint, its name, or (model, vocabulary, settings); needed by the first four
+    *,
     batch: str = "batch",  # Column of obs, for Harmony and scVI
     corpus=None,  # TokenSet that the model was trained on: for its twin and its bag
     layer: str | None = None,
@@ -200,7 +205,7 @@ def named_methods(
         return tokenize(
             read_counts(a, layer),
             triple[1] if triple else None,
-            TokenizerSettings(**{**vars(settings or TokenizerSettings()), "seed": seed}),
+            settings=TokenizerSettings(**{**vars(settings or TokenizerSettings()), "seed": seed}),
         )
 
     start = cache(lambda seed: twin(triple[0], corpus, seed))
@@ -214,18 +219,24 @@ def named_methods(
                 gene_vectors(
                     corpus,
                     triple[0].config.hidden_size if triple else 50,
-                    0,
-                    corpus.settings.max_len,
+                    seed=0,
+                    max_len=corpus.settings.max_len,
                 ),
                 corpus.settings.max_len,
             )
         )
 
     run = {
-        "scEMB": lambda a, seed: embed_vectors(a, triple, layer, max_len, seed),
-        "scEMB last layer": lambda a, seed: embed_vectors(a, triple, layer, max_len, seed, "last"),
+        "scEMB": lambda a, seed: embed_vectors(a, triple, layer=layer, max_len=max_len, seed=seed),
+        "scEMB last layer": lambda a, seed: embed_vectors(
+            a, triple, layer=layer, max_len=max_len, seed=seed, pooling="last"
+        ),
         "untrained scEMB": lambda a, seed: embed_vectors(
-            a, (start(seed if corpus is None else 0), *triple[1:]), layer, max_len, seed
+            a,
+            (start(seed if corpus is None else 0), *triple[1:]),
+            layer=layer,
+            max_len=max_len,
+            seed=seed,
         ),
         "token bag": lambda a, seed: token_bag(cells(a), triple[0]),
         "SVD bag": svd,
@@ -262,6 +273,7 @@ def compare(
     adata,  # AnnData with raw counts
     embedders,  # From `named_methods`, or your own
     label: str,
+    *,
     batch: str,  # Columns of obs
     unit: str = "batch",  # What a batch is: donor, library, run
     dataset: str = "",  # Name for the table
@@ -303,18 +315,30 @@ def compare(
         say(f"scoring {e.name}")
         if integration:
             rows += integration_scores(
-                integration_draws(xs, y, b, before, n_samples, max_cells, seed), e.name, len(y)
+                integration_draws(
+                    xs, y, b, before=before, n_samples=n_samples, max_cells=max_cells, seed=seed
+                ),
+                e.name,
+                len(y),
             )
-        named, right[e.name] = leave_batch_out(x, y, b, e.name, unit, seed, fair)
+        named, right[e.name] = leave_batch_out(
+            x, y, b, method=e.name, unit=unit, seed=seed, fair=fair
+        )
         rows += (
             named
-            + few_shot_scores(x, y, e.name, shots, n_draws, seed=seed, fair=fair)
-            + depth_scores(x, detected, total, e.name, seed)
+            + few_shot_scores(
+                x, y, method=e.name, shots=shots, n_draws=n_draws, seed=seed, fair=fair
+            )
+            + depth_scores(x, detected, total, method=e.name, seed=seed)
         )
-    return Comparison(tidy(rows, dataset, seed, right, b, reference), embeddings, skipped)
+    return Comparison(
+        tidy(rows, dataset, seed=seed, right=right, batch=b, reference=reference),
+        embeddings,
+        skipped,
+    )
 
 
-def tidy(rows, dataset, seed=0, right=None, batch=None, reference=""):
+def tidy(rows, dataset, *, seed=0, right=None, batch=None, reference=""):
     "Rows into the score table: groups, paired p and q, and who is best."
     import pandas as pd
 
@@ -384,6 +408,7 @@ def masked_gene_scores(
     adata,  # Cells that are not in the corpus
     model,  # Checkpoint, its name, or (model, vocabulary, settings)
     corpus,  # TokenSet that it was trained on
+    *,
     n_cells: int = 400,
     layer: str | None = None,
     seed: int = 0,
@@ -393,7 +418,7 @@ def masked_gene_scores(
         model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
     )
     n = settings.max_len
-    tokens = tokenize(read_counts(adata, layer), vocabulary, settings)
+    tokens = tokenize(read_counts(adata, layer), vocabulary, settings=settings)
     some = np.flatnonzero(tokens.lengths > 1)
     some = np.sort(np.random.default_rng(seed).permutation(some)[:n_cells])
     scorers = {
@@ -403,7 +428,7 @@ def masked_gene_scores(
         "frequency given bin": table_scorer(bin_table(corpus, n)),
         "table by cluster and bin": ClusterBinTable(corpus, n),
     }
-    return loss_scores(masked_losses(tokens.subset(some), scorers, n, seed=1))
+    return loss_scores(masked_losses(tokens.subset(some), scorers, max_len=n, seed=1))
 
 # %% ../../nbs/judge/01_compare.ipynb #8c1e7d21
 BAR_SETS = ("baron_pancreas", "kang_ctrl_8donors", "scmixology_cell_lines")

@@ -48,6 +48,7 @@ SIZES = {
 def toy_geneformer(
     folder,  # To make
     version: int = 1,  # 1: 2,048 genes; 2: 4,096 tokens with <cls> and <eos>
+    *,
     layers: int = 2,
     width: int = 32,
     heads: int = 2,
@@ -187,6 +188,7 @@ def geneformer_net(
     config: dict,  # Of its config.json
     weights: dict,  # Its state dictionary
     ids: np.ndarray,  # Its number of each of our tokens
+    *,
     source="",  # For messages
 ) -> ScembForMaskedLM:
     "Its weights in our encoder."
@@ -259,7 +261,7 @@ def geneformer_net(
     net = ScembForMaskedLM(
         ScembConfig(vocab_size=len(ids), type_vocab_size=2, **{n: config[n] for n in names})
     ).eval()
-    fill(net, w, source, () if "cls.predictions.bias" in w else ("cls.",))
+    fill(net, w, source=source, spare=() if "cls.predictions.bias" in w else ("cls.",))
     return net
 
 # %% ../../nbs/judge/04_geneformer.ipynb #ae868404
@@ -414,6 +416,7 @@ class GeneformerPeer(Peer):
 def Geneformer(
     path,  # Its folder, or its name in the Hugging Face cache; nothing is downloaded
     pooling: str = "mean",  # "mean" over genes; "cls": the state of <cls> (V2)
+    *,
     layer: int = -1,  # -1: the second-to-last layer, 0: the last (its own numbers)
     dictionaries_in=None,  # Folder of the dictionaries, where they are not beside the weights
     max_len: int | None = None,  # Genes a cell at most; None: as many as it takes
@@ -455,7 +458,7 @@ def Geneformer(
     if layer not in (-1, 0):
         raise ValueError(f"layer={layer}; choose -1, the second-to-last layer, or 0, the last.")
     vocabulary, ids = geneformer_vocabulary(tokens, medians)
-    net = geneformer_net(config, read, ids, str(path))
+    net = geneformer_net(config, read, ids, source=str(path))
     room = net.config.max_position_embeddings - 2 * framed
     if (max_len or 1) > room:
         raise ValueError(
@@ -464,11 +467,11 @@ def Geneformer(
     e = cell_encoder(
         (net, vocabulary, TokenizerSettings(max_len=room, n_bins=1, scale="median")),
         "mean12",
-        max_len,
-        device,
-        precision,
-        token_budget,
-        seed,
+        max_len=max_len,
+        device=device,
+        precision=precision,
+        token_budget=token_budget,
+        seed=seed,
     )
     known = {g: i for i, g in enumerate(vocabulary.genes, len(SPECIAL))}
     return GeneformerPeer(

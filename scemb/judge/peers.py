@@ -188,6 +188,7 @@ def local_folder(
 def fill(
     net,  # The model to fill
     weights: dict,  # Our name -> tensor
+    *,
     source="",  # What the weights came from, for messages
     spare=(),  # Beginnings of names that may be absent: they keep what they have
 ):
@@ -218,6 +219,7 @@ def peer_tokens(
     names,  # Identifiers of the data, shape (genes,)
     by_table,  # Their tokens by way of the gene table, -1 = none
     dictionary: dict,  # The peer's name -> token
+    *,
     other: dict,  # Further names -> token
 ) -> tuple:  # (tokens, -1 = not used; step that found each, -1 = none)
     "Find the token of each name, and by which step."
@@ -267,7 +269,7 @@ class Peer(CellEncoder):
             counts.genes.names,
             self.vocabulary.token_of_rows(counts.genes.rows),
             self.dictionary,
-            self.other,
+            other=self.other,
         )
         if not (token >= 0).any():
             raise ValueError(
@@ -301,12 +303,12 @@ class Peer(CellEncoder):
             with torch.autocast(
                 self.net.device.type, torch.bfloat16, enabled=self.precision == "bf16"
             ):
-                out[cells] = _read_out(self, *flat_cells(genes, bins, offsets, cells))
+                out[cells] = _read_out(self, *flat_cells(genes, bins, offsets, cells=cells))
         return out / np.linalg.norm(out, axis=1, keepdims=True) if self.unit_length else out
 
 # %% ../../nbs/judge/03_peers.ipynb #a35e96cb
 def framed(
-    ids, bins, lengths, before=(), after=()
+    ids, bins, lengths, *, before=(), after=()
 ):  # flat cells -> the same with special tokens, of bin 0, around each
     "Put special tokens around every cell."
     n = len(lengths)
@@ -329,8 +331,8 @@ def framed(
 
 
 def _read_out(peer, ids, bins, lengths):  # one unpadded batch -> (cells, D)
-    ids, bins, n = framed(ids, bins, lengths, peer.before, peer.after)
-    for i, (_, below, x_1TD, cu) in enumerate(layer_outputs(peer.net, ids, bins, n), 1):
+    ids, bins, n = framed(ids, bins, lengths, before=peer.before, after=peer.after)
+    for i, (_, below, x_1TD, cu) in enumerate(layer_outputs(peer.net, ids, bins, lengths=n), 1):
         if i == (peer.depth or len(peer.net.bert.encoder["layer"])) or peer.depth == 0:
             break
     x_TD = (below if peer.depth == 0 else x_1TD)[0].float()
@@ -352,6 +354,7 @@ def _read_out(peer, ids, bins, lengths):  # one unpadded batch -> (cells, D)
 def vectors(
     peer: Peer,  # From `Geneformer` or `ScGPT`
     adata,  # AnnData with raw counts
+    *,
     layer: str | None = None,  # Where they are
     seed: int
     | None = None,  # Of the order of ties (and of what a long cell shows); None: the peer's
@@ -365,6 +368,7 @@ def vectors(
 def token_set(
     peer: Peer,  # From `Geneformer` or `ScGPT`
     adata,  # AnnData with raw counts
+    *,
     obs_columns=(),  # Columns of obs to keep
     layer: str | None = None,  # Where the counts are
 ) -> TokenSet:  # Without special tokens, one row a cell

@@ -44,6 +44,7 @@ SIZE = dict(layers=12, width=512, heads=8, hidden=512)  # Of the published whole
 def toy_scgpt(
     folder,  # To make
     layers: int = 2,
+    *,
     width: int = 32,
     heads: int = 2,
     hidden: int = 32,
@@ -341,6 +342,7 @@ class ScgptPeer(Peer):
 def ScGPT(
     path,  # Its folder
     max_len: int = 1200,  # Tokens a cell with <cls>, as its `embed_data` has it
+    *,
     device: str | None = None,
     precision: str = "fp32",
     token_budget: int | None = None,  # See `cell_encoder`
@@ -416,15 +418,15 @@ def ScGPT(
             special_value=args["pad_value"],
         )
     ).eval()
-    fill(net, renamed(state, ids), str(path))
+    fill(net, renamed(state, ids), source=str(path))
     e = cell_encoder(
         (net, vocabulary, TokenizerSettings(max_len=max_len - 1, n_bins=50)),
         "mean12",
-        None,
-        device,
-        precision,
-        token_budget,
-        seed,
+        max_len=None,
+        device=device,
+        precision=precision,
+        token_budget=token_budget,
+        seed=seed,
     )
     return ScgptPeer(
         e.net,

@@ -58,6 +58,7 @@ def _row(method, metric, value, low=np.nan, high=np.nan, n=0, interval=""):
 def cluster_scores(
     x: np.ndarray,  # Embedding, shape (cells, D)
     labels,  # Cell types, shape (cells,)
+    *,
     method: str = "",  # Name for the table
     n_seeds: int = 5,  # Runs of k-means
 ) -> list:  # Rows: NMI, ARI, silhouette
@@ -100,6 +101,7 @@ def transfer_scores(
     x_reference: np.ndarray,
     y_reference,  # Labelled cells
     x_query: np.ndarray,
+    *,
     y_query,  # Cells to be named, and the truth
     method: str = "",
     k: int = 15,
@@ -185,6 +187,7 @@ def leave_batch_out(
     x: np.ndarray,
     labels,
     batch,  # Embedding (cells, D), cell types and batches (cells,)
+    *,
     method: str = "",
     unit: str = "donor",  # What a batch is, for the table
     seed: int = 0,
@@ -221,11 +224,11 @@ def leave_batch_out(
         if unit == "cell":
             accuracy = mean_interval(hit.astype(float))
         else:
-            accuracy = bootstrap_units(lambda i: hit[i].mean(), units, unit, seed=seed)  # noqa: B023
+            accuracy = bootstrap_units(lambda i: hit[i].mean(), units, unit=unit, seed=seed)  # noqa: B023
         f1 = bootstrap_units(
             lambda i: macro_f1(true[i], guess[i], len(types)),  # noqa: B023
             units,
-            unit,
+            unit=unit,
             method="percentile",
             n_resamples=199,
             seed=seed,
@@ -244,6 +247,7 @@ def usable(x, labels):  # -> mask of cells with a finite embedding and a label
 def few_shot_draws(
     x: np.ndarray,
     labels,  # Embedding (cells, D), cell types (cells,)
+    *,
     shots: int = 5,  # Labelled cells a class
     n_draws: int = 20,  # Draws of labelled cells
     max_query: int = 2000,  # Cells to be named in each draw
@@ -263,7 +267,7 @@ def few_shot_draws(
         order = np.random.default_rng([seed, shots, d]).permutation(pool)
         shown = np.concatenate([order[labels[order] == t][:shots] for t in types])
         asked = order[~np.isin(order, shown)][:max_query]
-        guess = linear_probe(x[shown], labels[shown], x[asked], seed, fair)
+        guess = linear_probe(x[shown], labels[shown], x[asked], seed=seed, fair=fair)
         true, named = np.searchsorted(types, labels[asked]), np.searchsorted(types, guess)
         f1.append(macro_f1(true, named, len(types)))
     return np.array(f1), types, pool
@@ -272,6 +276,7 @@ def few_shot_draws(
 def few_shot_scores(
     x: np.ndarray,
     labels,  # Embedding (cells, D), cell types (cells,)
+    *,
     method: str = "",
     shots=(5, 20),  # Labelled cells a class
     n_draws: int = 20,  # Draws of labelled cells
@@ -282,7 +287,9 @@ def few_shot_scores(
     "Linear probes from a few labelled cells a class."
     rows = []
     for k in shots:
-        f1, types, pool = few_shot_draws(x, labels, k, n_draws, max_query, seed, fair)
+        f1, types, pool = few_shot_draws(
+            x, labels, shots=k, n_draws=n_draws, max_query=max_query, seed=seed, fair=fair
+        )
         if not len(f1):
             continue
         i = mean_interval(f1, unit="draw")
@@ -295,6 +302,7 @@ def depth_scores(
     x: np.ndarray,  # Embedding, shape (cells, D)
     detected,
     total,  # Genes and counts of each cell, shape (cells,)
+    *,
     method: str = "",
     seed: int = 0,
 ) -> list:  # Rows: R2 of log genes and of log counts
@@ -323,6 +331,7 @@ import numpy as np
 def half_samples(
     labels,
     batch,  # Cell types and batches, shape (cells,)
+    *,
     n: int = 20,  # Samples
     max_cells: int = 3000,  # Cells a sample at most
     seed: int = 0,
@@ -387,6 +396,7 @@ def integration_metrics(
     x: np.ndarray,
     labels,
     batch,  # Embedding (cells, D), cell types and batches (cells,)
+    *,
     before: np.ndarray,  # PCA of the same cells before any integration, for PCR comparison
     seed: int = 0,
     # Metric -> value from 0 to 1, higher is better; the ten, the mixing entropy and the means
@@ -441,6 +451,7 @@ def integration_draws(
     embeddings,  # One array (cells, D), or a list of them, one a seed
     labels,
     batch,  # Cell types and batches, shape (cells,)
+    *,
     before: np.ndarray,  # PCA of the same cells, shape (cells, D)
     n_samples: int = 20,
     max_cells: int = 3000,
@@ -458,9 +469,11 @@ def integration_draws(
         )
     return [
         integration_metrics(
-            xs[i % len(xs)][place[d]], labels[d], batch[d], before[place[d]], seed + i
+            xs[i % len(xs)][place[d]], labels[d], batch[d], before=before[place[d]], seed=seed + i
         )
-        for i, d in enumerate(half_samples(labels, batch, n_samples, max_cells, seed))
+        for i, d in enumerate(
+            half_samples(labels, batch, n=n_samples, max_cells=max_cells, seed=seed)
+        )
     ]
 
 

@@ -44,6 +44,7 @@ def _pieces(tokens, max_len, size=2048, cells=None):  # flat genes, bins, offset
 def unigram_prior(
     tokens: TokenSet,  # Training cells
     max_len: int = 2048,  # Genes a cell that the model will see
+    *,
     smoothing: float = 0.1,  # Pseudo-count of each gene
     n_cells: int | None = SAMPLED_CELLS,  # Cells counted at most, chosen at random; None: all
     seed: int = 0,  # Of the choice
@@ -136,10 +137,10 @@ def adversary_scorer(
     def whole(b):
         return np.where(b["labels"][0] >= 0, b["labels"][0], b["input_ids"][0])
 
-    _, trust = order_adversary(whole(fit), fit["cu_seqlens"], fit["labels"][0] >= 0, prior)
-    return lambda b: order_adversary(whole(b), b["cu_seqlens"], b["labels"][0] >= 0, prior, trust)[
-        0
-    ]
+    _, trust = order_adversary(whole(fit), fit["cu_seqlens"], fit["labels"][0] >= 0, prior=prior)
+    return lambda b: order_adversary(
+        whole(b), b["cu_seqlens"], b["labels"][0] >= 0, prior=prior, weight=trust
+    )[0]
 
 # %% ../../nbs/model/05_baselines.ipynb #63a21c1b
 def masked_scores(
@@ -147,6 +148,7 @@ def masked_scores(
     # Name -> function(batch) -> of each hidden gene, in order: nll, or (nll, how many genes were
     # held likelier)
     scorers: dict,
+    *,
     max_len: int = 2048,
     seed: int = 0,
     share: float = 0.15,
@@ -193,11 +195,13 @@ def masked_scores(
 
 
 def masked_losses(
-    tokens, scorers, max_len=2048, seed=0, share=0.15, cells_a_batch=64
+    tokens, scorers, *, max_len=2048, seed=0, share=0.15, cells_a_batch=64
 ):  # as `masked_scores`
     "The losses of `masked_scores`, a row a cell and a column a method."
     return (
-        masked_scores(tokens, scorers, max_len, seed, share, cells_a_batch)
+        masked_scores(
+            tokens, scorers, max_len=max_len, seed=seed, share=share, cells_a_batch=cells_a_batch
+        )
         .pivot(index="cell", columns="method", values="loss")[list(scorers)]
         .reset_index(drop=True)
         .rename_axis(columns=None)
@@ -207,6 +211,7 @@ def masked_losses(
 def gene_vectors(
     tokens: TokenSet,  # Training cells
     dim: int,  # Width
+    *,
     seed: int = 0,
     max_len: int = 2048,
     n_cells: int | None = SAMPLED_CELLS,  # Cells in the matrix at most, chosen at random; None: all
@@ -273,7 +278,10 @@ class ClusterBinTable:
     ):
         from sklearn.cluster import KMeans
 
-        self.bin_width, self.vectors = bin_width, gene_vectors(tokens, dim, seed, max_len)
+        self.bin_width, self.vectors = (
+            bin_width,
+            gene_vectors(tokens, dim, seed=seed, max_len=max_len),
+        )
         n_bins, n_vocab = tokens.settings.n_bins // bin_width + 1, len(tokens.vocabulary)
         vectors = bag(tokens, self.vectors, max_len)
         full = np.isfinite(vectors[:, 0])
@@ -359,6 +367,7 @@ def scanpy_module():
 def pca_embedding(
     adata,  # AnnData
     fit=None,  # Boolean mask of the cells to fit on; None: all
+    *,
     n_top_genes: int
     | None = 2000,  # Highly variable genes (scanpy, on the fitted cells); None: all genes
     n_comps: int = 50,  # Components at most
@@ -390,6 +399,7 @@ def pca_embedding(
 def random_projection(
     adata,
     n_comps: int = 50,
+    *,
     layer: str | None = None,
     seed: int = 0,
 ) -> np.ndarray:  # Shape (cells, n_comps)
@@ -416,6 +426,7 @@ from ..tokens.tokenize import TokenSet
 def harmony_embedding(
     adata,  # AnnData with raw counts
     batch: str,  # Column of obs
+    *,
     n_comps: int = 50,
     layer: str | None = None,
     seed: int = 0,
@@ -444,6 +455,7 @@ def harmony_embedding(
 def scvi_embedding(
     adata,  # AnnData with raw counts
     batch: str,  # Column of obs
+    *,
     n_latent: int = 30,
     n_top_genes: int = 2000,
     epochs: int | None = None,  # None: scvi-tools' rule
@@ -494,5 +506,7 @@ def own_bag(
 ) -> np.ndarray:  # Shape (cells, dim)
     "Bag of gene vectors from the SVD of these same cells."
     return bag(
-        tokens, gene_vectors(tokens, dim, seed, tokens.settings.max_len), tokens.settings.max_len
+        tokens,
+        gene_vectors(tokens, dim, seed=seed, max_len=tokens.settings.max_len),
+        tokens.settings.max_len,
     ).astype(np.float32)

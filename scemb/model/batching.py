@@ -17,6 +17,7 @@ import numpy as np
 def epoch_order(
     n_cells: int,  # Cells in the token set
     seed: int = 0,  # Of the run
+    *,
     epoch: int = 0,  # Each epoch has its own order
     blocks: int = 0,  # Consecutive cells that stay near each other; 0: none
     pool: int = 1_048_576,  # Cells that are shuffled together, where there are blocks
@@ -126,6 +127,7 @@ def _bounds(lengths, order, budget, limit, padded=False):  # (batches + 1,)
 def unpadded_batches(
     lengths: np.ndarray,  # Genes of each cell, shape (cells,)
     token_budget: int = 8192,  # Tokens a batch at most, on one device
+    *,
     max_len: int = 2048,  # Longer cells are cut to this
     seed: int = 0,
     epoch: int = 0,
@@ -135,7 +137,7 @@ def unpadded_batches(
     pool: int = 1_048_576,  # See `epoch_order`
 ) -> RankBatches:  # Arrays of cell numbers, one a step
     "Random batches of cells whose tokens fit the budget: the same number on every rank."
-    order = epoch_order(len(lengths), seed, epoch, blocks, pool)
+    order = epoch_order(len(lengths), seed, epoch=epoch, blocks=blocks, pool=pool)
     return _dealt(order, _bounds(lengths, order, token_budget, max_len), rank, world)
 
 # %% ../../nbs/model/02_batching.ipynb #a2packed
@@ -281,6 +283,7 @@ def _pack(lengths, order, budget, limit, world, window, packed, bounds):
 def packed_batches(
     lengths: np.ndarray,  # Genes of each cell, shape (cells,)
     token_budget: int = 32_768,  # Tokens a batch at most, on one device
+    *,
     max_len: int = 2048,  # Longer cells are cut to this
     seed: int = 0,
     epoch: int = 0,
@@ -292,7 +295,7 @@ def packed_batches(
 ) -> RankBatches:  # Arrays of cell numbers, one a step
     "Random batches that fill the budget, with even work on the devices of a step."
     _check_rank(rank, world)
-    order = epoch_order(len(lengths), seed, epoch, blocks, pool)
+    order = epoch_order(len(lengths), seed, epoch=epoch, blocks=blocks, pool=pool)
     if not len(order):
         return RankBatches(order, np.zeros(0, np.int64), np.zeros(0, np.int64))
     longest = _checked_longest(lengths, token_budget, max_len)
@@ -320,6 +323,7 @@ def _sorted_within(order, lengths, mega, limit):
 def grouped_batches(
     lengths: np.ndarray,  # Genes of each cell, shape (cells,)
     batch_size: int = 8,  # Cells a batch (Hsieh et al., Methods)
+    *,
     factor: int = 1000,  # Batches in a mega-batch (Hsieh et al., Methods)
     max_len: int = 2048,
     seed: int = 0,
@@ -329,7 +333,7 @@ def grouped_batches(
 ) -> RankBatches:  # Batches of cells of nearly one length, to be padded to their longest
     "The paper's batches: mega-batches sorted by length."
     order = _sorted_within(
-        epoch_order(len(lengths), seed, epoch), lengths, factor * batch_size, max_len
+        epoch_order(len(lengths), seed, epoch=epoch), lengths, factor * batch_size, max_len
     )
     return _dealt(order, np.r_[0 : len(order) : batch_size, len(order)], rank, world)
 
@@ -337,6 +341,7 @@ def grouped_batches(
 def token_budget_batches(
     lengths: np.ndarray,  # Genes of each cell, shape (cells,)
     token_budget: int = 16_384,  # Token places a batch at most, padding included
+    *,
     mega: int = 8000,  # Cells sorted together: 1,000 batches of 8
     max_len: int = 2048,
     seed: int = 0,
@@ -345,7 +350,7 @@ def token_budget_batches(
     world: int = 1,
 ) -> RankBatches:  # Batches of cells of nearly one length, to be padded to their longest
     "Length-grouped batches of a bounded size, in random order."
-    order = _sorted_within(epoch_order(len(lengths), seed, epoch), lengths, mega, max_len)
+    order = _sorted_within(epoch_order(len(lengths), seed, epoch=epoch), lengths, mega, max_len)
     bounds = _bounds(lengths, order, token_budget, max_len, padded=True)
     shuffled = np.random.default_rng([seed, epoch, 1]).permutation(len(bounds) - 1)
     dealt = _dealt(order, np.arange(len(bounds)), rank, world).first  # which batch each step takes
@@ -532,7 +537,9 @@ def masked_batch(
     free; a model on a GPU that had to find them out would wait for the device.
     """
     genes, bins, offsets = truncated(*tokens.gather(cells), max_len)
-    ids, shown, labels = mask_genes(genes, bins, offsets, cells, len(tokens.vocabulary), **masking)
+    ids, shown, labels = mask_genes(
+        genes, bins, offsets, cells=cells, n_vocab=len(tokens.vocabulary), **masking
+    )
     lengths = np.diff(offsets)
     ranks = np.arange(len(genes)) - np.repeat(offsets[:-1], lengths)
     return dict(

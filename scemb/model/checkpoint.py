@@ -46,6 +46,7 @@ def save_checkpoint(
     model: ScembForMaskedLM,  # The model to save
     folder,  # Where; other files in it are left alone
     vocabulary: Vocabulary,  # Names of its tokens
+    *,
     settings: TokenizerSettings,  # How its cells were tokenised
     card: dict = None,  # What is known of it: data, training, scores
     weights: dict = None,  # Weights gathered from several devices; None: the model's own
@@ -68,7 +69,7 @@ def save_checkpoint(
             k: v for k, v in weights.items() if k not in model._tied_weights_keys
         }  # stored once
     identity = tokenizer_hash(settings, vocabulary)
-    with new_folder(folder, "checkpoint", identity, into=True) as part:
+    with new_folder(folder, "checkpoint", settings=identity, into=True) as part:
         model.save_pretrained(part, **({} if weights is None else dict(state_dict=weights)))
         vocabulary.save(part)
         GeneTokenizer(str(part / "gene_vocabulary.json")).save_pretrained(part)
@@ -213,7 +214,9 @@ def read_model(
             for k, v in ScembForMaskedLM(config).state_dict().items()
             if k not in tied
         }
-    compare_shapes(weights, {k: v for k, v in found.items() if k not in tied}, wanted, WAY_OUT)
+    compare_shapes(
+        weights, {k: v for k, v in found.items() if k not in tied}, wanted, way_out=WAY_OUT
+    )
     tensors = read_tensors(weights, way_out=WAY_OUT)
     for name in wanted:
         if (

@@ -13,6 +13,7 @@ from pathlib import Path
 def launch_command(
     arguments: list,  # The command that each process runs, its program first
     nproc: int = 1,  # Processes a node, one a GPU
+    *,
     hostfile: str | None = None,  # DeepSpeed hostfile: "node1 slots=8", a line a node
     environ=None,  # Environment; None: this process's. SLURM's variables are read from it
 ) -> list:  # The command to start on this node
@@ -71,11 +72,12 @@ def first_node(
 def launch(
     arguments: list,
     nproc: int = 1,
+    *,
     hostfile: str | None = None,  # As in `launch_command`
     quiet: bool = False,  # Show what the processes print only if they fail
 ) -> int:  # Exit code of the launcher
     "Start a command on several processes and wait for it."
-    command = launch_command(arguments, nproc, hostfile)
+    command = launch_command(arguments, nproc, hostfile=hostfile)
     bin = str(
         Path(sys.executable).parent
     )  # DeepSpeed compiles what it needs with ninja, which must be found

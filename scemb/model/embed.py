@@ -84,7 +84,7 @@ def budget_batches(
     return batches
 
 
-def flat_cells(genes, bins, offsets, cells):  # -> ids (T,), bins (T,), int64, lengths (cells,)
+def flat_cells(genes, bins, offsets, *, cells):  # -> ids (T,), bins (T,), int64, lengths (cells,)
     "Tokens of the given cells, end to end, in the given order."
     lengths = np.diff(offsets)[cells]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -119,7 +119,7 @@ def encode_cells(
     vectors = []
     with autocast(model.device, chosen_precision(precision, model.device)):
         for cells in batches:
-            vectors.append(_pooled(model, *flat_cells(genes, bins, offsets, cells), pooling))
+            vectors.append(_pooled(model, *flat_cells(genes, bins, offsets, cells=cells), pooling))
     out[np.concatenate(batches)] = torch.cat(vectors).cpu().numpy()
     return out
 
@@ -132,7 +132,7 @@ def _pooled(model, ids, bins, lengths, pooling):  # one unpadded batch -> (cells
         lengths = lengths + 1
     cells = Segments.of(lengths, model.device)
     total_TD = 0
-    for _, _, x_1TD, _ in layer_outputs(model, ids, bins, cells):
+    for _, _, x_1TD, _ in layer_outputs(model, ids, bins, lengths=cells):
         if pooling == "mean12":
             total_TD = total_TD + x_1TD[0].float()
     if pooling == "mean12":
@@ -204,10 +204,10 @@ class CellEncoder:
             self.net,
             encoded["genes"],
             encoded["bins"],
-            encoded["offsets"],
-            self.pooling,
-            self.token_budget,
-            self.precision,
+            offsets=encoded["offsets"],
+            pooling=self.pooling,
+            token_budget=self.token_budget,
+            precision=self.precision,
         )
 
     def tokenizer(
@@ -275,6 +275,7 @@ def cell_encoder(
     # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
     model="scemb-small",
     pooling: str = "mean12",  # "mean12", "last" or "cls"
+    *,
     max_len: int | None = None,  # Genes a cell at most; None: as the model was trained
     device: str | None = None,  # "cpu", "cuda", "cuda:1"; None: a GPU when there is one
     precision: str = "auto",  # auto, fp32 or bf16; auto: bf16 on a GPU that has it, else fp32
@@ -314,6 +315,7 @@ def embed(
     # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
     model="scemb-small",
     # "mean12": mean over layers and genes; "last": over genes of the last layer; "cls"
+    *,
     pooling: str = "mean12",
     max_len: int | None = None,  # Genes a cell at most; None: as the model was trained
     layer: str | Reading | None = None,  # Where the counts are: "X", a layer, "raw"; or a `Reading`
@@ -330,8 +332,15 @@ def embed(
     check_key(key)
     encoder = model
     if not isinstance(model, CellEncoder):
-        encoder = cell_encoder(model, pooling, max_len, device, precision, token_budget)
-    counts = read_counts(adata, layer, gene_column, duplicates)
+        encoder = cell_encoder(
+            model,
+            pooling,
+            max_len=max_len,
+            device=device,
+            precision=precision,
+            token_budget=token_budget,
+        )
+    counts = read_counts(adata, layer, gene_column=gene_column, duplicates=duplicates)
     vectors = np.empty((counts.n_cells, encoder.net.config.hidden_size), np.float32)
     n_cut = known = given = 0
     for first, chunk in encoded_chunks(counts, encoder.tokenizer(counts), chunk_size=4096):

@@ -231,6 +231,7 @@ def embed_file(
     path,  # A file of any kind that `open_cells` reads
     out,  # A copy with the vectors: .zarr of a .zarr, else .h5ad; or .npy: the vectors alone
     # A shipped model, the folder of a checkpoint, (model, vocabulary, settings), or a CellEncoder
+    *,
     model="scemb-small",
     pooling: str = "mean12",
     max_len: int | None = None,  # See `embed`
@@ -305,7 +306,7 @@ def _embed_file(
         )
     if rank == 0:
         beside = [out.with_suffix(".json")] if out.suffix == ".npy" else []
-        check_results(out, overwrite, (".npy", same), beside)
+        check_results(out, overwrite, endings=(".npy", same), beside=beside)
         if out.suffix != ".npy":
             check_key(key, _taken(path), overwrite)
     if device is None and place is not None and torch.cuda.is_available():
@@ -314,10 +315,18 @@ def _embed_file(
     encoder = (
         model
         if isinstance(model, CellEncoder)
-        else cell_encoder(model, pooling, max_len, device, precision, token_budget, seed)
+        else cell_encoder(
+            model,
+            pooling,
+            max_len=max_len,
+            device=device,
+            precision=precision,
+            token_budget=token_budget,
+            seed=seed,
+        )
     )
     try:
-        counts = read_counts(adata, layer, gene_column, duplicates)
+        counts = read_counts(adata, layer, gene_column=gene_column, duplicates=duplicates)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     if getattr(counts.matrix, "format", "") == "csc":
@@ -340,7 +349,9 @@ def _embed_file(
     total = counts.n_cells if world == 1 else int(cells_of[todo].sum())
     seen = total - int(cells_of[todo].sum())
     for run in _runs(todo):
-        for w, (_, e) in zip(run, encoded_chunks(counts, tokenizer, int(run[0]) * window, window)):
+        for w, (_, e) in zip(
+            run, encoded_chunks(counts, tokenizer, start=int(run[0]) * window, chunk_size=window)
+        ):
             known, n_long = (
                 int(e["total"].sum()),
                 int((e["detected"] > encoder.settings.max_len).sum()),

@@ -238,6 +238,7 @@ def owner_of_tokens(
 def attention_kernel(
     device: str,  # "cpu", "cuda" ...
     dtype,  # Of queries, keys and values
+    *,
     dropout=0.0,  # On attention weights
     head_width=64,  # Width of a head
     flash=True,  # Whether the CUDA device has flash kernels, see `has_flash`
@@ -297,7 +298,9 @@ def _by_kernel(kernel, q_THd, k_THd, v_THd, s, dropout):  # -> (T, H, d)
 def _attend_unpadded(q_HTd, k_HTd, v_HTd, cu_seqlens, dropout):  # (H, T, d) each -> (H, T, d)
     "Attention within each segment of a flat row of cells."
     s = segments(cu_seqlens)
-    kernel = attention_kernel(q_HTd.device.type, q_HTd.dtype, dropout, q_HTd.shape[-1], s.flash)
+    kernel = attention_kernel(
+        q_HTd.device.type, q_HTd.dtype, dropout=dropout, head_width=q_HTd.shape[-1], flash=s.flash
+    )
     if kernel != "cells":
         q_THd, k_THd, v_THd = (x.transpose(0, 1) for x in (q_HTd, k_HTd, v_HTd))
         return _by_kernel(kernel, q_THd, k_THd, v_THd, s, dropout).transpose(0, 1)
@@ -451,6 +454,7 @@ def slow_attention(
     config: ScembConfig,
     device,  # Name of the device's type
     precision: str,  # fp32, bf16 or fp16
+    *,
     flash=None,  # Whether the device has flash kernels; None: ask it
 ):  # A sentence, or None
     "Say why training on a GPU would lay cells out as padded rows, and what to change."
@@ -460,7 +464,10 @@ def slow_attention(
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
     dropout = config.attention_probs_dropout_prob
     head_width = config.hidden_size // config.num_attention_heads
-    if attention_kernel(device, dtype, dropout, head_width, flash) != "padded":
+    if (
+        attention_kernel(device, dtype, dropout=dropout, head_width=head_width, flash=flash)
+        != "padded"
+    ):
         return None
     why = (
         f"attention_dropout is {dropout:g}, which the kernel for rows of cells does not have: "
@@ -604,7 +611,7 @@ class Decoder(nn.Linear):
             return super().forward(x_HD)
         # what is worked off at a time fits a processor's cache; a GPU wants larger products
         chunk = 4096 if x_HD.is_cuda else 256
-        return hidden_gene_loss(x_HD, self.weight, self.bias, true, chunk)
+        return hidden_gene_loss(x_HD, self.weight, self.bias, true=true, chunk=chunk)
 
 
 class PredictionHead(nn.Module):

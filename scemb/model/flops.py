@@ -13,6 +13,7 @@ def forward_flops(
     config,  # A ScembConfig, or anything with its names
     lengths,  # Tokens of each cell
     # Share of tokens that reach the head: hidden ones in training, 0 for embedding, 1 for all
+    *,
     share: float = 0.15,
     # The mean vector of each cell reaches the head as well (`cell_weight` in training)
     cell_term: bool = False,
@@ -27,17 +28,17 @@ def forward_flops(
 
 
 def training_flops(
-    config, lengths, share: float = 0.15, cell_term: bool = False
+    config, lengths, *, share: float = 0.15, cell_term: bool = False
 ) -> float:  # As `forward_flops`
     "Operations of a forward and a backward pass."
-    return 3 * forward_flops(config, lengths, share, cell_term)
+    return 3 * forward_flops(config, lengths, share=share, cell_term=cell_term)
 
 
 def flops_per_token(
-    config, lengths, share: float = 0.15, cell_term: bool = False
+    config, lengths, *, share: float = 0.15, cell_term: bool = False
 ) -> float:  # As `forward_flops`
     "Operations of training for each token, on average over cells of these lengths."
-    return training_flops(config, lengths, share, cell_term) / float(sum(lengths))
+    return training_flops(config, lengths, share=share, cell_term=cell_term) / float(sum(lengths))
 
 # %% ../../nbs/model/04_flops.ipynb #3322d17f
 # Dense bf16 (T4, V100: fp16) operations a second, from the vendor's data sheets; the longest

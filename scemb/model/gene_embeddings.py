@@ -43,6 +43,7 @@ def tokens_of_genes(
 def gene_embeddings(
     adata,  # AnnData with raw counts, or a path
     model="scemb-small",  # As for `embed`
+    *,
     genes=None,  # Symbols or Ensembl ids; None: every gene of the vocabulary
     by: str | None = None,  # Column of obs: average within its groups; None: over all cells
     # A row for each cell that expresses the gene, nothing averaged; needs `genes`
@@ -59,7 +60,7 @@ def gene_embeddings(
     if pooling == "cls":
         raise ValueError("pooling='cls' is a vector of the cell; genes have 'last' or 'mean12'.")
     coder, counts = (
-        cell_encoder(model, pooling, max_len, device, precision),
+        cell_encoder(model, pooling, max_len=max_len, device=device, precision=precision),
         read_counts(adata, layer),
     )
     if by is not None and by not in counts.adata.obs:
@@ -111,10 +112,10 @@ def gene_embeddings(
 def _token_states(coder, e):  # yields (cells, cell of each token, ids, bins, ranks, states (T, D))
     n_layers = len(coder.net.bert.encoder["layer"])
     for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
-        ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells)
+        ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells=cells)
         total_TD = 0
         with autocast(coder.net.device, coder.precision):
-            for _, _, x_1TD, _ in layer_outputs(coder.net, ids, bins, lengths):
+            for _, _, x_1TD, _ in layer_outputs(coder.net, ids, bins, lengths=lengths):
                 if coder.pooling == "mean12":
                     total_TD = total_TD + x_1TD[0].float()
         x_TD = total_TD / n_layers if coder.pooling == "mean12" else x_1TD[0].float()
@@ -223,13 +224,17 @@ class AttentionMap:
 def attention_map(
     adata,  # AnnData with raw counts, or a path
     genes,  # Symbols or Ensembl ids
+    *,
     model="scemb-small",  # As for `embed`
     layer: str | None = None,
     max_len: int | None = None,
     device: str | None = None,
 ) -> AttentionMap:
     "Attention between chosen genes, averaged over the cells that express both."
-    coder, counts = cell_encoder(model, "last", max_len, device, "fp32"), read_counts(adata, layer)
+    coder, counts = (
+        cell_encoder(model, "last", max_len=max_len, device=device, precision="fp32"),
+        read_counts(adata, layer),
+    )
     tokens = tokens_of_genes(genes, coder.vocabulary)
     G, c = len(tokens), coder.net.config
     place = np.full(len(coder.vocabulary), -1)
@@ -240,10 +245,12 @@ def attention_map(
     )
     for _, e in encoded_chunks(counts, coder.tokenizer(counts)):
         for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
-            ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells)
+            ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells=cells)
             bounds = np.concatenate([[0], np.cumsum(lengths)])
             chosen = [a + np.flatnonzero(place[ids[a:b]] >= 0) for a, b in zip(bounds, bounds[1:])]
-            for i, (block, x_1TD, _, _) in enumerate(layer_outputs(coder.net, ids, bins, lengths)):
+            for i, (block, x_1TD, _, _) in enumerate(
+                layer_outputs(coder.net, ids, bins, lengths=lengths)
+            ):
                 for a, b, at in zip(bounds, bounds[1:], chosen):
                     if not len(at):
                         continue

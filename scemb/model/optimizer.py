@@ -71,6 +71,7 @@ OPTIMIZERS = ("adamw", "muon")
 def make_optimizer(
     model: torch.nn.Module,  # Its trainable weights are taken
     name: str = "adamw",  # "adamw", or "muon" for the matrices of the layers
+    *,
     learning_rate: float = 1e-3,  # Peak, of AdamW
     matrix_rate: float = 0.02,  # Peak, of Muon
     weight_decay: float = 0.001,  # Not of biases and normalisations

@@ -204,11 +204,11 @@ class Batches(torch.utils.data.Dataset):
             batches = batches_of(
                 self.lengths,
                 s.token_budget,
-                s.max_len,
-                s.seed,
-                epoch,
-                self.rank,
-                self.world,
+                max_len=s.max_len,
+                seed=s.seed,
+                epoch=epoch,
+                rank=self.rank,
+                world=self.world,
                 blocks=s.blocks,
             )
             self.order = {epoch: batches}
@@ -262,6 +262,7 @@ GENE_SCALE = 2.0  # Spread of SVD gene vectors, in units of initializer_range
 def new_model(
     tokens: TokenSet,  # Training cells
     settings: TrainSettings,  # max_len, seed and start are used
+    *,
     layers: int = 12,
     width: int = 768,
     heads: int = 12,  # The paper's size
@@ -296,7 +297,9 @@ def new_model(
     )
     model = ScembForMaskedLM(ScembConfig(**shape | config))
     if settings.start == "corpus":
-        vectors = torch.from_numpy(gene_vectors(tokens, width, settings.seed, settings.max_len))
+        vectors = torch.from_numpy(
+            gene_vectors(tokens, width, seed=settings.seed, max_len=settings.max_len)
+        )
         frequency = np.log(unigram_prior(tokens, settings.max_len).clip(1e-9))
         weight = model.bert.embeddings.word_embeddings.weight
         seen = vectors.abs().sum(1) > 0
@@ -309,6 +312,7 @@ def new_model(
 def model_scorer(
     model: ScembForMaskedLM,  # In evaluation mode
     token_budget: int = 32_768,  # Tokens a forward pass
+    *,
     inputs: str = "both",  # As the model was trained (see `TrainSettings`)
     precision: str = "fp32",  # Of the forward pass: fp32, bf16, fp16
     # batch -> (hidden, 2): nll of each hidden gene and how many genes scored higher; special tokens
@@ -346,6 +350,7 @@ def model_scorer(
 def baseline_scorers(
     tokens: TokenSet,  # Training cells
     max_len: int = 2048,
+    *,
     seed: int = 0,
     n_cells: int = 50_000,  # Counted at most (a random choice)
     n_clusters: int = 40,
@@ -403,7 +408,9 @@ def _heldout_log(heldout, tokens, cells, s, out, step, args):
     if not args.process_index and not _as_written(out / "baselines.csv", kept["baselines"]):
         chosen = np.sort(np.random.default_rng(s.seed).permutation(cells)[:50_000])
         clusters = min(40, 1 + len(chosen) // 50)
-        guesses = baseline_scorers(tokens.subset(chosen), s.max_len, s.seed, n_clusters=clusters)
+        guesses = baseline_scorers(
+            tokens.subset(chosen), s.max_len, seed=s.seed, n_clusters=clusters
+        )
         scores = masked_scores(heldout, guesses, **asked)
         write_file(out / "baselines.csv", score_summary(scores, s.seed).to_csv(index=False))
     rows = [r for r in kept["rows"] if r["step"] <= step] if step else []
@@ -572,7 +579,11 @@ def _trainer_class():
             if self.optimizer is None:
                 s = self.settings
                 self.optimizer = make_optimizer(
-                    self.model, s.optimizer, s.learning_rate, s.matrix_rate, s.weight_decay
+                    self.model,
+                    s.optimizer,
+                    learning_rate=s.learning_rate,
+                    matrix_rate=s.matrix_rate,
+                    weight_decay=s.weight_decay,
                 )
             return self.optimizer
 
@@ -754,6 +765,7 @@ def pretrain(
     tokens: TokenSet,  # Training cells
     out,  # Folder for the checkpoint
     model: ScembForMaskedLM,  # From `new_model`, or loaded
+    *,
     settings: TrainSettings = TrainSettings(),
     heldout: TokenSet | None = None,  # Cells to score on; None: `validation_share` of the tokens
     resume: bool = False,  # Take up an interrupted run in `out`
@@ -1119,7 +1131,9 @@ def _rates(trainer, batches, step_seconds, seconds):
     )
     some = np.random.default_rng(0).permutation(len(batches.lengths))[:5000]
     lengths = np.minimum(batches.lengths[some], s.max_len).tolist()
-    per_token = flops_per_token(model.config, lengths, s.mask_share, bool(s.cell_weight))
+    per_token = flops_per_token(
+        model.config, lengths, share=s.mask_share, cell_term=bool(s.cell_weight)
+    )
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[s.precision]
     peak, _ = peak_flops(model.device, dtype)
     share = mfu(per_token * n_tokens, seconds, peak * world)
@@ -1224,7 +1238,15 @@ def _write_model(model, out, tokens, s, rates, card, weights, history):
     (out / "training.json").unlink(
         missing_ok=True
     )  # of a shorter run: from here on this one is unfinished
-    save_checkpoint(model.eval(), out, tokens.vocabulary, window, record, weights, more=more)
+    save_checkpoint(
+        model.eval(),
+        out,
+        tokens.vocabulary,
+        settings=window,
+        card=record,
+        weights=weights,
+        more=more,
+    )
 
 
 def versions() -> dict:

@@ -59,6 +59,7 @@ class GAT(torch.nn.Module):
 def train_gat(
     pairs: np.ndarray,  # Training links, nodes, shape (m, 2)
     n: int,  # Genes
+    *,
     features=None,  # Shape (n, F), NaN rows for genes without; None: free vectors
     objective: str = "links",  # "links" or "infomax"
     steps: int = 150,
@@ -93,7 +94,7 @@ def train_gat(
         return torch.from_numpy(np.concatenate([p, p[:, ::-1]]).T.copy())
 
     wrong, loss_of = (
-        negatives(held, n, known, degree, seed=seed),
+        negatives(held, n, known, degree=degree, seed=seed),
         link_loss if objective == "links" else infomax_loss(net, width),
     )
     optimizer = torch.optim.Adam(
@@ -103,7 +104,19 @@ def train_gat(
     for step in range(1, steps + 1):
         net.train()
         optimizer.zero_grad()
-        loss_of(net, x, train, index, n, known, degree, batch, rng, messages).backward()
+        loss = loss_of(
+            net,
+            x,
+            train,
+            index=index,
+            n=n,
+            known=known,
+            degree=degree,
+            batch=batch,
+            rng=rng,
+            messages=messages,
+        )
+        loss.backward()
         optimizer.step()
         if step % look and step != steps:
             continue
@@ -138,18 +151,20 @@ def rank_auroc(true, false):  # -> chance that a true pair scores above a false 
     return float((r.sum() - len(true) * (len(true) + 1) / 2) / (len(true) * len(false)))
 
 # %% ../../nbs/network/02_gat.ipynb #82a3a852
-def drawn(rng, m, share, most):  # -> bool (m,): a share of the links, or as many as `most` of them
+def drawn(
+    rng, m, share, *, most
+):  # -> bool (m,): a share of the links, or as many as `most` of them
     "Links that carry messages in one step."
     return rng.random(m) < (share if most is None else min(share, most / m))
 
 
-def link_loss(net, x, train, index, n, known, degree, batch, rng, messages=None):
+def link_loss(net, x, train, *, index, n, known, degree, batch, rng, messages=None):
     """Half of the links, or fewer, carry messages; some of the others are told from pairs of
     matched degree."""
-    carry = drawn(rng, len(train), 0.5, messages)
+    carry = drawn(rng, len(train), 0.5, most=messages)
     ask = train[~carry] if (~carry).any() else train
     ask = ask[rng.permutation(len(ask))[:batch]]
-    false = negatives(ask, n, known, degree, seed=int(rng.integers(2**31)))
+    false = negatives(ask, n, known, degree=degree, seed=int(rng.integers(2**31)))
     h = net(x, index(train[carry]))
     logits = torch.cat([net.score(h, torch.from_numpy(ask)), net.score(h, torch.from_numpy(false))])
     return F.binary_cross_entropy_with_logits(
@@ -179,8 +194,10 @@ def infomax_loss(net, width):  # -> loss with the same arguments as `link_loss`
         lambda x, index: (x[torch.randperm(len(x))], index),
     )
 
-    def loss(net, x, train, index, n, known, degree, batch, rng, messages=None):
-        return infomax.loss(*infomax(start(x), index(train[drawn(rng, len(train), 0.7, messages)])))
+    def loss(net, x, train, *, index, n, known, degree, batch, rng, messages=None):
+        return infomax.loss(
+            *infomax(start(x), index(train[drawn(rng, len(train), 0.7, most=messages)]))
+        )
 
     loss.parameters = infomax.parameters
     return loss
@@ -203,13 +220,14 @@ def model_features(
 def corpus_features(
     rows,  # Rows of `gene_table`
     tokens,  # TokenSet of a corpus
+    *,
     dim: int = 64,
     seed: int = 0,
 ) -> np.ndarray:  # Shape (n, dim), NaN for genes that no cell expresses
     "Gene vectors of the SVD of a corpus."
     from scemb.model.baselines import gene_vectors
 
-    v = gene_vectors(tokens, dim, seed, tokens.settings.max_len)
+    v = gene_vectors(tokens, dim, seed=seed, max_len=tokens.settings.max_len)
     return taken(
         np.where(np.abs(v).sum(1, keepdims=True) > 0, v, np.nan),
         tokens.vocabulary.token_of_rows(np.asarray(rows)),
@@ -237,7 +255,9 @@ def graph_vectors(
 ) -> GraphVectors:
     "Train on the whole graph and keep the vectors."
     return GraphVectors(
-        graph.rows, train_gat(graph.pairs, graph.n_genes, features, **settings)[0], graph.degree > 0
+        graph.rows,
+        train_gat(graph.pairs, graph.n_genes, features=features, **settings)[0],
+        graph.degree > 0,
     )
 
 
@@ -246,6 +266,7 @@ def look_up(
     genes,  # Names: symbols, aliases or Ensembl ids
     # Function of rows giving features (n, F), by which a gene outside the graph finds its nearest;
     # None: no such answer
+    *,
     features=None,
     n_nearest: int = 10,
     # Vectors (n, D), NaN without an answer; DataFrame: gene, symbol, answer, nearest, note (names

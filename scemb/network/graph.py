@@ -50,6 +50,7 @@ class Edges:
 def edges_from_table(
     table,  # DataFrame with a row a pair
     a: str = "a",  # Column of the first gene
+    *,
     b: str = "b",  # Column of the second
     weight: str
     | None = None,  # Column of weights, kept at their largest where a pair is repeated; None: 1
@@ -181,6 +182,7 @@ def term_sets(
 def jaccard_neighbours(
     held,  # Bool matrix (genes, terms)
     n_neighbours: int = 20,  # Kept for each gene
+    *,
     frequent: int = 1000,  # A term of more genes than these goes through the dense product
     block: int = 512,  # Genes at a time
 ) -> tuple:  # first (links,), second (links,), Jaccard index (links,); each pair once

@@ -72,6 +72,7 @@ def edge_table(
 def write_graphml(
     edges,  # DataFrame: source, target, weight and other columns
     path,  # File to write
+    *,
     nodes=None,  # DataFrame indexed by gene: columns become attributes of the nodes
     directed: bool = False,
 ):
@@ -123,6 +124,7 @@ def expression_of(
 def network_genes(
     adata,
     n: int = 150,  # Genes wanted
+    *,
     always=(),  # Names taken first, where they are detected, for example transcription factors
     min_detected: float = 0.1,  # Smallest share of cells with the gene
     layer: str | None = None,
@@ -151,7 +153,7 @@ def network_genes(
 
 
 def correlation_network(
-    adata, genes, cell_type="all", layer=None
+    adata, genes, *, cell_type="all", layer=None
 ):  # -> GeneNetwork; absolute Pearson correlation
     "Co-expression."
     rows, x = expression_of(adata, genes, layer)
@@ -163,6 +165,7 @@ def correlation_network(
 def tree_network(
     adata,
     genes,
+    *,
     regulators=None,  # Names of the genes that may regulate; None: all
     n_trees: int = 50,
     cell_type: str = "all",
@@ -193,6 +196,7 @@ def tree_network(
 def attention_networks(
     adata,
     genes,
+    *,
     model="scemb-small",
     cell_type: str = "all",
     **settings,  # Of `attention_map`
@@ -201,7 +205,7 @@ def attention_networks(
     "One network a head."
     from scemb.model.gene_embeddings import attention_map
 
-    found = attention_map(adata, list(genes), model, **settings)
+    found = attention_map(adata, list(genes), model=model, **settings)
     rows = map_genes(list(genes), duplicates="sum").rows
     return {
         (layer + 1, head + 1): GeneNetwork(
@@ -219,6 +223,7 @@ def attention_networks(
 def context_network(
     adata,
     genes,
+    *,
     model="scemb-small",
     cell_type: str = "all",
     **settings,  # Of `gene_embeddings`
@@ -227,7 +232,7 @@ def context_network(
     from scemb.model.gene_embeddings import gene_embeddings
 
     out, rows = (
-        gene_embeddings(adata, model, list(genes), **settings),
+        gene_embeddings(adata, model, genes=list(genes), **settings),
         map_genes(list(genes), duplicates="sum").rows,
     )
     at = pd.Index(out.obs.gene).get_indexer(gene_table().ensembl_id.to_numpy()[rows])
@@ -240,6 +245,7 @@ def context_network(
 def vector_network(
     rows,
     vectors,  # Rows of `gene_table`; shape (n, D)
+    *,
     method: str = "input vectors",
     cell_type: str = "all",
 ) -> GeneNetwork:  # Cosine of centred vectors, no cells seen
@@ -253,6 +259,7 @@ def vector_network(
 def judged_pairs(
     rows: np.ndarray,  # Of the network
     known: Edges,  # Links taken as true
+    *,
     fraction: float = 0.5,  # Of links and non-links for training
     seed: int = 0,
 ) -> tuple:  # Dict "train", "test" of (pairs (m, 2), truth (m,)); positions in `rows`
@@ -284,7 +291,9 @@ def network_scores(
     "AUROC, average precision and early precision of a network."
     w = network.both_ways()[pairs[:, 0], pairs[:, 1]]
     w = rank_scores(w)
-    rows = link_metrics(w[truth], w[~truth], pairs[truth], pairs[~truth], n_boot, seed)
+    rows = link_metrics(
+        w[truth], w[~truth], pairs[truth], false_pairs=pairs[~truth], n_boot=n_boot, seed=seed
+    )
     share = float(truth.mean())
     return [
         dict(

@@ -15,6 +15,7 @@ from .graph import Edges, GeneGraph
 def split_links(
     graph: GeneGraph,
     by: str = "edge",  # "edge" or "gene"
+    *,
     fraction: float = 0.1,  # Of the links, or of the genes, that are hidden
     seed: int = 0,
 ) -> tuple:  # Training pairs, test pairs, int64, shape (., 2)
@@ -54,6 +55,7 @@ def negatives(
     pairs: np.ndarray,  # True pairs, shape (m, 2)
     n: int,  # Genes
     known,  # Pair keys of all known links, which are never drawn
+    *,
     degree=None,  # Degrees in the training graph: matched negatives; None: uniform over `among`
     among=None,  # Nodes to draw from; None: all (uniform), or those with a link (matched)
     fixed=None,  # Nodes that stay in their pairs: the hidden genes of a split by gene
@@ -115,6 +117,7 @@ def adjacency(pairs, n):  # (m, 2) nodes -> symmetric csr matrix (n, n) of float
 def spectral_vectors(
     pairs: np.ndarray,  # Training links
     n: int,  # Genes
+    *,
     dim: int = 64,
     seed: int = 0,
 ) -> np.ndarray:  # Shape (n, dim); zero for genes without a link
@@ -153,6 +156,7 @@ def simple_scores(
     train: np.ndarray,  # Training links
     n: int,  # Genes
     pairs: np.ndarray,  # Pairs to score
+    *,
     dim: int = 64,  # Of the spectral embedding
 ) -> dict:  # Name -> score (m,)
     "Scores that need no training."
@@ -167,7 +171,7 @@ def simple_scores(
         "degree product": d[pairs[:, 0]] * d[pairs[:, 1]],
         "common neighbours": shared(a),
         "Adamic-Adar": shared((a @ rare).tocsr()),
-        "spectral embedding": vector_scores(spectral_vectors(train, n, dim), pairs),
+        "spectral embedding": vector_scores(spectral_vectors(train, n, dim=dim), pairs),
     }
 
 # %% ../../nbs/network/01_links.ipynb #4788ef5f
@@ -251,6 +255,7 @@ def score_links(
     scorers: dict,  # Name -> function of pairs (m, 2) giving scores (m,)
     pairs: np.ndarray,  # True pairs
     n: int,  # Genes
+    *,
     known,  # Pair keys of all known links
     degree: np.ndarray,  # In the training graph
     fixed=None,  # Hidden genes, which stay in the false pairs; see `negatives`
@@ -267,11 +272,13 @@ def score_links(
     linked, rows = np.flatnonzero(degree), []
     for kind, false in (
         ("uniform", negatives(pairs, n, known, among=linked, fixed=fixed, seed=seed)),
-        ("degree-matched", negatives(pairs, n, known, degree, fixed=fixed, seed=seed)),
+        ("degree-matched", negatives(pairs, n, known, degree=degree, fixed=fixed, seed=seed)),
     ):
         for name, f in scorers.items():
             rows += [
                 dict(method=name, negatives=kind, **r)
-                for r in link_metrics(f(pairs), f(false), pairs, false, n_boot, seed)
+                for r in link_metrics(
+                    f(pairs), f(false), pairs, false_pairs=false, n_boot=n_boot, seed=seed
+                )
             ]
     return pd.DataFrame(rows)

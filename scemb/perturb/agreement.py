@@ -120,7 +120,7 @@ def ceiling(
 
 
 def cell_ceiling(
-    values, obs, n_splits: int = 10, seed: int = 0
+    values, obs, *, n_splits: int = 10, seed: int = 0
 ) -> dict:  # a row a cell; from `screen_cells`
     "The same with cells dealt at random to two halves of each target."
     rng, found = np.random.default_rng(seed), []
@@ -135,7 +135,7 @@ def cell_ceiling(
 
 
 def floor(
-    guides: pd.DataFrame, size: int = 4, n_splits: int = 50, seed: int = 0
+    guides: pd.DataFrame, size: int = 4, *, n_splits: int = 50, seed: int = 0
 ) -> dict:  # guides a pseudo-target
     "The ceiling of pseudo-targets dealt from control guides: what noise reaches."
     nt = guides.loc[[CONTROL]]
@@ -157,6 +157,7 @@ def floor(
 def guide_intervals(
     predicted: pd.DataFrame,
     guides: pd.DataFrame,  # Targets x features; (target, guide) x features
+    *,
     n_resamples: int = 499,
     seed: int = 0,
     confidence: float = 0.95,
@@ -187,6 +188,7 @@ def guide_intervals(
 def label_test(
     predicted: pd.DataFrame,
     observed: pd.DataFrame,  # Targets x features
+    *,
     n_permutations: int = 4999,
     seed: int = 0,
 ) -> dict:  # agreement, its interval over targets, p, null_sd, n
@@ -213,6 +215,7 @@ def label_test(
 def detectable(
     null_sd: float,
     n: int,  # From `label_test`
+    *,
     alpha: float = 0.05,
     power: float = 0.8,
 ) -> float:  # Mean agreement
@@ -230,6 +233,7 @@ def _cosines(weights, guides, direction):
 def guide_test(
     predicted: pd.DataFrame,  # Targets x features
     guides: pd.DataFrame,  # (target, guide) x features, controls included
+    *,
     n_permutations: int = 4999,
     seed: int = 0,
 ) -> pd.DataFrame:  # A row a target: agreement_control, z, p, q, n_guides
@@ -252,7 +256,12 @@ def guide_test(
 
         own, null = (
             float(score(case[None])[0]),
-            np.concatenate([score(m) for m in arrangements(case, None, n_permutations, seed)]),
+            np.concatenate(
+                [
+                    score(m)
+                    for m in arrangements(case, None, n_permutations=n_permutations, seed=seed)
+                ]
+            ),
         )
         rows[t] = dict(
             agreement_control=own,
@@ -267,6 +276,7 @@ def guide_test(
 def null_p(
     predicted: pd.DataFrame,
     guides: pd.DataFrame,  # As for `guide_test`
+    *,
     size: int = 4,  # Guides of a pseudo-target
     n_draws: int = 1000,
     n_permutations: int = 199,
@@ -297,6 +307,7 @@ def matched_test(
     pool: pd.DataFrame,  # Predicted shifts of many genes x features
     # Index = genes and targets; columns to match on: log mean, detection, mean rank
     about: pd.DataFrame,
+    *,
     observed: pd.DataFrame,  # Targets x features
     n_matched: int = 20,
 ) -> pd.DataFrame:  # A row a target: agreement, null_mean, z, p, q, n_matched
@@ -389,6 +400,7 @@ def without_depth(
 def score_predictions(
     predictions: dict,  # Name -> targets x features
     guides: pd.DataFrame,  # (target, guide) x features, controls included
+    *,
     n_permutations: int = 1999,
     seed: int = 0,
 ) -> pd.DataFrame:  # Tidy: method, metric, value, ci_low, ci_high, p, n, unit
@@ -418,7 +430,7 @@ def score_predictions(
         for metric in ("agreement", "discrimination"):
             add(name, metric, c[metric], c["n"])
     for name, predicted in predictions.items():
-        test = label_test(predicted, observed, n_permutations, seed)
+        test = label_test(predicted, observed, n_permutations=n_permutations, seed=seed)
         r = recognition(predicted, observed)
         add(name, "agreement", test["value"], test["n"], test["ci_low"], test["ci_high"], test["p"])
         i = mean_interval(r.discrimination, unit="target", seed=seed)
@@ -456,6 +468,7 @@ def _discrimination_p(predicted, observed, n_permutations, seed):  # labels deal
 def size_agreement(
     impact,
     edistance,  # Predicted and observed, one a target
+    *,
     depth_shift=None,  # Held fixed in the partial correlation
     n_permutations: int = 4999,
     seed: int = 0,

@@ -77,6 +77,7 @@ def call_guides(
     method: str = "umi",  # "umi", "zscore", "mixture" or "demuxem"
     # Fewest UMIs of a held guide ("mixture" finds its own limit, of at least 2; "demuxem": fewest
     # of a cell's guides beyond background)
+    *,
     min_umis: int = 5,
     cutoff: float = 3.5,  # Of the modified z-score
     seed: int = 0,  # Of the start of "mixture" and "demuxem"
@@ -157,6 +158,7 @@ def _upper(counts, seed):
 def assign_guides(
     adata,  # AnnData with guide counts in obsm
     method: str = "umi",  # See `call_guides`
+    *,
     min_umis: int = 5,
     cutoff: float = 3.5,
     seed: int = 0,  # See `call_guides`
@@ -165,7 +167,7 @@ def assign_guides(
 ):  # The same AnnData, with obs guide, target and n_guides, obsm["guides"] and uns["guides"]
     "Assign guides and targets to cells."
     umis, library = guide_library(adata, key, targets)
-    held = call_guides(umis, method, min_umis, cutoff, seed)
+    held = call_guides(umis, method, min_umis=min_umis, cutoff=cutoff, seed=seed)
     if not held.any():
         raise ValueError(
             f"No cell holds a guide by method={method!r}, min_umis={min_umis}; the largest guide "
@@ -212,6 +214,7 @@ def multiplicity(
 def screen_cells(
     adata,  # After `assign_guides`
     batch: str = None,  # Column of obs; None: "batch" or "sample" where there is one
+    *,
     min_counts: int = 20,  # More gene UMIs than these
     # "refuse" targets without controls in their batches, or "allow": then all controls are used
     confounded: str = "refuse",
@@ -294,6 +297,7 @@ def _depth(x):  # counts -> scaled to the median depth, CSR
 def knock_down(
     adata,  # After `assign_guides`
     batch: str = None,
+    *,
     min_counts: int = 20,
     confounded: str = "refuse",
     layer: str = None,  # See `screen_cells`
@@ -302,7 +306,9 @@ def knock_down(
     seed: int = 0,
 ) -> pd.DataFrame:  # target, n, n_guides, knock_down (share gone), ci_low, ci_high, p, q, reason
     "Estimate how much of each target's expression is gone, over guides."
-    x, obs, counts = screen_cells(adata, batch, min_counts, confounded, layer)
+    x, obs, counts = screen_cells(
+        adata, batch, min_counts=min_counts, confounded=confounded, layer=layer
+    )
     x, targets = _depth(x).tocsc(), sorted(set(obs.target) - {CONTROL})
     columns = target_columns(targets, counts)
     if max(columns.values(), default=-1) < 0:
@@ -350,7 +356,7 @@ def _gone(level, obs, target, n_permutations, seed):  # of one gene -> knock_dow
     null = np.concatenate(
         [
             (m @ x) / m.sum(1) - (~m @ x) / (~m).sum(1)
-            for m in arrangements(case, None, n_permutations, seed)
+            for m in arrangements(case, None, n_permutations=n_permutations, seed=seed)
         ]
     )
     out = dict(
@@ -369,6 +375,7 @@ def scaled(
     x,  # Counts, CSR, shape (cells, genes)
     control,  # True for controls, shape (cells,)
     batch,  # Batch of each cell
+    *,
     offset: float = 0.05,  # Added to the standard deviation
 ) -> np.ndarray:  # Shape (cells, genes), float32
     "Log expression, centred on the controls of each batch, in units of the controls' spread."
@@ -399,6 +406,7 @@ def energy(
     between: float,
     within_a: float,
     within_b: float,  # Sums of distances over ordered pairs
+    *,
     n_a,
     n_b,  # Cells of each
 ):  # Unbiased E-distance
@@ -409,6 +417,7 @@ def energy(
 def edistance(
     adata,  # After `assign_guides`
     batch: str = None,
+    *,
     min_counts: int = 20,
     confounded: str = "refuse",
     layer: str = None,  # See `screen_cells`
@@ -423,7 +432,9 @@ def edistance(
     "E-distance of each target to the controls, with p and q."
     if units not in ("guide", "cell"):
         raise ValueError(f"units is {units!r}, wanted guide or cell.")
-    x, obs, counts = screen_cells(adata, batch, min_counts, confounded, layer)
+    x, obs, counts = screen_cells(
+        adata, batch, min_counts=min_counts, confounded=confounded, layer=layer
+    )
     y = scaled(x, obs.target == CONTROL, obs.batch)
     depth = np.log(np.asarray(x.sum(1)).ravel())
     targets = sorted(set(obs.target) - {CONTROL})
@@ -453,7 +464,7 @@ def edistance(
             np.delete(y, columns[t], 1) if columns[t] >= 0 else y,
             np.random.default_rng([seed, i]),
         )
-        draws = [matched(obs, t, max_cells, rng) for _ in range(n_draws)]
+        draws = [matched(obs, t, max_cells, rng=rng) for _ in range(n_draws)]
         values = [_edistance(z[a], z[b]) for a, b in draws]
         row["edistance"], row["sd_draw"] = float(np.mean(values)), float(np.std(values))
         row["depth_shift"] = float(np.mean([depth[a].mean() - depth[b].mean() for a, b in draws]))
@@ -475,6 +486,7 @@ def matched(
     obs,  # From `screen_cells`
     target: str,  # A target
     max_cells: int,  # A side at most
+    *,
     rng: np.random.Generator,  # Source of the draw
 ) -> tuple:  # Row numbers of cells and of as many controls, with the same batches
     "Draw cells of a target and controls that match their batches."
@@ -492,7 +504,13 @@ def matched(
 
 def _edistance(a, b):
     return (
-        energy(distances(a, b).sum(), distances(a, a).sum(), distances(b, b).sum(), len(a), len(b))
+        energy(
+            distances(a, b).sum(),
+            distances(a, a).sum(),
+            distances(b, b).sum(),
+            n_a=len(a),
+            n_b=len(b),
+        )
         if min(len(a), len(b)) > 1
         else np.nan
     )
@@ -529,8 +547,8 @@ def _guide_p(z, obs, target, max_cells, n_permutations, rng):  # guides change p
             (ma * (1 - m)).sum(1),
             (ma * m).sum(1),
             (((1 - m) @ between) * (1 - m)).sum(1),
-            n_a,
-            n.sum() - n_a,
+            n_a=n_a,
+            n_b=n.sum() - n_a,
         )
 
     return permutation_p(
@@ -538,7 +556,9 @@ def _guide_p(z, obs, target, max_cells, n_permutations, rng):  # guides change p
         np.concatenate(
             [
                 statistic(m)
-                for m in arrangements(case, None, n_permutations, int(rng.integers(2**31)))
+                for m in arrangements(
+                    case, None, n_permutations=n_permutations, seed=int(rng.integers(2**31))
+                )
             ]
         ),
         "greater",
@@ -558,15 +578,18 @@ def _cell_p(z, obs, draw, n_permutations, rng):  # cells change places within ba
             (ma * (1 - m)).sum(1),
             (ma * m).sum(1),
             (((1 - m) @ d) * (1 - m)).sum(1),
-            n_a,
-            len(case) - n_a,
+            n_a=n_a,
+            n_b=len(case) - n_a,
         )
 
     null = np.concatenate(
         [
             statistic(m)
             for m in arrangements(
-                case, obs.batch.to_numpy()[cells], n_permutations, int(rng.integers(2**31))
+                case,
+                obs.batch.to_numpy()[cells],
+                n_permutations=n_permutations,
+                seed=int(rng.integers(2**31)),
             )
         ]
     )
@@ -610,6 +633,7 @@ def observed_shifts(
 def calibration(
     adata,  # After `assign_guides`
     units: str = "guide",  # As for `edistance`
+    *,
     group: int = 4,  # Control guides that make a pseudo-target (cells as units: 1 shows it best)
     n_targets: int = 20,  # Pseudo-targets
     seed: int = 0,

@@ -112,11 +112,14 @@ def cells_on(
     device,
     encoded: dict,
     values,  # Where; from `Encoder`; from `token_values`
+    *,
     cells,  # Numbers of some cells of the chunk
     bins_over: str = "window",  # As the tokenizer was set
 ) -> Cells:
     "Put cells on the device."
-    ids, bins, lengths = flat_cells(encoded["genes"], encoded["bins"], encoded["offsets"], cells)
+    ids, bins, lengths = flat_cells(
+        encoded["genes"], encoded["bins"], encoded["offsets"], cells=cells
+    )
     v = np.concatenate([values[encoded["offsets"][c] : encoded["offsets"][c + 1]] for c in cells])
     beyond = (
         encoded["detected"][cells] - lengths if bins_over == "detected" else np.zeros(len(cells))
@@ -146,6 +149,7 @@ def mid_rank_bins(
     values,
     owner,
     lengths,
+    *,
     beyond,  # (T,) ordered values and variants; (variants,) tokens, and genes beyond the window
     n_bins: int = 100,
 ):  # (T,) bins
@@ -167,6 +171,7 @@ def tokens_of_variants(
     lengths,  # (cells,) tokens of each cell
     which,
     places,
+    *,
     tokens,  # As for `variants`; all NumPy arrays
     kind: str = "mask",
 ) -> tuple:  # (variants,) tokens of each while it is built, and at the end: deletion shortens it
@@ -226,7 +231,7 @@ def variants(
         value, key = change(value, i.double(), owner, start, at, present, factor)
         order = torch.argsort(owner * float(2**24) + key, stable=True)
     ids, source, target, owner = ids[order], source[order], target[order], owner[order]
-    bins = mid_rank_bins(value[order], owner, kept, cells.beyond[which], n_bins)
+    bins = mid_rank_bins(value[order], owner, kept, beyond=cells.beyond[which], n_bins=n_bins)
     return Variants(ids, bins, source, target, owner, kept)
 
 

@@ -38,6 +38,7 @@ def states(
     net,  # ScembForMaskedLM in evaluation mode
     ids,
     bins,  # Flat tokens and bins on the device, (T,)
+    *,
     cells,  # Their Segments (or boundaries, (cells + 1,))
     pooling: str = "mean12",  # "mean12" or "last"
     precision: str = "fp32",  # fp32 or bf16
@@ -86,7 +87,14 @@ def shifts_of(
     n_cells, n_tokens, n_vocabulary = len(cells.lengths), len(cells.ids), net.config.vocab_size
     lengths = cells.lengths.cpu().numpy()
     boundaries = Segments.of(lengths, device)
-    x0, s = states(net, cells.ids, cells.bins, boundaries, coder.pooling, coder.precision)
+    x0, s = states(
+        net,
+        cells.ids,
+        cells.bins,
+        cells=boundaries,
+        pooling=coder.pooling,
+        precision=coder.precision,
+    )
     owner = owner_of_tokens(boundaries.cu, n_tokens)
     every = torch.ones_like(owner, dtype=torch.bool)
     no_gene = torch.zeros(n_vocabulary, dtype=torch.bool, device=device)
@@ -98,7 +106,7 @@ def shifts_of(
     total = torch.zeros(n_cells, s.shape[1], device=device).index_add_(0, owner, kept)
     in_mean = (~out_of[cells.ids]).float()
     count = torch.zeros(n_cells, device=device).index_add_(0, owner, in_mean)
-    built, size = tokens_of_variants(lengths, which, places, tokens, kind)
+    built, size = tokens_of_variants(lengths, which, places, tokens=tokens, kind=kind)
     batches = budget_batches(built, coder.token_budget)
     shifts, impacts, bag_impacts = [], [], []
     for part in batches:
@@ -108,9 +116,20 @@ def shifts_of(
 
         c, p, t = put(which), put(places), put(tokens)
         known = int(built[part].sum()), int(size[part].sum())
-        v = variants(cells, c, p, t, kind, factor, coder.settings.n_bins, known)
+        v = variants(
+            cells,
+            c,
+            p,
+            tokens=t,
+            kind=kind,
+            factor=factor,
+            n_bins=coder.settings.n_bins,
+            total=known,
+        )
         ends = Segments.of(size[part], device)
-        y0, y = states(net, v.ids, v.bins, ends, coder.pooling, coder.precision)
+        y0, y = states(
+            net, v.ids, v.bins, cells=ends, pooling=coder.pooling, precision=coder.precision
+        )
         at = (cells.first[c][:, None] + p).clamp(min=0)
         own = torch.where((p >= 0)[..., None], kept[at], 0.0).sum(1)
         n_own = ((p >= 0) & ~out_of[cells.ids[at]]).sum(1)
@@ -158,6 +177,7 @@ class Plan:
 def plan(
     adata,
     model="scemb-small",
+    *,
     genes=None,
     kind="mask",
     factor=0.2,
@@ -185,7 +205,14 @@ def plan(
     coder = (
         model
         if isinstance(model, CellEncoder)
-        else cell_encoder(model, pooling, max_len, device, precision, token_budget)
+        else cell_encoder(
+            model,
+            pooling,
+            max_len=max_len,
+            device=device,
+            precision=precision,
+            token_budget=token_budget,
+        )
     )
     peer = getattr(coder.net, "peer", None)
     if peer:
@@ -275,6 +302,7 @@ def _expressed(counts, token, vocabulary, min_cells):  # every gene that enough 
 def windows(
     plan: Plan,
     size: int = 64,  # Cells read at a time
+    *,
     start: int = 0,  # First window
     each=None,  # Called with (sets (variants,), cells (variants,), Variants, movement of tokens)
 ):  # Yields dicts: rows, shift, impact, bag_impact, n - a row a (set, group), or a (set, cell)
@@ -289,13 +317,23 @@ def windows(
             which, sets, places = _where(e, cells, tokens, V, plan)
             if not len(which):
                 continue
-            on = cells_on(coder.net.device, e, values, cells, coder.settings.bins_over)
+            on = cells_on(
+                coder.net.device, e, values, cells=cells, bins_over=coder.settings.bins_over
+            )
             cell = first + cells[which]
             call = each and (
                 lambda part, v, m, sets=sets, cell=cell: each(sets[part], cell[part], v, m)
             )
             shift, impact, bag = shifts_of(
-                coder, on, which, places, tokens[sets], plan.kind, plan.factor, plan.outside, call
+                coder,
+                on,
+                which,
+                places=places,
+                tokens=tokens[sets],
+                kind=plan.kind,
+                factor=plan.factor,
+                outside=plan.outside,
+                each=call,
             )
             parts.append(
                 dict(
@@ -440,6 +478,7 @@ def perturb(
     model="scemb-small",  # As for `embed`, or a CellEncoder
     # Symbols or Ensembl ids; "A+B" perturbs both at once; None: every gene expressed in `min_cells`
     # cells
+    *,
     genes=None,
     kind: str = "mask",  # "mask", "delete", "shift" (counts x factor) or "overexpress"
     factor: float = 0.2,  # Of "shift": what CRISPRi leaves
@@ -466,21 +505,21 @@ def perturb(
         plan(
             adata,
             model,
-            genes,
-            kind,
-            factor,
-            by,
-            per_cell,
-            pooling,
-            min_cells,
-            missing,
-            outside,
-            max_len,
-            layer,
-            device,
-            precision,
-            token_budget,
-            seed,
+            genes=genes,
+            kind=kind,
+            factor=factor,
+            by=by,
+            per_cell=per_cell,
+            pooling=pooling,
+            min_cells=min_cells,
+            missing=missing,
+            outside=outside,
+            max_len=max_len,
+            layer=layer,
+            device=device,
+            precision=precision,
+            token_budget=token_budget,
+            seed=seed,
         ),
         [],
         0,
@@ -496,12 +535,13 @@ def perturb(
 def tie_variation(
     adata,
     model="scemb-small",
+    *,
     genes=None,  # As for `perturb`
     seeds=range(5),  # Of the order of ties
     **settings,  # Other arguments of `perturb`
 ):  # DataFrame: a row a perturbation (and group), agreement, impact, impact_cv
     "Repeat a perturbation under several orders of ties."
-    return tie_spread([perturb(adata, model, genes, seed=s, **settings) for s in seeds])
+    return tie_spread([perturb(adata, model, genes=genes, seed=s, **settings) for s in seeds])
 
 
 def tie_spread(
@@ -526,6 +566,7 @@ def tie_spread(
 def gene_impacts(
     adata,
     model="scemb-small",
+    *,
     genes=None,  # As for `perturb`
     min_cells: int = 20,  # Cells that express both; fewer give NaN
     **settings,  # Other arguments of `perturb`, without by and per_cell
@@ -535,7 +576,7 @@ def gene_impacts(
     "Movement of every gene's vector under each perturbation."
     import pandas as pd
 
-    p = plan(adata, model, genes, **settings)
+    p = plan(adata, model, genes=genes, **settings)
     V = len(p.coder.vocabulary)
     total, n = np.zeros((2, len(p.sets.names), V))
 
@@ -571,6 +612,7 @@ def resumed(
     folder,  # From `open_job`; None: windows stay in memory
     n: int,  # Windows in all
     work,  # work(first) yields (cells done, dict of arrays), window after window
+    *,
     progress=None,  # Called with the cells done once a window is kept
 ) -> list:  # A dict a window
     "Work through windows, each kept on disk; those that are there are not worked again."
@@ -618,6 +660,7 @@ def job_of(
 def perturb_file(
     path,
     out,  # An .h5ad with raw counts; .h5ad to write
+    *,
     model="scemb-small",
     genes=None,  # As for `perturb`
     overwrite: bool = False,  # Replace an earlier result
@@ -633,7 +676,7 @@ def perturb_file(
 
 
 def _perturb_file(path, out, model, genes, window, progress, settings):
-    p = plan(path, model, genes, **settings)
+    p = plan(path, model, genes=genes, **settings)
     n = -(-p.counts.n_cells // window)
     outside = [] if p.outside is None else p.outside.nonzero()[:, 0].tolist()
     folder = open_job(
@@ -655,10 +698,12 @@ def _perturb_file(path, out, model, genes, window, progress, settings):
     def work(first):
         return (
             (cells, dict(part or {}, rescued=rescued))
-            for cells, rescued, part in windows(p, window, first)
+            for cells, rescued, part in windows(p, window, start=first)
         )
 
-    parts = resumed(folder, n, work, progress and (lambda done: progress(done, p.counts.n_cells)))
+    parts = resumed(
+        folder, n, work, progress=progress and (lambda done: progress(done, p.counts.n_cells))
+    )
     rescued = sum(int(x.pop("rescued")) for x in parts)
     result = assembled(p, [x or None for x in parts], rescued)
     if (result.obs.reason != "").all():

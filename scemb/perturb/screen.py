@@ -37,6 +37,7 @@ def tokens_at_once(
     n_heads: int,
     n_tokens: int,  # Of the model; of the cell
     device,  # A torch device
+    *,
     free: int | None = None,  # Bytes free on a GPU; None: asked of the GPU
 ) -> int:
     "Tokens j of a block: 64 on a CPU, whose cache they fill; on a GPU up to 1,024, by its memory."
@@ -54,6 +55,7 @@ def response(
     q,
     k,
     v,  # Queries (over the root of their width), keys, values, each (H, L, d)
+    *,
     lse,
     o,  # Log-sum of scores (H, L) and attention output (H, L, d)
     k_new,
@@ -135,6 +137,7 @@ def screened(
     net,  # ScembForMaskedLM in evaluation mode
     ids,
     bins,  # Tokens of one cell on the device, (L,)
+    *,
     directions,  # (directions, D), on the device
     pooling: str = "mean12",
     block: int | None = None,  # Tokens j at a time; None: see `tokens_at_once`
@@ -156,7 +159,9 @@ def screened(
             out = _rest(layer, o, x)
             by_o, by_x = torch.autograd.grad(out, (o, x), G, is_grads_batched=True)
         q, k, v, o = (part.detach() for part in (q, k, v, o))
-        total = total + response(q, k, v, lse, o, k_new, v_new, by_o, block)
+        total = total + response(
+            q, k, v, lse=lse, o=o, k_new=k_new, v_new=v_new, g=by_o, block=block
+        )
         G = by_x + (share[:, None] if pooling == "mean12" else 0)
     return (total / (L - 1)).cpu().numpy()
 
@@ -165,6 +170,7 @@ def goal_direction(
     x,  # Embedding, shape (cells, D)
     labels,  # State of each cell
     start: str,
+    *,
     goal: str,  # From and to
 ) -> np.ndarray:  # Unit vector (D,)
     "Direction from the mean of one state to the mean of another."
@@ -236,6 +242,7 @@ def _directions(direction, width):  # vector, or name -> vector -> names, unit v
 def screen(
     adata,  # AnnData with raw counts, or a path: the cells
     direction,  # Vector (D,) in the embedding, or {name: vector}; see `goal_direction`
+    *,
     model="scemb-small",  # As for `embed`, or a CellEncoder
     by: str | None = None,  # Column of obs: average within its groups
     refine: int = 0,  # Rows of largest effect, of each direction and group, that must be exact
@@ -257,17 +264,19 @@ def screen(
             f"{other[0]}= belongs to perturb; a screen masks one gene at a time "
             "and takes the mean over all the others."
         )
-    p = plan(adata, model, None, by=by, min_cells=min_cells, **settings)
+    p = plan(adata, model, genes=None, by=by, min_cells=min_cells, **settings)
     names, U = _directions(direction, p.coder.net.config.hidden_size)
     n = p.counts.n_cells
     drawn = np.random.default_rng(seed).permutation(n)[:check_cells] if check_genes else []
     sample = Sample({int(cell) for cell in drawn}, check_genes, seed)
-    products = _kept_choice(folder, lambda: chosen_products(p, U, sample, window))
+    products = _kept_choice(folder, lambda: chosen_products(p, U, sample, window=window))
 
     def work(first):
         return _sums(p, U, window, first, sample, products)
 
-    parts = resumed(folder, -(-n // window), work, progress and (lambda done: progress(done, n)))
+    parts = resumed(
+        folder, -(-n // window), work, progress=progress and (lambda done: progress(done, n))
+    )
     table = _refined(_effects(p, names, parts, min_cells), p, names, U, refine, folder, window)
 
     def joined(key):
@@ -318,6 +327,7 @@ def chosen_products(
     p,  # Plan of the screen
     U,  # Unit vectors (directions, D)
     sample: Sample,
+    *,
     window: int = 64,  # Cells read at a time
 ) -> str:  # "fp32" or "tf32"
     "Let the sample decide whether factors may be cut."
@@ -331,7 +341,9 @@ def chosen_products(
         exact.append(_exact_effects(p, cell, ids, some, U))
         for kind, effects in found.items():
             with products_in(kind):
-                effect = screened(p.coder.net, cell.ids, cell.bins, u, p.coder.pooling)
+                effect = screened(
+                    p.coder.net, cell.ids, cell.bins, directions=u, pooling=p.coder.pooling
+                )
             effects.append(effect[:, some])
     if not exact:
         return "fp32"
@@ -381,7 +393,7 @@ def _cells_of_chunk(p, chunk):  # counts -> yields (place in the chunk, Cells, t
     values = token_values(chunk, e, p.encoder)
     for c in np.flatnonzero(np.diff(e["offsets"]) > 1):
         ids = e["genes"][e["offsets"][c] : e["offsets"][c + 1]].astype(np.int64)
-        yield c, cells_on(p.coder.net.device, e, values, np.array([c])), ids
+        yield c, cells_on(p.coder.net.device, e, values, cells=np.array([c])), ids
 
 
 def _cells_of_screen(p, size, numbers):  # yields (number, Cells, tokens on the host)
@@ -397,7 +409,7 @@ def _exact_effects(p, cell, ids, some, U):  # `some`: places of genes -> (direct
     "Exact runs, always in full precision."
     coder = replace(p.coder, precision="fp32")
     same_cell = np.zeros(len(some), int)
-    shift, _, _ = shifts_of(coder, cell, same_cell, some[:, None], ids[some, None])
+    shift, _, _ = shifts_of(coder, cell, same_cell, places=some[:, None], tokens=ids[some, None])
     return U @ shift.T
 
 
@@ -412,7 +424,9 @@ def _sums(p, U, size, start, sample, products):  # yields (cells done, sums of a
         of_screen, of_exact = [np.zeros((K, 0))], [np.zeros((K, 0))]
         for c, cell, ids in _cells_of_chunk(p, chunk):
             with products_in(products):
-                effect = screened(coder.net, cell.ids, cell.bins, u, coder.pooling)
+                effect = screened(
+                    coder.net, cell.ids, cell.bins, directions=u, pooling=coder.pooling
+                )
             at = p.group[first + c] * len(coder.vocabulary) + ids
             total[:, at] += effect
             square[:, at] += effect**2
@@ -515,7 +529,7 @@ def _refined(table, p, names, U, k, folder, window):
 def _projected(q, U, size, start):
     # yields (cells done, exact effects of a window: at, effect (variants, directions))
     V = len(q.coder.vocabulary)
-    for done, _, part in windows(q, size, start):
+    for done, _, part in windows(q, size, start=start):
         if part is None:
             yield done, dict(at=np.zeros(0, int), effect=np.zeros((0, len(U))))
             continue
@@ -532,6 +546,7 @@ def screen_file(
     path,
     out,  # An .h5ad with raw counts; CSV to write, and NAME_trust.csv beside it
     label: str,
+    *,
     start: str,
     goal: str,  # Column of obs; the state whose cells are screened; the state they are to move to
     model="scemb-small",  # As for `embed`, or a CellEncoder
@@ -548,7 +563,9 @@ def screen_file(
 ) -> Screen:
     "Screen the cells of a file from one state towards another, resumable."
     path, out = Path(path), Path(out)
-    check_results(out, overwrite, (".csv",), [out.with_name(f"{out.stem}_trust.csv")])
+    check_results(
+        out, overwrite, endings=(".csv",), beside=[out.with_name(f"{out.stem}_trust.csv")]
+    )
     with only_writer(out):
         return _screen_file(
             path,
@@ -610,13 +627,15 @@ def _screen_file(
     def made():  # the direction, where it was not kept
         both = adata[np.concatenate(keep)].copy()
         embed(both, coder, layer=layer)
-        return dict(direction=goal_direction(both.obsm["X_scemb"], both.obs[label], start, goal))
+        return dict(
+            direction=goal_direction(both.obsm["X_scemb"], both.obs[label], start, goal=goal)
+        )
 
     direction = kept_arrays(kept, made)["direction"]
     found = screen(
         adata[keep[0]].copy(),
         {f"{start} to {goal}": direction},
-        coder,
+        model=coder,
         refine=refine,
         min_cells=min_cells,
         seed=seed,
@@ -640,6 +659,7 @@ def screened_impact(
     net,
     ids,
     bins,  # See `screened`
+    *,
     n_directions: int = 16,  # K
     pooling: str = "mean12",
     seed: int = 0,
@@ -652,7 +672,11 @@ def screened_impact(
         D
         * np.mean(
             screened(
-                net, ids, bins, torch.tensor(U, dtype=torch.float32, device=ids.device), pooling
+                net,
+                ids,
+                bins,
+                directions=torch.tensor(U, dtype=torch.float32, device=ids.device),
+                pooling=pooling,
             )
             ** 2,
             axis=0,

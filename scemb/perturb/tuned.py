@@ -24,6 +24,7 @@ from ..tokens.tokenize import TokenSet
 def tune_on(
     base,  # A shipped model, a folder, or (model, vocabulary, settings): left as it is
     tokens: TokenSet,  # Cells to learn from, tokenised as the base wants them
+    *,
     heldout: TokenSet = None,  # Cells never learned from, scored before and after
     steps: int = 100,  # Optimizer steps
     token_budget: int = 4096,  # Tokens a step
@@ -81,7 +82,7 @@ def _tuned(base, tokens, heldout, steps, token_budget, s, say):  # see `tune_on`
     models = {"before": net, "frequencies set": start, "after": tuned}
     scorers = {name: model_scorer(m) for name, m in models.items()}
     scorers["counted by bin"] = table_scorer(bin_table(tokens, length))
-    scores = masked_scores(heldout, scorers, length, seed=1)
+    scores = masked_scores(heldout, scorers, max_len=length, seed=1)
     return (tuned, vocabulary, tokenizing), score_summary(scores)
 
 
@@ -125,6 +126,7 @@ def _descend(model, batches, steps, s, say):
 def told_apart(
     guides,  # DataFrame, a row a control guide: its mean vector
     seen,  # Did its cells train? (guides,)
+    *,
     n_permutations: int = 999,
     seed: int = 0,
 ) -> dict:  # distance of the two means, its mean when guides are dealt anew, p
@@ -144,6 +146,11 @@ def told_apart(
 
     own, null = (
         float(distance(seen)[0]),
-        np.concatenate([distance(m) for m in arrangements(seen, None, n_permutations, seed)]),
+        np.concatenate(
+            [
+                distance(m)
+                for m in arrangements(seen, None, n_permutations=n_permutations, seed=seed)
+            ]
+        ),
     )
     return dict(distance=own, by_chance=float(null.mean()), p=permutation_p(own, null, "greater"))

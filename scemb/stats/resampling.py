@@ -151,6 +151,7 @@ def per_unit(
 def two_groups(
     values,  # Shape (rows,) or (rows, features)
     case,  # True for the cases, shape (rows,)
+    *,
     units=None,  # Unit of each row; None: rows are units
     strata=None,  # Stratum of each row, the same within a unit
 ) -> tuple:  # Values, case and strata, one row a unit
@@ -184,6 +185,7 @@ def permutation_p(
 def attainable_p(
     observed,  # Statistic, scalar or shape (features,)
     null,  # The same in the other arrangements, shape (B,) or (B, features)
+    *,
     alternative: str = "two-sided",  # two-sided, greater or less
     exact: bool = True,  # null holds every other arrangement
 ) -> float:  # Smallest p that any arrangement could have given
@@ -229,6 +231,7 @@ def arrangements(
     case: np.ndarray,  # Bool, shape (n,)
     strata=None,  # Stratum of each row
     # Every other arrangement if there are no more than these, otherwise a sample of this size
+    *,
     n_permutations: int = 9999,
     seed: int = 0,  # Seed of the sample
     # Yields bool arrays, shape (at most chunk, n); the observed arrangement is left out of a full
@@ -272,6 +275,7 @@ def mean_differences(
 def permutation_test(
     values,  # Shape (rows,) or (rows, features): cells, or units
     case,  # True for the cases, shape (rows,)
+    *,
     strata=None,  # Labels stay within a stratum, shape (rows,)
     units=None,  # Rows of one unit are averaged first, shape (rows,)
     # Function of (values, case) giving a number; None: difference of means within strata
@@ -281,7 +285,7 @@ def permutation_test(
     seed: int = 0,  # Seed of the draw
 ) -> Permutation:  # Statistic, p, smallest attainable p
     "Stratified permutation test of two groups."
-    values, case, strata = two_groups(values, case, units, strata)
+    values, case, strata = two_groups(values, case, units=units, strata=strata)
     if statistic is None and values.ndim > 1:
         raise ValueError(
             f"values has shape {values.shape}: give a statistic of (values, case), or use max_t "
@@ -298,13 +302,16 @@ def permutation_test(
 
     observed = float(apply(case[None])[0])
     null = np.concatenate(
-        [apply(masks) for masks in arrangements(case, strata, n_permutations, seed)]
+        [
+            apply(masks)
+            for masks in arrangements(case, strata, n_permutations=n_permutations, seed=seed)
+        ]
     )
     exact = n_arrangements(case, strata) - 1 <= n_permutations
     return Permutation(
         observed,
         permutation_p(observed, null, alternative),
-        attainable_p(observed, null, alternative, exact),
+        attainable_p(observed, null, alternative=alternative, exact=exact),
         len(null),
         exact,
     )
@@ -313,6 +320,7 @@ def permutation_test(
 def sign_flip_test(
     differences,  # One difference a row
     units=None,  # Rows of one unit are averaged first
+    *,
     alternative: str = "two-sided",  # two-sided, greater or less
     n_permutations: int = 9999,  # Flips drawn when there are more of them
     seed: int = 0,  # Seed of the draw
@@ -332,7 +340,7 @@ def sign_flip_test(
     return Permutation(
         observed,
         permutation_p(observed, null, alternative),
-        attainable_p(observed, null, alternative, exact),
+        attainable_p(observed, null, alternative=alternative, exact=exact),
         len(null),
         exact,
     )
@@ -345,6 +353,7 @@ def scipy_interval(
     samples: tuple,  # Arrays that are resampled apart from each other
     statistic,  # Function of the samples
     value: float,  # Estimate from all data
+    *,
     unit: str,  # What is resampled
     confidence: float,  # Coverage wanted
     n_resamples: int,  # Bootstrap samples
@@ -398,6 +407,7 @@ def scipy_interval(
 def mean_interval(
     values,  # One number a cell, shape (cells,)
     units=None,  # Unit of each cell; None: cells are the units
+    *,
     unit: str = None,  # What the units are called; None: cell without units, unit with them
     confidence: float = 0.95,  # Coverage wanted
     method: str = "auto",  # BCa, percentile or t; auto: BCa under 1,000 units, t from there on
@@ -416,7 +426,15 @@ def mean_interval(
         method = "t" if len(x) >= 1000 else "BCa"
     if method != "t" or len(x) < min_units:
         return scipy_interval(
-            (x,), np.mean, x.mean(), unit, confidence, n_resamples, method, seed, True
+            (x,),
+            np.mean,
+            x.mean(),
+            unit=unit,
+            confidence=confidence,
+            n_resamples=n_resamples,
+            method=method,
+            seed=seed,
+            vectorized=True,
         )
     half = stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / sqrt(len(x))
     return Interval(
@@ -427,6 +445,7 @@ def mean_interval(
 def bootstrap_units(
     statistic,  # Function of row numbers, int array, giving a number
     units,  # Unit of each row, shape (rows,)
+    *,
     unit: str = "donor",  # What the units are called
     groups=None,  # Group of each row, the same within a unit: its units are drawn apart
     confidence: float = 0.95,  # Coverage wanted
@@ -447,13 +466,22 @@ def bootstrap_units(
         return float(statistic(np.concatenate([rows[int(c)] for c in np.concatenate(codes)])))
 
     return scipy_interval(
-        samples, drawn, drawn(*samples), unit, confidence, n_resamples, method, seed, False
+        samples,
+        drawn,
+        drawn(*samples),
+        unit=unit,
+        confidence=confidence,
+        n_resamples=n_resamples,
+        method=method,
+        seed=seed,
+        vectorized=False,
     )
 
 # %% ../../nbs/stats/00_resampling.ipynb #2b6086c6
 def compare_groups(
     values,  # One number a row, shape (rows,)
     case,  # True for the cases
+    *,
     units=None,  # Unit of each row; None: rows are units
     unit: str = "donor",  # What the units are called
     strata=None,  # Groups are compared within strata
@@ -463,8 +491,8 @@ def compare_groups(
     seed: int = 0,  # Seed of both
 ) -> tuple:  # Interval of the difference, Permutation
     "Difference of two groups of units with interval and permutation test."
-    values, case, strata = two_groups(values, case, units, strata)
-    test = permutation_test(values, case, strata, n_permutations=n_permutations, seed=seed)
+    values, case, strata = two_groups(values, case, units=units, strata=strata)
+    test = permutation_test(values, case, strata=strata, n_permutations=n_permutations, seed=seed)
     rows = strata_rows(case, strata)
     samples = tuple(values[r[case[r] == side]] for r in rows for side in (True, False))
     weight = np.array([case[r].mean() * (~case[r]).sum() for r in rows])
@@ -474,13 +502,22 @@ def compare_groups(
         return np.tensordot(weight / weight.sum(), means[::2] - means[1::2], 1)
 
     return scipy_interval(
-        samples, difference, test.statistic, unit, confidence, n_permutations, "BCa", seed, True
+        samples,
+        difference,
+        test.statistic,
+        unit=unit,
+        confidence=confidence,
+        n_resamples=n_permutations,
+        method="BCa",
+        seed=seed,
+        vectorized=True,
     ), test
 
 # %% ../../nbs/stats/00_resampling.ipynb #bec570bf
 def paired_difference(
     a,  # Score of the first method, one number a row
     b,  # Score of the second on the same rows
+    *,
     units=None,  # Unit of each row; None: rows are units
     unit: str = "donor",  # What the units are called
     confidence: float = 0.95,  # Coverage wanted
@@ -492,7 +529,9 @@ def paired_difference(
     if a.shape != b.shape:
         raise ValueError(f"a has shape {a.shape} and b {b.shape}, wanted the same rows in both.")
     return (
-        mean_interval(a - b, units, unit, confidence, n_resamples=n_permutations, seed=seed),
+        mean_interval(
+            a - b, units, unit=unit, confidence=confidence, n_resamples=n_permutations, seed=seed
+        ),
         sign_flip_test(a - b, units, n_permutations=n_permutations, seed=seed),
     )
 
@@ -544,13 +583,14 @@ class FamilyTest:
 def max_t(
     values,  # Shape (rows, features)
     case,  # True for the cases, shape (rows,)
+    *,
     strata=None,  # Labels stay within a stratum
     units=None,  # Rows of one unit are averaged first
     n_permutations: int = 9999,  # Arrangements drawn when there are more of them
     seed: int = 0,  # Seed of the draw
 ) -> FamilyTest:  # Two-sided tests of all features
     "Compare two groups in many features, and adjust for their number."
-    values, case, strata = two_groups(values, case, units, strata)
+    values, case, strata = two_groups(values, case, units=units, strata=strata)
     if values.ndim != 2:
         raise ValueError(
             f"values has shape {values.shape}, wanted (rows, features): use permutation_test for "
@@ -581,12 +621,12 @@ def max_t(
     null = np.concatenate(
         [
             t(mean_differences(values, m, strata))
-            for m in arrangements(case, strata, n_permutations, seed)
+            for m in arrangements(case, strata, n_permutations=n_permutations, seed=seed)
         ]
     )
     exact = n_arrangements(case, strata) - 1 <= n_permutations
     alone = permutation_p(np.abs(t(difference)), np.abs(null), "greater")
-    best = attainable_p(np.abs(t(difference)), np.abs(null), "greater", exact)
+    best = attainable_p(np.abs(t(difference)), np.abs(null), alternative="greater", exact=exact)
     return FamilyTest(
         difference, t(difference), alone, max_t_p(t(difference), null), best, len(null), exact
     )
@@ -628,6 +668,7 @@ class NoiseCeiling:
 def noise_ceiling(
     values,  # Shape (rows, features), centred by what the score wants
     units,  # Unit of each row
+    *,
     reference=None,  # Rows of the controls, whose mean is subtracted, shape (rows, features)
     reference_units=None,  # Unit of each of them; None: each row is one
     unit: str = "guide",  # What the units are called

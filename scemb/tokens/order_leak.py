@@ -13,6 +13,7 @@ def order_adversary(
     genes: np.ndarray,  # Flat tokens in rank order, shape (T,)
     offsets: np.ndarray,  # First token of each cell, shape (cells + 1,)
     masked: np.ndarray,  # Boolean, shape (T,): hidden from the adversary
+    *,
     prior: np.ndarray,  # Probability of each token, shape (vocabulary,), positive for genes
     weight: float = None,  # How far to trust the interval, 0-1; None fits it on these cells
 ) -> tuple:  # (negative log-likelihood of each masked token in nats, weight)

@@ -500,6 +500,7 @@ def settings_of(
     values: dict,  # Fields of `TokenizerSettings`, from a record
     identity,  # The hash that the record says they have
     vocabulary: Vocabulary,
+    *,
     path,  # The record, for the message
 ) -> TokenizerSettings:
     "Settings from a record, compared with the hash that stands beside them."
@@ -530,7 +531,7 @@ def read_settings(
     "Tokenizer settings of a checkpoint."
     record = read_json(path, keys=["hash"])
     return settings_of(
-        {k: v for k, v in record.items() if k != "hash"}, record["hash"], vocabulary, path
+        {k: v for k, v in record.items() if k != "hash"}, record["hash"], vocabulary, path=path
     )
 
 # %% ../../nbs/tokens/00_ranking.ipynb #0b57e0b9

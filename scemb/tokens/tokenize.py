@@ -154,6 +154,7 @@ def _without_dictionaries(schema):  # Arrow schema -> the same with plain string
 def encoded_chunks(
     counts: Counts,
     encoder: Encoder,
+    *,
     start: int = 0,
     chunk_size: int = 2048,  # First cell, cells a chunk
     # Chunks are encoded in parallel, read ahead by one a thread; the result is the same
@@ -193,6 +194,7 @@ def tally(encoded, max_len, before=None):  # chunk -> running totals for the car
 def tokenize(
     source,  # AnnData, a path, or Counts
     vocabulary: Vocabulary | None = None,  # Default: protein-coding genes
+    *,
     settings: TokenizerSettings = TokenizerSettings(),
     obs_columns=(),  # Columns of obs to keep
     protected=(),  # Ensembl ids that truncation must not cut
@@ -330,7 +332,7 @@ def _write_shard(job, schema, number, source, counts, encoder, start, progress, 
         pa.OSFile(str(job.folder / f"{name}.tmp"), "wb") as f,
         pa.ipc.new_stream(f, schema, options=options) as writer,
     ):
-        for first, e in encoded_chunks(part, encoder, start, n_threads=n_threads):
+        for first, e in encoded_chunks(part, encoder, start=start, n_threads=n_threads):
             writer.write_batch(_record_batch(e, counts.adata.obs, first, source, job, schema))
             card = tally(e, job.settings.max_len, card)
             progress(len(e["detected"]))
@@ -355,6 +357,7 @@ class _Upto:  # counts that end before `stop`
 def write_tokens(
     sources,  # Paths or AnnData, one or several; a folder is a curated corpus (scemb curate)
     out,  # Folder to write
+    *,
     vocabulary: Vocabulary | None = None,  # Default: protein-coding genes
     settings: TokenizerSettings = TokenizerSettings(),
     obs_columns=(),  # Columns of obs to keep; each source must have them
@@ -612,7 +615,11 @@ def _write_cards(job, schema, shards, corpora):  # what load_from_disk wants, an
         *(s["file"] for s in shards),
     ]
     write_manifest(
-        job.folder, "tokens", identity, names, {s["file"]: s["xxh3_128"] for s in shards}
+        job.folder,
+        "tokens",
+        settings=identity,
+        names=names,
+        known={s["file"]: s["xxh3_128"] for s in shards},
     )
 
 # %% ../../nbs/tokens/01_tokenize.ipynb #6ee904e3
@@ -639,13 +646,13 @@ def read_tokens(
     )
     vocabulary = Vocabulary.load(folder)
     settings = settings_of(
-        card["settings"], card["tokenizer_hash"], vocabulary, folder / "tokens.json"
+        card["settings"], card["tokenizer_hash"], vocabulary, path=folder / "tokens.json"
     )
     n_genes, n_bins = len(vocabulary), settings.n_bins
     parts, tables, checks = [], [], {}
     for s in _entries(folder, card["shards"]):
         path = inside(folder, s["file"])
-        check_file(path, s["bytes"], s.get("xxh3_128", ""), WAY_OUT, now=False)
+        check_file(path, s["bytes"], s.get("xxh3_128", ""), way_out=WAY_OUT, now=False)
         if manifest and s["file"] not in manifest.files:
             raise Damaged(f"{folder / 'manifest.json'} does not name {s['file']}. {WAY_OUT}")
         batches = _batches(path)
