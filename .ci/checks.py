@@ -270,17 +270,20 @@ def check_heads(root):
 
 
 def check_parameters(root):
-    """Exactly one code cell tagged `parameters`, of plain literals, in each papermill page; none in
-    the walk."""
+    """Exactly one code cell tagged `parameters`, of plain literals, in each papermill page (at most
+    one in figures/, whose pages may only show); none in the walk."""
     bad = []
     for p in pages(root):
         tagged = [c for c in p.cells if "parameters" in (c["metadata"].get("tags") or [])]
         if p.folder in TAGGED:
-            if len(tagged) != 1:
+            only_shows = p.folder == "figures" and not tagged
+            if len(tagged) != 1 and not only_shows:
                 bad.append(
                     f"nbs/{p.rel} has {len(tagged)} cells tagged `parameters`, wanted exactly "
                     "one; without it papermill's values are overwritten."
                 )
+                continue
+            if not tagged:
                 continue
             if tagged[0]["cell_type"] != "code":
                 bad.append(f"nbs/{p.rel}: the cell tagged `parameters` is not a code cell.")
@@ -530,12 +533,12 @@ def check_compiled(root, package="scemb", settled=("_mix64",)):
 
 
 def reads_committed(tree):
-    """Whether a syntax tree names the folder of committed tables: `root/"benchmarks"`,
-    `Path("../../benchmarks/x.csv")`."""
+    """Whether a syntax tree names the folder of committed tables: `root/"results"`,
+    `Path("../../results/fig2/baron/scores.csv")`."""
     names = (
         n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
     )
-    return any(re.match(r"(?:\.\./)*benchmarks(?:/|$)", name) for name in names)
+    return any(re.match(r"(?:\.\./)*results(?:/|$)", name) for name in names)
 
 
 def check_claims(root):
@@ -562,6 +565,63 @@ def check_claims(root):
                 f"nbs/{p.rel} shows a committed table and asserts nothing: add a hidden cell "
                 "that compares the page's sentences with the table."
             )
+    return bad
+
+
+RECORD = {"command": (str, list), "page": str, "shown": str, "model": (str, list, dict)}
+RECORD |= {"commit": str, "date": str, "files": dict}
+
+
+def record_of(path, where):
+    "(run record of a folder of results, complaints); `where` is what they call it."
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        return None, [f"{where} is not JSON: {e}."]
+    if not isinstance(record, dict):
+        return None, [f"{where} is no record: wanted an object with {', '.join(RECORD)}."]
+    wrong = [k for k, kind in RECORD.items() if not isinstance(record.get(k), kind)]
+    if wrong:
+        return None, [f"{where} lacks {', '.join(wrong)}, or they are of another kind."]
+    return record, []
+
+
+def check_shelf(root):
+    """What lies below results/ has a run record beside it that names it; a record names files and
+    pages that exist, and the page that shows the results names their folder."""
+    bad, sources = [], {}
+    top = root / "results"
+    if not top.exists():
+        return []
+    for folder in sorted({f.parent for f in files(top)}):
+        where = folder.relative_to(root).as_posix()
+        held = {
+            f.name for f in folder.iterdir() if f.is_file() and f.suffix not in (".yaml", ".md")
+        }
+        path = folder / "run.json"
+        if not path.exists():
+            bad += [f"{where}/{name}: no run.json lies beside it." for name in sorted(held)]
+            continue
+        record, wrong = record_of(path, f"{where}/run.json")
+        bad += wrong
+        if record is None:
+            continue
+        named = set(record["files"])
+        for name in sorted(held - named - {"run.json"}):
+            bad.append(f"{where}/run.json does not say what made {name}.")
+        for name in sorted(named - held):
+            bad.append(f"{where}/run.json names {name}, which is not there.")
+        for key in ("page", "shown"):
+            if not (root / record[key]).is_file():
+                bad.append(f"{where}/run.json: its {key} {record[key]} does not exist.")
+        shown = root / record["shown"]
+        if shown.suffix != ".ipynb" or not shown.is_file():
+            continue
+        if shown not in sources:
+            cells = json.loads(shown.read_text(encoding="utf-8"))["cells"]
+            sources[shown] = "\n".join(text(c["source"]) for c in cells)
+        if not re.search(rf"{re.escape(where)}(?![\w-])", sources[shown]):
+            bad.append(f"{record['shown']} shows {where} and does not name this folder.")
     return bad
 
 
@@ -851,4 +911,5 @@ STATIC = {
     "imports in cells of their own": check_import_cells,
     "compiled functions kept on disk": check_compiled,
     "claims are asserted": check_claims,
+    "results have their run records": check_shelf,
 }

@@ -166,8 +166,11 @@ def check_site(site, wanted, offline=True):
             path = unquote(urlsplit(target).path)
             if not path or not relative(target):
                 continue
-            if not (f.parent / path).exists():
+            led_to = (f.parent / path).resolve()
+            if not led_to.exists():
                 bad.append(f"{f.relative_to(site)} links to {target}, which does not exist.")
+            elif not led_to.is_relative_to(site.resolve()):
+                bad.append(f"{f.relative_to(site)} links to {target}, which is not in the site.")
     return bad
 
 
@@ -193,6 +196,7 @@ def stage(proc, site_url, out):
             head, target, tail = m.group(1, 2, 3) if m[1] else m.group(4, 5, 6)
             return head + without_number(target.replace(site_url, top)) + tail
 
+        source = nearer(source)
         return outside_fences(source, lambda line: TARGET.sub(link, line).replace(site_url, top))
 
     for config in out.rglob("*.yml"):
@@ -214,6 +218,28 @@ def stage(proc, site_url, out):
                 if shown:
                     output["data"]["text/markdown"] = in_markdown(text(shown), top)
         page.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+RESULTS = re.compile(r"""(\]\(|(?:src|href)=")\.\./\.\./results/""")
+
+
+def nearer(markup):
+    """Links of a page of `nbs/FOLDER/` to results/, as they are in the site, where `../../results/`
+    is one folder nearer."""
+    return RESULTS.sub(r"\1../results/", markup)
+
+
+def bring_results(root, site):
+    "Copy what pages show of results/ into the site, and lead the links of rendered pages there."
+    for f in sorted((root / "results").rglob("*")):
+        if f.suffix in (".png", ".csv", ".json", ".yaml"):
+            to = site / f.relative_to(root)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(f, to)
+    for page in site.glob("*/*.html"):
+        body = page.read_text(encoding="utf-8")
+        if nearer(body) != body:
+            page.write_text(nearer(body), encoding="utf-8")
 
 
 def write_sidebar(root):
@@ -302,6 +328,7 @@ def render_offline(root, cfg):
     with tempfile.TemporaryDirectory() as tmp:
         staged = Path(tmp) / "site"
         stage(root / "_proc", f"{cfg.doc_host}{cfg.doc_baseurl}/", staged)
+        bring_results(root, staged)
         # An iframe without height and the like are not worth a failure; a page that is not
         # rendered is, in `check_site`.
         smalldocs = str(Path(sys.executable).parent / "smalldocs")
@@ -337,6 +364,7 @@ def build(root):
         shutil.move(root / "_proc" / docs.name, docs)
     else:
         render_offline(root, cfg)
+    bring_results(root, docs)
     bad = check_site(docs, wanted, offline=not quarto)
     if not bad:
         print(f"docs: done, no dead link; start at {docs.name}/index.html")

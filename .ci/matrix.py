@@ -24,7 +24,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "benchmarks" / "matrix.csv"
+TABLE = ROOT / "results/explain/matrix/matrix.csv"
 # What the pages below need besides the base: peft, matplotlib and accelerate, and the reader of the
 # Census.
 EXTRAS = ("finetune", "demo", "census")
@@ -286,6 +286,9 @@ def write_row(row):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    from scemb.data.records import write_record
+
+    write_record(TABLE.parent, ".ci/matrix.py", {}, shown="nbs/explain/matrix.ipynb")
 
 
 def main():

@@ -8,7 +8,8 @@ suite.
 
 A fault is a change of one piece of code. It is planted in a copy of the project, on the page and
 in the module, and the page that must notice is run: its fast cells first, its slow ones too when
-those see nothing. Only then does a fault survive. Outcomes go to benchmarks/mutants.csv.
+those see nothing. Only then does a fault survive. Outcomes go to
+results/explain/mutants/mutants.csv.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 from checks import ROOT, pages, text
 from suite import ENV
 
-TABLE = ROOT / "benchmarks" / "mutants.csv"
+TABLE = ROOT / "results/explain/mutants/mutants.csv"
 COLUMNS = ("page", "noticed_by", "fault", "before", "after", "outcome", "how")
 TIMEOUT = 900  # seconds for one page
 
@@ -531,6 +532,9 @@ def write(rows):
         w = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         w.writeheader()
         w.writerows(ordered)
+    from scemb.data.records import write_record
+
+    write_record(TABLE.parent, ".ci/mutants.py", {}, shown="nbs/explain/mutants.ipynb")
 
 
 def main():

@@ -475,7 +475,7 @@ def main():
     context = one_page.warm(ENV)  # imports and compiles while the checks below run
     self_test(tally)
     tally.check("nbdev_export and nbdev_clean change nothing", export_and_clean)
-    tree = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "benchmarks"))
+    tree = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "results"))
     found = pages(ROOT)
     for name, check in STATIC.items():
         tally.check(name, check, ROOT)
@@ -514,7 +514,7 @@ def main():
             "      left out of the fast suite: slow cells, tutorials, papermill, processors, "
             "wheel, documentation"
         )
-    after = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "benchmarks"))
+    after = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "results"))
     left = [f"{p} was changed or left behind by a test." for p in changed(tree, after)]
     if status is not None and not left and git_status() != status and not status:
         left = [f"the tests changed the work tree:\n{git_status()}"]

@@ -248,7 +248,10 @@ class Planted(unittest.TestCase):
         ]:
             for folder in checks.TAGGED:
                 self.page(f"{folder}/x.ipynb", *cells)
-                self.found(checks.check_parameters(self.root), f"{folder}/x.ipynb", words)
+                if (folder, words) == ("figures", "has 0 cells"):  # the page only shows
+                    self.clean(checks.check_parameters)
+                else:
+                    self.found(checks.check_parameters(self.root), f"{folder}/x.ipynb", words)
                 (self.root / "nbs" / folder / "x.ipynb").unlink()
         self.page("03_late.ipynb", cell("a = 0", tags=tag))
         self.found(checks.check_parameters(self.root), "page of the walk")
@@ -496,9 +499,9 @@ class Planted(unittest.TestCase):
         "a page that shows a committed table asserts something, in a cell that every suite runs"
         head, tagged = cell("# Fig\n\n> A figure.", "markdown"), cell("n = 1", tags=["parameters"])
         for source in [
-            't = pd.read_csv("../../benchmarks/t.csv")',
-            't = pd.read_csv(root/"benchmarks"/"t.csv")',
-            'p = Path("benchmarks/t.json")',
+            't = pd.read_csv("../../results/t.csv")',
+            't = pd.read_csv(root/"results"/"t.csv")',
+            'p = Path("results/t.json")',
         ]:
             for no_test in [
                 "#| gpu\nassert len(t)",
@@ -517,9 +520,56 @@ class Planted(unittest.TestCase):
             self.clean(checks.check_claims)
         self.page("figures/fig.ipynb", head, tagged, cell("print('no table')"))
         self.page(
-            "launch/other.ipynb", head, tagged, cell('t = pd.read_csv("../../benchmarks/t.csv")')
+            "launch/other.ipynb", head, tagged, cell('t = pd.read_csv("../../results/t.csv")')
         )
         self.clean(checks.check_claims)
+
+    def test_shelf(self):
+        "results without a record, records of what is not there, pages that do not name the folder"
+        head, tagged = cell("# Fig\n\n> A figure.", "markdown"), cell("n = 1", tags=["parameters"])
+        folder = self.root / "results" / "fig" / "toy"
+        folder.mkdir(parents=True)
+        (folder / "params.yaml").write_text("n: 2\n")
+        self.page("figures/fig.ipynb", head, tagged, cell('t = "results/fig/toys/scores.csv"'))
+        self.clean(checks.check_shelf)  # parameters of a run that was not made
+        (folder / "scores.csv").write_text("value\n1\n")
+        self.found(checks.check_shelf(self.root), "toy/scores.csv", "no run.json")
+        for broken, words in (
+            ("{", "is not JSON"),
+            ("[]", "is no record"),
+            ("{}", "lacks command"),
+        ):
+            (folder / "run.json").write_text(broken)
+            self.found(checks.check_shelf(self.root), "toy/run.json", words)
+        page = "nbs/figures/fig.ipynb"
+        record = dict(command="papermill", page=page, shown=page, model="", commit="", date="")
+
+        def plant(**changes):
+            (folder / "run.json").write_text(json.dumps(record | changes))
+            return checks.check_shelf(self.root)
+
+        made = {"scores.csv": {}}
+        self.found(plant(files=made), "figures/fig.ipynb", "does not name this folder")
+        self.page("figures/fig.ipynb", head, tagged, cell('t = "results/fig/toy/scores.csv"'))
+        self.found(plant(files={}), "does not say what made scores.csv")
+        gone = made | {"gone.png": {}}
+        self.found(plant(files=gone), "names gone.png, which is not there")
+        self.found(plant(files=made, page="nbs/launch/no.ipynb"), "its page", "does not exist")
+        plant(files=made)
+        self.clean(checks.check_shelf)
+
+    def test_results_in_the_site(self):
+        "pictures of results are brought into the site, and the links to them led there"
+        made, site = self.root / "results" / "fig" / "toy", self.root / "site"
+        made.mkdir(parents=True)
+        (made / "a.png").write_bytes(b"")
+        (site / "figures").mkdir(parents=True)
+        page = site / "figures" / "fig.html"
+        page.write_text('<img src="../../results/fig/toy/a.png"> ../../results/')
+        self.found(docs.check_site(site, []), "fig.html links to", "is not in the site")
+        docs.bring_results(self.root, site)
+        self.assertEqual(docs.check_site(site, []), [])
+        self.assertIn(" ../../results/", page.read_text())
 
     def test_ruff(self):
         "ruff sees an unused import and an unknown name, and lets star imports pass"

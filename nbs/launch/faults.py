@@ -1,10 +1,12 @@
 """Kills, full disks, damage, two writers and strangers' files, tried on toys; what came of each try
 is counted.
 
-    python nbs/launch/faults.py --out benchmarks/faults.csv    # all of it: some 530 tries, about 20
-    minutes
-    python nbs/launch/faults.py --small --out FILE             # a few of each area, under a minute
-    python nbs/launch/faults.py --only checkpoint              # one area
+    # all of it: some 530 tries, about 20 minutes
+    python nbs/launch/faults.py --out results/launch/faults/faults.csv
+    # a few of each area, under a minute
+    python nbs/launch/faults.py --small --out FILE
+    # one area
+    python nbs/launch/faults.py --only checkpoint
 
 Every try runs a command (or a reader) in a process of its own, which is forked, so that no library
 is loaded anew; it may take 3 GB more memory than its parent and two minutes. A try is
@@ -52,6 +54,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from scemb.data.records import write_record  # noqa: E402
 from scemb.data import datasets  # noqa: E402
 from scemb.adapt.annotate import load_annotator  # noqa: E402
 from scemb.model.checkpoint import save_checkpoint  # noqa: E402
@@ -1320,6 +1323,18 @@ def write_rows(path, rows):
         table.writerows(rows)
 
 
+def write_record_of(path, given):
+    "Renew the run record where the table lies on the shelf of results."
+    if path and (path.parent / "run.json").exists():
+        write_record(
+            path.parent,
+            "nbs/launch/faults.py",
+            vars(given),
+            files=[path.name],
+            shown="nbs/explain/reliability.ipynb",
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="CSV to write: a row an area.")
@@ -1347,6 +1362,7 @@ def main():
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             write_rows(given.cost, costs(Path(folder), given.pairs))
+        write_record_of(given.cost, given)
         return 0
     areas = {
         k: n
@@ -1376,6 +1392,7 @@ def main():
             print(f"{rows[-1]}  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             for line in tally.odd if given.list else ():
                 print(f"    {line}", file=sys.stderr, flush=True)
+    write_record_of(given.out, given)
     bad = sum(r[k] for r in rows for k in OUTCOMES[2:])
     print(
         f"{sum(r['tries'] for r in rows)} tries, {bad} of them lost, accepted, with a traceback "

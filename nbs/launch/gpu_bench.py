@@ -4,11 +4,11 @@
     python nbs/launch/gpu_bench.py --parts full_cells,embed,ladder_all
     python nbs/launch/gpu_bench.py --toy --out DIR      # every part on a CPU, tiny
 
-Cell lengths are real (benchmarks/lengths.json); genes are random, which changes no time. Times are
-taken by a clock that waits for the GPU, in turn where two ways are compared; a number stands with
-its median, lowest, highest and n. The JSON (gpu_bench_<device>.json) is written after each part; a
-part that fails leaves its error in its place. A part whose estimate does not fit into --minutes is
-left out, and named.
+Cell lengths are real (results/benchmarks/padding_ladder/lengths.json); genes are random, which
+changes no time. Times are taken by a clock that waits for the GPU, in turn where two ways are
+compared; a number stands with its median, lowest, highest and n. The JSON (gpu_bench_<device>.json)
+is written after each part; a part that fails leaves its error in its place. A part whose estimate
+does not fit into --minutes is left out, and named.
 
 Operations are counted by scemb.model.flops: per token and layer 8D^2 + 4DF + 4DL forward, the head
 for
@@ -132,7 +132,7 @@ class Bench:
 
     def real_lengths(self):
         "Genes of each cell of several data sets, in one random order, cut to the window."
-        found = json.loads((TOP / "benchmarks" / "lengths.json").read_text())
+        found = json.loads((TOP / "results/benchmarks/padding_ladder/lengths.json").read_text())
         found.pop("note")
         lengths = np.concatenate([np.array(v, np.int32) for v in found.values()])
         lengths = lengths[epoch_order(len(lengths), 1)]
@@ -849,7 +849,7 @@ def main():
     names = list(DEFAULT) + list(MORE)
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("--toy", action="store_true", help="every part on the CPU, tiny")
-    ap.add_argument("--out", default=str(TOP / "benchmarks"), help="folder of the JSON")
+    ap.add_argument("--out", default=str(TOP / "results/benchmarks/gpu"), help="folder of the JSON")
     ap.add_argument(
         "--minutes", type=float, default=6.0, help="a part that would end later is left out"
     )

@@ -1000,7 +1000,7 @@ CHECKS = dict(
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("--toy", action="store_true", help="small, on the CPU")
-    ap.add_argument("--out", default=str(TOP / "benchmarks"), help="folder of the JSON")
+    ap.add_argument("--out", default=str(TOP / "results/benchmarks/gpu"), help="folder of the JSON")
     ap.add_argument("--minutes", type=float, default=4.0, help="begin no check after this time")
     ap.add_argument("--tokens", help="token set folder: real cells instead of random ones")
     ap.add_argument("--parts", help=f"some of {','.join(CHECKS)}")
