@@ -196,8 +196,9 @@ def stage(proc, site_url, out):
             head, target, tail = m.group(1, 2, 3) if m[1] else m.group(4, 5, 6)
             return head + without_number(target.replace(site_url, top)) + tail
 
-        source = nearer(source)
-        return outside_fences(source, lambda line: TARGET.sub(link, line).replace(site_url, top))
+        return outside_fences(
+            nearer(source), lambda line: TARGET.sub(link, line).replace(site_url, top)
+        )
 
     for config in out.rglob("*.yml"):
         lines = config.read_text(encoding="utf-8")
@@ -218,28 +219,6 @@ def stage(proc, site_url, out):
                 if shown:
                     output["data"]["text/markdown"] = in_markdown(text(shown), top)
         page.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
-RESULTS = re.compile(r"""(\]\(|(?:src|href)=")\.\./\.\./results/""")
-
-
-def nearer(markup):
-    """Links of a page of `nbs/FOLDER/` to results/, as they are in the site, where `../../results/`
-    is one folder nearer."""
-    return RESULTS.sub(r"\1../results/", markup)
-
-
-def bring_results(root, site):
-    "Copy what pages show of results/ into the site, and lead the links of rendered pages there."
-    for f in sorted((root / "results").rglob("*")):
-        if f.suffix in (".png", ".csv", ".json", ".yaml"):
-            to = site / f.relative_to(root)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(f, to)
-    for page in site.glob("*/*.html"):
-        body = page.read_text(encoding="utf-8")
-        if nearer(body) != body:
-            page.write_text(nearer(body), encoding="utf-8")
 
 
 def write_sidebar(root):
@@ -342,6 +321,28 @@ def render_offline(root, cfg):
         style = file.read_text(encoding="utf-8")
         style = re.sub(r"@import url\([^)]*//[^)]*\);?", "", style)
         file.write_text(style, encoding="utf-8")
+
+
+RESULTS = re.compile(r"""(\]\(|(?:src|href)=")\.\./\.\./results/""")
+
+
+def nearer(markup):
+    """Links of a page of `nbs/FOLDER/` to results/, as they are in the site, where `../../results/`
+    is one folder nearer."""
+    return RESULTS.sub(r"\1../results/", markup)
+
+
+def bring_results(root, site):
+    "Copy what pages show of results/ into the site, and lead the links of rendered pages there."
+    for f in sorted((root / "results").rglob("*")):
+        if f.suffix in (".png", ".csv", ".json", ".yaml"):
+            to = site / f.relative_to(root)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(f, to)
+    for page in site.glob("*/*.html"):
+        body = page.read_text(encoding="utf-8")
+        if nearer(body) != body:
+            page.write_text(nearer(body), encoding="utf-8")
 
 
 def build(root):
