@@ -8,7 +8,7 @@ __all__ = ['VERSION', 'WAY_OUT', 'Recipe', 'read_recipe', 'join_sources', 'cell_
            'curate', 'occupied', 'claim', 'make_units', 'read_corpus', 'shard_path', 'shards']
 
 # %% ../../nbs/corpus/03_curate.ipynb #933204de
-import hashlib, json, os, re, shutil
+import hashlib, os, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from scemb.data.folders import (
     write_manifest,
 )
 from ..data.genes import ASSETS
+from ..data.jobs import job_key
 from scemb.corpus.shards import (
     COMPOSITION,
     GENE_STEP,
@@ -277,20 +278,11 @@ class Plan:
     @property
     def key(self):  # the same for every worker of one corpus
         filters = asdict(self.recipe.filters)
-        return hashlib.sha256(
-            json.dumps(
-                [
-                    VERSION,
-                    filters,
-                    self.recipe.exclude,
-                    [s.mark for s in self.sources],
-                    [[c.source, c.name, len(c.rows)] for c in self.candidates],
-                    hashlib.sha256(self.banned.tobytes()).hexdigest(),
-                    self.shard_cells,
-                ],
-                default=str,
-            ).encode()
-        ).hexdigest()[:16]
+        sources = [s.mark for s in self.sources]
+        candidates = [[c.source, c.name, len(c.rows)] for c in self.candidates]
+        banned = hashlib.sha256(self.banned.tobytes()).hexdigest()
+        decides = [filters, self.recipe.exclude, sources, candidates, banned, self.shard_cells]
+        return job_key(VERSION, *decides, default=str)[:16]
 
 
 VERSION = 1  # of the layout of a corpus

@@ -9,7 +9,7 @@ __all__ = ['POOLINGS', 'layer_outputs', 'to_device', 'budget_batches', 'flat_cel
 
 # %% ../../nbs/model/08_embed.ipynb #967c9fda
 import re, warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -220,6 +220,16 @@ class CellEncoder:
                 "file holds."
             )
         return Encoder(token, self.vocabulary, self.settings)
+
+    def marks(self) -> list:  # for `job_key`
+        "What decides the vectors, but the cells: weights, vocabulary, settings."
+        from xxhash import xxh3_64
+
+        weights = xxh3_64()
+        for part in self.net.bert.parameters():
+            weights.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+        settings = asdict(self.settings)
+        return [weights.hexdigest(), self.vocabulary.hash, settings, self.pooling, self.precision]
 
     def record(
         self, counts: Counts, n_empty, n_truncated, share_of_counts=None
