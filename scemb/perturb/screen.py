@@ -20,7 +20,14 @@ from ..data.counts import Reading, open_h5ad
 from ..data.folders import only_writer, table_for_csv, write_file
 from ..data.jobs import Job, job_key, source_mark
 from .edits import Sets, cells_on, token_values
-from ..model.embed import CellEncoder, cell_encoder, embed
+from scemb.model.embed import (
+    CellEncoder,
+    cell_encoder,
+    embed,
+    layer_heads,
+    layer_rest,
+    walk_layers,
+)
 from ..model.encoder import has_flash
 from .perturb import plan, shifts_of, windows
 from ..data.results import check_results
@@ -90,16 +97,9 @@ def response(
     return change.sum((0, 3)).T
 
 # %% ../../nbs/perturb/03_screen.ipynb #61e88ec4
-def _heads(own, x):  # (L, D) -> q, k, v (H, L, d); queries over the root of d
-    q, k, v = (
-        f(x).unflatten(-1, (own.heads, -1)).transpose(0, 1) for f in (own.query, own.key, own.value)
-    )
+def _heads(layer, x):  # (L, D) -> q, k, v (H, L, d); queries over the root of d
+    q, k, v = layer_heads(layer, x)
     return q / math.sqrt(q.shape[-1]), k, v
-
-
-def _rest(layer, o_HLd, x):  # attention output and input of a layer -> its output (L, D)
-    x = layer.attention["output"](o_HLd.transpose(0, 1).flatten(1), x)
-    return layer.output(layer.act(layer.intermediate["dense"](x)), x)
 
 
 @torch.no_grad()
@@ -111,9 +111,10 @@ def _up(net, ids, bins):  # -> of each layer: input (L, D), lse (H, L), o, k', v
     masked, no_bin = torch.full_like(ids, MASK), torch.zeros_like(bins)
     y = embeddings(masked[None], no_bin[None], rank[None])[0]
     kept = []
-    for layer in net.bert.encoder["layer"]:
-        own = layer.attention["self"]
-        (q, k, v), (q_new, k_new, v_new) = _heads(own, x), _heads(own, y)
+
+    def step(layer, x_and_y):
+        x, y = x_and_y
+        (q, k, v), (q_new, k_new, v_new) = _heads(layer, x), _heads(layer, y)
         scores = q @ k.transpose(1, 2)
         lse = scores.logsumexp(-1)
         o = (scores - lse[..., None]).exp_() @ v
@@ -123,7 +124,10 @@ def _up(net, ids, bins):  # -> of each layer: input (L, D), lse (H, L), o, k', v
         W = scores_new.softmax(-1)
         o_new = W @ v + W.diagonal(dim1=1, dim2=2)[..., None] * (v_new - v)
         kept.append((x, lse, o, k_new, v_new))
-        x, y = _rest(layer, o, x), _rest(layer, o_new, y)
+        return layer_rest(layer, o, x), layer_rest(layer, o_new, y)
+
+    for _ in walk_layers(net, (x, y), step):
+        pass
     return kept
 
 
@@ -137,26 +141,29 @@ def screened(
     block: int | None = None,  # Tokens j at a time; None: see `tokens_at_once`
 ) -> np.ndarray:  # (directions, L): effect of masking each gene on the mean of the others
     "Effects of masking every gene of a cell, along given directions."
-    layers = net.bert.encoder["layer"]
     kept = _up(net, ids, bins)
-    L = len(ids)
+    L, n_layers = len(ids), len(kept)
     block = block or tokens_at_once(net.config.num_attention_heads, L, ids.device)
-    share = directions / len(layers) if pooling == "mean12" else directions
+    share = directions / n_layers if pooling == "mean12" else directions
     total = 0.0
-    # gradients by the output of a layer, (directions, L, D)
-    G = share[:, None].expand(-1, L, -1)
-    for layer, (x, lse, o, k_new, v_new) in zip(reversed(layers), reversed(kept)):
+
+    def step(layer, G):  # gradients by the output of a layer -> by its input, (directions, L, D)
+        nonlocal total
+        x, lse, o, k_new, v_new = kept.pop()
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            q, k, v = _heads(layer.attention["self"], x)
+            q, k, v = _heads(layer, x)
             o = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0]
-            out = _rest(layer, o, x)
+            out = layer_rest(layer, o, x)
             by_o, by_x = torch.autograd.grad(out, (o, x), G, is_grads_batched=True)
         q, k, v, o = (part.detach() for part in (q, k, v, o))
         total = total + response(
             q, k, v, lse=lse, o=o, k_new=k_new, v_new=v_new, g=by_o, block=block
         )
-        G = by_x + (share[:, None] if pooling == "mean12" else 0)
+        return by_x + (share[:, None] if pooling == "mean12" else 0)
+
+    for _ in walk_layers(net, share[:, None].expand(-1, L, -1), step, down=True):
+        pass
     return (total / (L - 1)).cpu().numpy()
 
 # %% ../../nbs/perturb/03_screen.ipynb #fa719ba2
