@@ -141,9 +141,9 @@ def screened(
     block: int | None = None,  # Tokens j at a time; None: see `tokens_at_once`
 ) -> np.ndarray:  # (directions, L): effect of masking each gene on the mean of the others
     "Effects of masking every gene of a cell, along given directions."
-    kept = _up(net, ids, bins)
-    L, n_layers = len(ids), len(kept)
+    L, n_layers = len(ids), net.config.num_hidden_layers
     block = block or tokens_at_once(net.config.num_attention_heads, L, ids.device)
+    kept = _up(net, ids, bins)
     share = directions / n_layers if pooling == "mean12" else directions
     total = 0.0
 
@@ -218,12 +218,13 @@ class Screen:
     trust: object
 
     def __repr__(self):
-        t = self.trust
-        return f"Screen of {len(self.table):,} rows, {int(self.table.exact.sum()):,} exact; " + (
-            f"the others against exact runs: Spearman {t.spearman.min():.3f}, relative error "
-            f"{t.relative_rmse.max():.3f} ({int(t.n.iloc[0])} pairs)"
-            if len(t)
-            else "the others not checked"
+        n_exact = int(self.table.exact.sum())
+        counted = f"Screen of {len(self.table):,} rows, {n_exact:,} exact; "
+        if not len(self.trust):
+            return counted + "the others not checked"
+        return counted + (
+            f"the others against exact runs: Spearman {self.trust.spearman.min():.3f}, relative "
+            f"error {self.trust.relative_rmse.max():.3f} ({int(self.trust.n.iloc[0])} pairs)"
         )
 
 
@@ -430,80 +431,88 @@ def _sums(p, U, size, start, sample, *, products):  # yields the sums of each wi
 
 
 def _effects(p, names, parts, min_cells):  # sums of windows -> table
+    "Mean and spread of the effects over the cells of each group."
     import pandas as pd
 
-    V, ids, symbols = (
-        len(p.coder.vocabulary),
-        np.array((None,) * 4 + p.coder.vocabulary.genes, object),
-        np.asarray(p.coder.vocabulary.symbols),
-    )
-    total, square, n = (
-        np.zeros((len(names), len(p.groups) * V)),
-        np.zeros((len(names), len(p.groups) * V)),
-        np.zeros(len(p.groups) * V, int),
-    )
+    V = len(p.coder.vocabulary)
+    ids = np.array((None,) * 4 + p.coder.vocabulary.genes, object)
+    symbols = np.asarray(p.coder.vocabulary.symbols)
+    n_places = len(p.groups) * V
+    total, square = np.zeros((2, len(names), n_places))
+    n = np.zeros(n_places, int)
     for part in parts:
         total[:, part["at"]] += part["total"]
         square[:, part["at"]] += part["square"]
         n[part["at"]] += part["n"]
+    # genes that enough cells of a group express
     at = np.flatnonzero(n >= min_cells)
+    cells = n[at]
     frames = []
-    for name, t, s in zip(names, total, square):
-        mean = t[at] / n[at]
-        sd = np.sqrt(np.maximum(s[at] / n[at] - mean**2, 0) * n[at] / np.maximum(n[at] - 1, 1))
-        frames.append(
-            pd.DataFrame(
-                dict(
-                    at=at,
-                    direction=name,
-                    gene=ids[at % V],
-                    symbol=symbols[at % V],
-                    group=p.groups[at // V],
-                    n_cells=n[at],
-                    effect=mean,
-                    sd=np.where(n[at] > 1, sd, np.nan),
-                    exact=False,
-                    screened=mean,
-                )
-            )
+    for name, of_gene, of_square in zip(names, total, square):
+        mean = of_gene[at] / cells
+        variance = np.maximum(of_square[at] / cells - mean**2, 0)
+        sd = np.sqrt(variance * cells / np.maximum(cells - 1, 1))
+        frame = dict(
+            at=at,
+            direction=name,
+            gene=ids[at % V],
+            symbol=symbols[at % V],
+            group=p.groups[at // V],
+            n_cells=cells,
+            effect=mean,
+            sd=np.where(cells > 1, sd, np.nan),
+            exact=False,
+            screened=mean,
         )
+        frames.append(pd.DataFrame(frame))
     return _largest_first(pd.concat(frames, ignore_index=True))
 
 
 def _largest_first(table):
-    return table.iloc[np.lexsort((-table.effect.abs(), table.group, table.direction))].reset_index(
-        drop=True
-    )
+    order = np.lexsort((-table.effect.abs(), table.group, table.direction))
+    return table.iloc[order].reset_index(drop=True)
 
 # %% ../../nbs/perturb/03_screen.ipynb #821bdc53
 def _refined(table, p, names, *, U, k, job, window):
-    # run the largest effects exactly until the first k of each direction and group are exact
-    V, symbols = len(p.coder.vocabulary), np.asarray(p.coder.vocabulary.symbols)
+    "Run the largest effects exactly until the first k of each direction and group are exact."
+    V = len(p.coder.vocabulary)
     while k:
+        # an exact effect may be smaller than the screen had said, and lets another row come up
         head = table.groupby(["direction", "group"], sort=False).head(k)
         todo = np.unique(head["at"][~head.exact] % V)
         if not len(todo):
-            break
-        sets = Sets(list(symbols[todo]), todo[:, None], [""] * len(todo))
-        q = replace(p, coder=replace(p.coder, precision="fp32"), sets=sets, per_cell=True)
+            return table
         stage = job.stage(f"exact_{int(table.exact.sum())}", job_key(todo.tolist()))
-        parts = stage.windows(p.counts.n_cells, window)
-        parts = list(parts.fill(lambda first, q=q: _projected(q, U, window, first)))
-        at, effect = (np.concatenate([x[key] for x in parts]) for key in ("at", "effect"))
-        rows, owner = np.unique(at, return_inverse=True)
-        m = np.bincount(owner)
-        for i, name in enumerate(names):
-            mean = np.bincount(owner, effect[:, i]) / m
-            sd = np.sqrt(
-                np.bincount(owner, (effect[:, i] - mean[owner]) ** 2) / np.maximum(m - 1, 1)
-            )
-            mine = (table.direction == name) & table["at"].isin(rows)
-            place = np.searchsorted(rows, table["at"][mine])
-            table.loc[mine, "effect"] = mean[place]
-            table.loc[mine, "sd"] = np.where(m > 1, sd, np.nan)[place]
-            table.loc[mine, "exact"] = True
+        at, effect = _exact_runs(p, todo, U, stage, window)
+        for name, of_cells in zip(names, effect.T):
+            _enter_exact(table, name, at, of_cells)
         table = _largest_first(table)
     return table
+
+
+def _exact_runs(p, todo, U, stage, window):
+    # tokens to mask -> of each (cell, gene): group x vocabulary + token, effects (n, directions)
+    "Mask genes exactly in every cell that expresses them, always in full precision."
+    symbols = np.asarray(p.coder.vocabulary.symbols)[todo]
+    sets = Sets(list(symbols), todo[:, None], [""] * len(todo))
+    q = replace(p, coder=replace(p.coder, precision="fp32"), sets=sets, per_cell=True)
+    parts = stage.windows(p.counts.n_cells, window)
+    parts.fill(lambda first: _projected(q, U, window, first))
+    return np.concatenate(parts.each("at")), np.concatenate(parts.each("effect"))
+
+
+def _enter_exact(table, direction, at, effect):  # changes the table
+    "Put exact means in the place of screened ones."
+    rows, owner = np.unique(at, return_inverse=True)
+    n_cells = np.bincount(owner)
+    mean = np.bincount(owner, effect) / n_cells
+    variance = np.bincount(owner, (effect - mean[owner]) ** 2) / np.maximum(n_cells - 1, 1)
+    sd = np.where(n_cells > 1, np.sqrt(variance), np.nan)
+    mine = (table.direction == direction) & table["at"].isin(rows)
+    place = np.searchsorted(rows, table["at"][mine])
+    table.loc[mine, "effect"] = mean[place]
+    table.loc[mine, "sd"] = sd[place]
+    table.loc[mine, "exact"] = True
 
 
 def _projected(q, U, size, start):
@@ -638,19 +647,8 @@ def screened_impact(
 ) -> np.ndarray:  # (L,) estimated length of the shift when each gene is masked
     "Length of the shift of every single masking, from random directions."
     D = net.config.hidden_size
-    rng = np.random.default_rng(seed)
-    U = np.linalg.qr(rng.normal(size=(D, min(n_directions, D))))[0].T
-    return np.sqrt(
-        D
-        * np.mean(
-            screened(
-                net,
-                ids,
-                bins,
-                directions=torch.tensor(U, dtype=torch.float32, device=ids.device),
-                pooling=pooling,
-            )
-            ** 2,
-            axis=0,
-        )
-    )
+    drawn = np.random.default_rng(seed).normal(size=(D, min(n_directions, D)))
+    U = np.linalg.qr(drawn)[0].T  # random directions at right angles to each other
+    directions = torch.tensor(U, dtype=torch.float32, device=ids.device)
+    effects = screened(net, ids, bins, directions=directions, pooling=pooling)
+    return np.sqrt(D * np.mean(effects**2, axis=0))

@@ -516,9 +516,8 @@ def _checked_size(source, layer, duplicates, obs_columns):
     return n
 
 
-def _write_cards(
-    folder, asked, schema, *, shards, corpora
-):  # what load_from_disk wants, and our own card
+def _write_cards(folder, asked, schema, *, shards, corpora):
+    "Write what load_from_disk wants, and our own card."
     from datasets import Features
 
     identity = tokenizer_hash(asked.settings, asked.vocabulary)
