@@ -29,7 +29,7 @@ from scemb.model.embed import (
     walk_layers,
 )
 from ..model.encoder import has_flash
-from .perturb import plan, shifts_of, windows
+from .perturb import plan, reading_encoder, shifts_of, windows
 from ..data.results import check_results
 from ..tokens.ranking import MASK
 
@@ -266,8 +266,11 @@ def screen(
             f"{other[0]}= belongs to perturb; a screen masks one gene at a time "
             "and takes the mean over all the others."
         )
-    p = plan(adata, model, genes=None, by=by, min_cells=min_cells, **settings)
-    names, U = _directions(direction, p.coder.net.config.hidden_size)
+    of_model = ("pooling", "max_len", "device", "precision", "token_budget")
+    how = {name: settings.pop(name) for name in of_model if name in settings}
+    coder = reading_encoder(model, **how)
+    names, U = _directions(direction, coder.net.config.hidden_size)  # before the cells are read
+    p = plan(adata, coder, genes=None, by=by, min_cells=min_cells, **settings)
     n = p.counts.n_cells
     drawn = np.random.default_rng(seed).permutation(n)[:check_cells] if check_genes else []
     sample = Sample({int(cell) for cell in drawn}, check_genes, seed)
