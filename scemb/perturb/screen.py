@@ -259,8 +259,6 @@ def screen(
 ) -> Screen:
     """Mask every expressed gene of every cell, and say how far it moves the cell along each
     direction."""
-    import pandas as pd
-
     if other := sorted(set(settings) & {"kind", "factor", "outside", "per_cell"}):
         raise ValueError(
             f"{other[0]}= belongs to perturb; a screen masks one gene at a time "
@@ -284,20 +282,27 @@ def screen(
     parts = list(parts)
     table = _effects(p, names, parts, min_cells)
     table = _refined(table, p, names, U=U, k=refine, job=job, window=window)
+    judged = _judged(parts, table, names, products)
+    return Screen(table.drop(columns="at"), judged)
+
+
+def _judged(parts, table, names, products):  # windows, rows after refining -> table of `trust`
+    "Hold the screen against the sample that was run exactly, before and after refining."
+    import pandas as pd
 
     def joined(key):
         return np.concatenate([part[key] for part in parts], -1)
 
-    at, s, x = joined("at_checked"), joined("screened"), joined("checked")
+    at, screened, exact = joined("at_checked"), joined("screened"), joined("checked")
     rows = []
     for i, name in enumerate(names if len(at) else ()):
         refined = table["at"][table.exact & (table.direction == name)]
-        after = np.where(np.isin(at, refined), x[i], s[i])
-        row = dict(direction=name, **trust(s[i], x[i]))
-        row["refined_rmse"] = trust(after, x[i])["relative_rmse"]
+        after = np.where(np.isin(at, refined), exact[i], screened[i])
+        row = dict(direction=name, **trust(screened[i], exact[i]))
+        row["refined_rmse"] = trust(after, exact[i])["relative_rmse"]
         rows.append(row | dict(products=products))
     columns = ["direction", "spearman", "relative_rmse", "refined_rmse", "n", "products"]
-    return Screen(table.drop(columns="at"), pd.DataFrame(rows, columns=columns))
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/perturb/03_screen.ipynb #e3630bd1
 @dataclass
