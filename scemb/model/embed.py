@@ -50,7 +50,8 @@ def walk_layers(
     "Walk through the layers of the encoder; nothing but the last step is kept."
     layers = model.bert.encoder["layer"]
     for layer in reversed(layers) if down else layers:
-        before, x = x, step(layer, x)
+        before = x  # what it held until now is given back before the layer asks for memory
+        x = step(layer, x)
         yield layer, before, x
 
 
@@ -68,8 +69,11 @@ def layer_outputs(
     def step(layer, x_1TD):
         return layer(x_1TD, None, cells)[0]
 
-    for layer, before, after in walk_layers(model, x_1TD, step):
+    steps = walk_layers(model, x_1TD, step)
+    del x_1TD
+    for layer, before, after in steps:
         yield layer, before, after, cells.cu
+        del before, after
 
 
 def token_states(
@@ -83,8 +87,8 @@ def token_states(
     "The first and the pooled states of every token of an unpadded batch."
     first_1TD, total_TD = None, 0
     for _, before, x_1TD, _ in layer_outputs(model, ids, bins, lengths):
-        if first_1TD is None:
-            first_1TD = before
+        first_1TD = before if first_1TD is None else first_1TD
+        del before  # a state is large: none is held longer than it is needed
         if pooling == "mean12":
             total_TD = total_TD + x_1TD[0].float()
     if pooling == "mean12":
