@@ -501,8 +501,8 @@ def _refined(table, p, names, *, U, k, job, window):
 def _exact_runs(p, todo, U, stage, window):
     # tokens to mask -> of each (cell, gene): group x vocabulary + token, effects (n, directions)
     "Mask genes exactly in every cell that expresses them, always in full precision."
-    symbols = np.asarray(p.coder.vocabulary.symbols)[todo]
-    sets = Sets(list(symbols), todo[:, None], [""] * len(todo))
+    # named by number: windows go by tokens, and the symbols of a whole vocabulary take a while
+    sets = Sets([str(token) for token in todo], todo[:, None], [""] * len(todo))
     q = replace(p, coder=replace(p.coder, precision="fp32"), sets=sets, per_cell=True)
     parts = stage.windows(p.counts.n_cells, window)
     parts.fill(lambda first: _projected(q, U, window, first))
