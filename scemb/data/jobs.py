@@ -210,7 +210,7 @@ def is_whole(
     try:
         path = inside(folder, record["file"])
         check_file(path, record["bytes"], record["xxh3_128"], now=deep)
-    except (OSError, Damaged):
+    except (OSError, ValueError, KeyError, TypeError):  # also a record that is none
         return False
     return True
 
