@@ -277,8 +277,8 @@ FAULTS = [
     ),
     Fault(
         "model.embed_files",
-        "yield window * self.size, np.frombuffer",
-        "yield window*self.size + 1, np.frombuffer",
+        "first, vectors = number * windows.size, ",
+        "first, vectors = number * windows.size + 1, ",
         "windows of vectors are shifted by a cell",
     ),
     # damage
@@ -350,10 +350,11 @@ FAULTS = [
         "token shards are not checked when they are read",
     ),
     Fault(
-        "tokens.tokenize",
-        'check_file(inside(self.folder, s["file"]), s["bytes"], s["xxh3_128"])',
-        'inside(self.folder, s["file"])',
+        "data.jobs",
+        "return records[: whole.index(False)] if False in whole else records",
+        "return records",
         "finished shards of a stopped run are taken up unchecked",
+        "tokens/01_tokenize.ipynb",
     ),
     Fault(
         "model.checkpoint",
@@ -407,15 +408,16 @@ FAULTS = [
         "a damaged checkpoint of a run is taken up",
     ),
     Fault(
-        "model.embed_files",
-        "if row.any() and (row[0] != 1 or row[-1] != self._sum(row[:-1], self._read(window))):",
-        "if False:",
+        "data.jobs",
+        "            except Damaged:\n                self.file(number).unlink()",
+        "            except Damaged:\n                pass",
         "damaged windows of a stopped run are kept",
+        "model/09_embed_files.ipynb",
     ),
     Fault(
-        "perturb.perturb",
-        ("except (FileNotFoundError, Damaged):\n            break"),
-        "except FileNotFoundError: break",
+        "data.jobs",
+        "            self.forget_damaged()\n            numbers = self.missing()",
+        "            numbers = self.missing()",
         "a damaged window stops the run",
         "perturb/03_screen.ipynb",
     ),

@@ -204,10 +204,10 @@ def correlate(
     disease: Annotated[
         Path, typer.Argument(help="A file with raw counts of two groups of donors.")
     ],
-    screen: Annotated[
+    crispr_screen: Annotated[
         Path,
         typer.Argument(
-            help="A file with raw counts of a screen: a target and a guide for each cell."
+            help="A file with raw counts of a CRISPR screen: a target and a guide for each cell."
         ),
     ],
     group: Annotated[str, typer.Option(help="Column of obs with the two states.")],
@@ -232,11 +232,20 @@ def correlate(
     paired: Annotated[
         bool, typer.Option("--paired", help="Donors are seen in both states.")
     ] = False,
-    target: Annotated[str, typer.Option(help="Column of the screen with the targets.")] = "target",
-    guide: Annotated[str, typer.Option(help="Column of the screen with the guides.")] = "guide",
+    target: Annotated[
+        str, typer.Option(help="Column of the CRISPR screen with the targets.")
+    ] = "target",
+    guide: Annotated[
+        str, typer.Option(help="Column of the CRISPR screen with the guides.")
+    ] = "guide",
     reference: Annotated[str, typer.Option(help="Target of the control cells.")] = "non-targeting",
-    screen_batch: Annotated[
-        Optional[str], typer.Option(help="Column of the screen with batches.")
+    crispr_batch: Annotated[
+        Optional[str],
+        typer.Option(
+            "--crispr-batch",
+            "--screen-batch",
+            help="Column of the CRISPR screen with batches.",
+        ),
     ] = None,
     genes: Annotated[
         Optional[Path],
@@ -284,7 +293,7 @@ def correlate(
     )
     match = match_files(
         open_h5ad(disease, backed=False),
-        open_h5ad(screen, backed=False),
+        open_h5ad(crispr_screen, backed=False),
         group,
         case=case,
         control=control,
@@ -295,7 +304,7 @@ def correlate(
         model=None if key else model,
         key=key or "X_scemb",
         batch=batch,
-        screen_batch=screen_batch,
+        crispr_batch=crispr_batch,
         paired=paired,
         minimum=min_overlap,
         layer=reading,
@@ -307,7 +316,7 @@ def correlate(
         seed=seed,
         model=None if key else model,
         disease=disease.name,
-        screen=screen.name,
+        crispr_screen=crispr_screen.name,
     )
     with new_folder(out, overwrite=overwrite) as part:
 

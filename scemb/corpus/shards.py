@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..data.genes import gene_table
-from ..data.folders import Damaged, checksum, flush, inside, read_json, room_for, write_json
+from ..data.folders import Damaged, flush, read_json, room_for, write_json
+from ..data.jobs import file_record, is_whole
 from .sources import open_counts
 
 # %% ../../nbs/corpus/02_shards.ipynb #0ae8d51a
@@ -151,12 +152,14 @@ GENE_STEP, MITO_STEP = 100, 0.005  # widths of the histograms in the card
 
 def enter(folder, name, record, *, path, obs, size):  # write a record; obs None: no cell was left
     "Describe a finished shard."
+    shard = file_record(path) if path else dict(file=None, bytes=0, xxh3_128=None)
+    n_cells = 0 if obs is None else len(obs)
     record = record | dict(
-        file=path and path.name,
-        n_cells=0 if obs is None else len(obs),
+        file=shard["file"],
+        n_cells=n_cells,
         n_values=size,
-        bytes=path.stat().st_size if path else 0,
-        xxh3_128=checksum(path) if path else None,
+        bytes=shard["bytes"],
+        xxh3_128=shard["xxh3_128"],
     )
     if obs is not None:
 
@@ -184,11 +187,9 @@ def finished(
             return r if r.get("plan", plan) == plan else None
         if r["file"] != unit.shard or r.get("plan", plan) != plan:
             return None
-        path = inside(folder, r["file"])
-        whole = path.stat().st_size == r["bytes"] and (not deep or checksum(path) == r["xxh3_128"])
     except (OSError, Damaged):
         return None
-    return r if whole else None
+    return r if is_whole(folder, r, deep) else None
 
 # %% ../../nbs/corpus/02_shards.ipynb #89701306
 def shard_column(path, name):

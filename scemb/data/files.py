@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUMAN_GENOMES', 'WAYS_OUT', 'MATRIX_FILE', 'KNOWN', 'SIDES', 'is_human_genome', 'without_genome', 'TenX',
-           'LoomMatrix', 'LazyCells', 'matrix_files', 'kind_of_file', 'open_zarr_group', 'size_and_time', 'open_cells']
+           'LoomMatrix', 'LazyCells', 'matrix_files', 'kind_of_file', 'open_zarr_group', 'open_cells']
 
 # %% ../../nbs/data/04_files.ipynb #9e0254b6
 import re
@@ -724,16 +724,6 @@ def _spliced_and_ambiguous(path, X, var):
     return sp.csr_matrix(X[:, taken] @ add), pd.DataFrame(index=pd.Index(genes))
 
 # %% ../../nbs/data/04_files.ipynb #d2cdbf0e
-def size_and_time(
-    path,  # A file or folder
-) -> list:  # Bytes, and the times of change added up
-    "What changes when a file, or a file of a folder, is changed."
-    path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [p.stat() for p in files]
-    return [sum(s.st_size for s in stats), sum(s.st_mtime_ns for s in stats)]
-
-
 def open_cells(
     source,  # Path of a file or folder of any kind above; or an AnnData, which is given back
     whole: bool = False,  # Read all of it into an AnnData in memory

@@ -6,9 +6,8 @@
 __all__ = ['embed_file']
 
 # %% ../../nbs/model/09_embed_files.ipynb #d3eef5e6
-import hashlib, json, os, shutil, warnings
+import json, os, shutil, warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,98 +23,13 @@ from scemb.model.embed import (
     share_of_counts,
     warn_of_unknown_counts,
 )
-from ..data.files import kind_of_file, open_cells, open_zarr_group, size_and_time
-from ..data.folders import Damaged, new_file, only_writer, room_for, work_folder, write_json
+from ..data.files import kind_of_file, open_cells, open_zarr_group
+from ..data.folders import new_file, only_writer, room_for, write_json
+from ..data.jobs import Job, job_key, source_mark
 from ..data.results import check_key, check_results, remembered, write_cells
 from ..tokens.tokenize import encoded_chunks
 
 # %% ../../nbs/model/09_embed_files.ipynb #ec878455
-@dataclass
-class _Windows:
-    "Vectors of finished windows of cells, on disk."
-
-    folder: Path
-    n_cells: int
-    width: int
-    size: int
-
-    @property
-    def n(self):
-        return -(-self.n_cells // self.size)
-
-    def open(self, key):  # keep what the same job has done; otherwise start anew
-        sizes = dict(vectors=self.n_cells * self.width * 4, done=self.n * self.ROW)
-        if work_folder(self.folder, key) and all(
-            _size(self.folder / name) == size for name, size in sizes.items()
-        ):
-            self._forget_damaged()
-            return
-        for name, size in sizes.items():
-            with open(self.folder / name, "wb") as f:
-                f.truncate(size)
-
-    # of a window in the list: whether it is finished, empty cells, cut cells, counts that the model
-    # knows, all counts, the checksum of all that
-    FIELDS = 6
-    ROW = FIELDS * 8  # bytes
-
-    def done(self):  # (windows, fields) int64
-        return np.fromfile(self.folder / "done", np.int64).reshape(-1, self.FIELDS)
-
-    def _forget_damaged(self):  # windows that are not what was written are done again
-        table = self.done()
-        for window, row in enumerate(table):
-            if row.any() and (row[0] != 1 or row[-1] != self._sum(row[:-1], self._read(window))):
-                self._put("done", window * self.ROW, np.zeros(self.FIELDS, np.int64))
-
-    def _sum(self, numbers, content):
-        from xxhash import xxh3_64
-
-        return np.uint64(
-            xxh3_64(np.asarray(numbers, np.int64).tobytes() + content).intdigest()
-        ).astype(np.int64)
-
-    def _read(self, window):  # bytes
-        with open(self.folder / "vectors", "rb") as f:
-            f.seek(window * self.size * self.width * 4)
-            return f.read(self.size * self.width * 4)
-
-    def _put(self, name, at, array):
-        with open(self.folder / name, "r+b") as f:
-            f.seek(at)
-            f.write(array.tobytes())
-            f.flush()
-            os.fsync(f.fileno())
-
-    def enter(self, window, vectors, n_cut, known, given):
-        vectors = vectors.astype(np.float32)
-        self._put("vectors", window * self.size * self.width * 4, vectors)
-        numbers = [1, int(np.isnan(vectors[:, 0]).sum()), n_cut, known, given]
-        self._put(
-            "done",
-            window * self.ROW,
-            np.array([*numbers, self._sum(numbers, vectors.tobytes())], np.int64),
-        )
-
-    def __iter__(self):  # (first cell, vectors) of each window
-        for window, row in enumerate(self.done()):
-            content = self._read(window)
-            if row[-1] != self._sum(row[:-1], content):
-                raise Damaged(
-                    f"{self.folder / 'vectors'} is damaged in window {window}. Give the same "
-                    "command again: that window is done anew."
-                )
-            yield window * self.size, np.frombuffer(content, np.float32).reshape(-1, self.width)
-
-
-def _size(path):
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _runs(windows):  # sorted numbers -> lists of consecutive ones
-    return np.split(windows, np.flatnonzero(np.diff(windows) > 1) + 1) if len(windows) else []
-
-
 # -> rank, number of processes, place on this node; under torchrun they wait for each other
 def _process():
     import torch.distributed as dist
@@ -131,20 +45,40 @@ def _wait(world):
     if world > 1:
         torch.distributed.barrier()
 
+
+def _embedded(counts, encoder, path, *, window, first):  # yields the arrays of each window
+    "Embed windows of cells from window `first` on; cells that the model does not know are refused."
+    chunks = encoded_chunks(
+        counts, encoder.tokenizer(counts), start=first * window, chunk_size=window
+    )
+    for cell, encoded in chunks:
+        known, given = int(encoded["total"].sum()), encoded["given"]
+        if cell == 0 and known:  # before long work
+            refuse_unknown_counts(
+                share_of_counts(known, given),
+                f"the first {len(encoded['detected']):,} cells of {path.name}",
+            )
+        vectors = encoder(encoded).astype(np.float32)
+        n_empty = int(np.isnan(vectors[:, 0]).sum())
+        n_cut = int((encoded["detected"] > encoder.settings.max_len).sum())
+        yield dict(vectors=vectors, tally=np.array([n_empty, n_cut, known, given], np.int64))
+
 # %% ../../nbs/model/09_embed_files.ipynb #d8180515
-def _add_to_h5ad(part, windows, key, record):
+def _add_to_h5ad(part, windows, key, record, *, width):
     import h5py
 
     with h5py.File(part, "r+") as f:
-        _add_to_group(f, windows, key, record, lambda g, **k: g.create_dataset(key, **k))
+        _add_to_group(
+            f, windows, key, record, lambda g, **k: g.create_dataset(key, **k), width=width
+        )
 
 
-def _add_to_zarr(part, windows, key, record):
+def _add_to_zarr(part, windows, key, record, *, width):
     import zarr
 
     consolidated = _consolidated(part)  # metadata kept twice would hide what is added
     group = open_zarr_group(part, "r+")
-    _add_to_group(group, windows, key, record, lambda g, **k: g.create_array(key, **k))
+    _add_to_group(group, windows, key, record, lambda g, **k: g.create_array(key, **k), width=width)
     if consolidated:
         with warnings.catch_warnings():  # as the input had it; zarr warns of its own future
             warnings.simplefilter("ignore")
@@ -160,7 +94,7 @@ def _consolidated(part):
     return top.exists() and json.loads(top.read_text()).get("consolidated_metadata") is not None
 
 
-def _add_to_group(root, windows, key, record, create):
+def _add_to_group(root, windows, key, record, create, *, width):
     from anndata.io import read_elem, write_elem
 
     for name in ("obsm", "uns"):
@@ -172,48 +106,49 @@ def _add_to_group(root, windows, key, record, create):
         del root["obsm"][key]
     x = create(
         root["obsm"],
-        shape=(windows.n_cells, windows.width),
+        shape=(windows.n_cells, width),
         dtype="float32",
-        chunks=(min(windows.size, windows.n_cells), windows.width),
+        chunks=(min(windows.size, windows.n_cells), width),
     )
     x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for first, vectors in windows:
+    for number, arrays in enumerate(windows):
+        first, vectors = number * windows.size, arrays["vectors"]
         x[first : first + len(vectors)] = vectors
     before = read_elem(root["uns"]["scemb"]) if "scemb" in root["uns"] else {}
     write_elem(root["uns"], "scemb", remembered(dict(scemb=before), record))
 
 
-def _write_npy(part, windows, key, record):
+def _write_npy(part, windows, width):
     with open(part, "wb") as f:
         np.lib.format.write_array_header_1_0(
-            f, dict(descr="<f4", fortran_order=False, shape=(windows.n_cells, windows.width))
+            f, dict(descr="<f4", fortran_order=False, shape=(windows.n_cells, width))
         )
-        for _, vectors in windows:
-            f.write(vectors.tobytes())
+        for arrays in windows:
+            f.write(arrays["vectors"].tobytes())
 
 
-def _assemble(source, out, windows, key, record):
+def _assemble(source, out, windows, key, record, *, width):
     # copy the source, add the vectors, give it its name
     if out.suffix == ".npy":
         with new_file(out) as part:
-            _write_npy(part, windows, key, record)
+            _write_npy(part, windows, width)
         write_json(out.with_suffix(".json"), record)
         return
     if kind_of_file(source) not in ("h5ad", "zarr"):  # of another kind: read whole, written as h5ad
         adata = open_cells(source, whole=True)
-        adata.obsm[key] = np.concatenate([v for _, v in windows])
+        adata.obsm[key] = np.concatenate([arrays["vectors"] for arrays in windows])
         adata.uns["scemb"] = remembered(adata.uns, record)
         write_cells(adata, out)
         return
     with new_file(out) as part:
         if source.is_dir():
             shutil.copytree(source, part)
-            _add_to_zarr(part, windows, key, record)
+            _add_to_zarr(part, windows, key, record, width=width)
         else:
             shutil.copyfile(source, part)
             os.chmod(part, 0o600)  # the source may be read-only
-            room_for(part, windows.n_cells * windows.width * 4 + (1 << 17), part.stat().st_size)
-            _add_to_h5ad(part, windows, key, record)
+            room_for(part, windows.n_cells * width * 4 + (1 << 17), part.stat().st_size)
+            _add_to_h5ad(part, windows, key, record, width=width)
         _check_copy(part, windows)
 
 
@@ -334,46 +269,31 @@ def _embed_file(
             f"{counts.place} of {path.name} is stored by gene (CSC) and has to be loaded whole; "
             "store it by cell (CSR) to stream it."
         )
-    tokenizer = encoder.tokenizer(counts)
-    windows = _Windows(
-        out.with_name(f".{out.name}.partial"),
-        counts.n_cells,
-        encoder.net.config.hidden_size,
-        window,
-    )
+    encoder.tokenizer(counts)  # refuses counts that share no gene with the model
+    width = encoder.net.config.hidden_size
+    job = Job.of(out)
+    windows = job.windows(counts.n_cells, window)
     if rank == 0:
-        windows.open(_key(path, counts, encoder, window))
+        job.open(_key(path, counts, encoder, window))
+        windows.forget_damaged()
     _wait(world)
-    todo = np.array_split(np.flatnonzero(windows.done()[:, 0] == 0), world)[rank]
-    cells_of = np.minimum(window, counts.n_cells - np.arange(windows.n) * window)
-    total = counts.n_cells if world == 1 else int(cells_of[todo].sum())
-    seen = total - int(cells_of[todo].sum())
-    for run in _runs(todo):
-        for w, (_, e) in zip(
-            run, encoded_chunks(counts, tokenizer, start=int(run[0]) * window, chunk_size=window)
-        ):
-            known, n_long = (
-                int(e["total"].sum()),
-                int((e["detected"] > encoder.settings.max_len).sum()),
-            )
-            if w == 0 and known:  # before long work
-                refuse_unknown_counts(
-                    share_of_counts(known, e["given"]),
-                    f"the first {cells_of[0]:,} cells of {path.name}",
-                )
-            windows.enter(int(w), encoder(e), n_long, known, e["given"])
-            seen += int(cells_of[w])
-            if progress:
-                progress(seen, total)
+    mine = None if world == 1 else np.array_split(windows.missing(), world)[rank]
+    _wait(world)  # nobody finishes a window before all have their share
+
+    def work(first):
+        return _embedded(counts, encoder, path, window=window, first=first)
+
+    windows.fill(work, mine, progress)
     _wait(world)
-    n_empty, n_cut, known, given = windows.done()[:, 1:5].sum(0)
+    tallies = np.reshape(windows.each("tally"), (-1, 4)).astype(np.int64)
+    n_empty, n_cut, known, given = tallies.sum(0)
     check_not_all_empty(int(n_empty), counts.n_cells)
     share = share_of_counts(known, given)
     refuse_unknown_counts(share, f"the cells of {path.name}")
     record = encoder.record(counts, n_empty, n_cut, share)
     if rank == 0:
-        _assemble(path, out, windows, key, record)
-        shutil.rmtree(windows.folder)
+        _assemble(path, out, windows, key, record, width=width)
+        job.remove()
     _wait(world)
     if n_empty and rank == 0:
         warnings.warn(
@@ -386,23 +306,8 @@ def _embed_file(
 
 
 def _key(path, counts, encoder, window):  # the same job resumes, another starts anew
-    from xxhash import xxh3_64
-
-    weights = xxh3_64()
-    for p in encoder.net.bert.parameters():
-        weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return hashlib.sha256(
-        json.dumps(
-            [
-                str(path.resolve()),
-                *size_and_time(path),
-                weights.hexdigest(),
-                window,
-                encoder.record(counts, 0, 0),
-                counts.rounded,
-            ]
-        ).encode()
-    ).hexdigest()
+    record = encoder.record(counts, 0, 0)
+    return job_key(source_mark(path), encoder.marks(), record, counts.rounded, window)
 
 
 def _taken(path):  # names in obsm of a file that are not ours

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from ..data.counts import read_counts
-from .embed import budget_batches, cell_encoder, flat_cells, layer_outputs, to_device
+from scemb.model.embed import (
+    budget_batches,
+    cell_encoder,
+    flat_cells,
+    layer_heads,
+    layer_outputs,
+    to_device,
+    token_states,
+)
 from ..data.genes import map_genes
 from .encoder import autocast
 from ..tokens.tokenize import encoded_chunks
@@ -110,15 +118,10 @@ def gene_embeddings(
 
 
 def _token_states(coder, e):  # yields (cells, cell of each token, ids, bins, ranks, states (T, D))
-    n_layers = len(coder.net.bert.encoder["layer"])
     for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
         ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells=cells)
-        total_TD = 0
         with autocast(coder.net.device, coder.precision):
-            for _, _, x_1TD, _ in layer_outputs(coder.net, ids, bins, lengths=lengths):
-                if coder.pooling == "mean12":
-                    total_TD = total_TD + x_1TD[0].float()
-        x_TD = total_TD / n_layers if coder.pooling == "mean12" else x_1TD[0].float()
+            _, x_TD = token_states(coder.net, ids, bins, lengths, pooling=coder.pooling)
         owner = np.repeat(np.arange(len(cells)), lengths)
         first = np.repeat(np.cumsum(lengths) - lengths, lengths)
         yield cells, owner, ids, bins, np.arange(len(ids)) - first, x_TD
@@ -267,14 +270,7 @@ def attention_map(
 
 def _rows(block, x_TD, a, b, at):
     # attention of the tokens `at` to each other, in the cell a:b, times its length: (H, s, s)
-    own = block.attention["self"]
-
-    def split(x):
-        return x.unflatten(-1, (own.heads, -1)).transpose(0, 1)
-
-    q_Hsd, k_HLd = (
-        split(own.query(x_TD[torch.from_numpy(at).to(x_TD.device)])),
-        split(own.key(x_TD[a:b])),
-    )
+    (q_Hsd,) = layer_heads(block, x_TD[torch.from_numpy(at).to(x_TD.device)], ("query",))
+    (k_HLd,) = layer_heads(block, x_TD[a:b], ("key",))
     w_HsL = (q_Hsd @ k_HLd.transpose(-1, -2) / math.sqrt(q_Hsd.shape[-1])).softmax(-1)
     return (w_HsL[..., torch.from_numpy(at - a).to(x_TD.device)] * (b - a)).double().cpu().numpy()

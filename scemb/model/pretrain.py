@@ -58,7 +58,7 @@ from scemb.model.encoder import (
     slow_attention,
 )
 from .optimizer import OPTIMIZERS, make_optimizer
-from .batching import packed_batches, unpadded_batches
+from .batching import cut_where_full, packed_batches, unpadded_batches
 from .batching import Prefetched
 from ..data.progress import Pace
 from ..stats.resampling import mean_interval
@@ -334,14 +334,13 @@ def model_scorer(
     @torch.no_grad()
     def score(batch):
         batch = shown(batch, inputs)
-        cu, first, out = np.asarray(batch["cu_seqlens"], np.int64), 0, []
-        while first < len(cu) - 1:
-            full = int(np.searchsorted(cu, cu[first] + token_budget, side="right") - 1)
-            last = max(first + 1, full)
-            names = ("input_ids", "bins", "labels", "position_ids")
-            part = {k: batch[k][:, cu[first] : cu[last]] for k in names if k in batch}
+        cu = np.asarray(batch["cu_seqlens"], np.int64)
+        bounds = cut_where_full(np.diff(cu), token_budget)
+        names = [k for k in ("input_ids", "bins", "labels", "position_ids") if k in batch]
+        out = []
+        for first, last in zip(bounds, bounds[1:]):
+            part = {k: batch[k][:, cu[first] : cu[last]] for k in names}
             out.append(scored(part, np.diff(cu[first : last + 1])))
-            first = last
         return np.concatenate(out)
 
     return score

@@ -100,23 +100,21 @@ def ceiling(
 ) -> dict:
     "Score one half of the guides against the other."
     rng, scores = np.random.default_rng(seed), []
-    of = {
-        t: g.to_numpy(float)
-        for t, g in guides.drop(index=CONTROL, errors="ignore").groupby(level=0)
-        if len(g) > 1
-    }
+    by_target = guides.drop(index=CONTROL, errors="ignore").groupby(level=0)
+    of = {target: rows.to_numpy(float) for target, rows in by_target if len(rows) > 1}
     if len(of) < 3:
         raise ValueError(f"{len(of)} targets have two guides or more, wanted at least 3.")
     for _ in range(n_splits):
-        halves = [[], []]
+        one_half, other_half = [], []
         for x in of.values():
             order = rng.permutation(len(x))
             half = len(x) // 2
-            halves[0].append(x[order[:half]].mean(0))
-            halves[1].append(x[order[half:]].mean(0))
-        a, b = (pd.DataFrame(h, index=list(of)) for h in halves)
+            one_half.append(x[order[:half]].mean(0))
+            other_half.append(x[order[half:]].mean(0))
+        a, b = (pd.DataFrame(half, index=list(of)) for half in (one_half, other_half))
         scores.append((agreement(a, b).mean(), recognition(a, b).discrimination.mean()))
-    return dict(zip(("agreement", "discrimination"), np.mean(scores, 0))) | dict(n=len(of))
+    mean_agreement, mean_discrimination = np.mean(scores, 0)
+    return dict(agreement=mean_agreement, discrimination=mean_discrimination, n=len(of))
 
 
 def cell_ceiling(
@@ -124,12 +122,10 @@ def cell_ceiling(
 ) -> dict:  # a row a cell; from `screen_cells`
     "The same with cells dealt at random to two halves of each target."
     rng, found = np.random.default_rng(seed), []
+    is_control = obs.target == CONTROL
     for i in range(n_splits):
-        dealt = obs.assign(
-            guide=np.where(
-                obs.target == CONTROL, obs.guide, obs.target + rng.choice(["_a", "_b"], len(obs))
-            )
-        )
+        half = obs.target + rng.choice(["_a", "_b"], len(obs))
+        dealt = obs.assign(guide=np.where(is_control, obs.guide, half))
         found.append(ceiling(guide_shifts(values, dealt), 1, i))
     return {k: np.mean([f[k] for f in found]) for k in found[0]}
 
@@ -145,12 +141,12 @@ def floor(
             f"{len(nt)} control guides make {len(nt) // size} pseudo-targets of {size}, wanted "
             "at least 3: lower size."
         )
+    n_used = len(nt) // size * size
+    names = [f"pseudo_{j // size}" for j in range(n_used)]
+    index = pd.MultiIndex.from_arrays([names, range(n_used)])
     for i in range(n_splits):
-        names = [f"pseudo_{j // size}" for j in range(len(nt) // size * size)]
-        x = nt.iloc[rng.permutation(len(nt))[: len(names)]]
-        found.append(
-            ceiling(x.set_axis(pd.MultiIndex.from_arrays([names, range(len(names))])), 1, i)
-        )
+        dealt = nt.iloc[rng.permutation(len(nt))[:n_used]]
+        found.append(ceiling(dealt.set_axis(index), 1, i))
     return {k: np.mean([f[k] for f in found]) for k in found[0]}
 
 # %% ../../nbs/perturb/04_agreement.ipynb #11c9c5a3
@@ -238,31 +234,33 @@ def guide_test(
     seed: int = 0,
 ) -> pd.DataFrame:  # A row a target: agreement_control, z, p, q, n_guides
     """Test each prediction against the guides of its target, with guides changing places with
-    controls."""
+    controls.
+
+    `disease.correlate.guide_welch_test` deals the same guides, but looks along the shift of a
+    disease by Welch's t.
+    """
     if CONTROL not in guides.index.get_level_values(0):
         raise ValueError(
             "The guides hold no non-targeting ones; nothing can change places with them."
         )
     nt, rows = guides.loc[[CONTROL]].to_numpy(float), {}
-    for t in predicted.index.intersection(guides.index.get_level_values(0).unique(), sort=False):
-        d = predicted.loc[t].to_numpy(float)
-        if not np.isfinite(d).all() or not d.any():
+    targets = guides.index.get_level_values(0).unique()
+    for t in predicted.index.intersection(targets, sort=False):
+        direction = predicted.loc[t].to_numpy(float)
+        if not np.isfinite(direction).all() or not direction.any():
             continue
         x = np.concatenate([guides.loc[[t]].to_numpy(float), nt])
         case = np.arange(len(x)) < len(x) - len(nt)
 
-        def score(m, x=x, d=d):
-            return _cosines(m / m.sum(1, keepdims=True) - ~m / (~m).sum(1, keepdims=True), x, d)
+        def score(masks, x=x, direction=direction):  # bool (B, guides) -> cosines (B,)
+            "Mean of the chosen guides less the mean of the others, along the prediction."
+            of_target = masks / masks.sum(1, keepdims=True)
+            of_controls = ~masks / (~masks).sum(1, keepdims=True)
+            return _cosines(of_target - of_controls, x, direction)
 
-        own, null = (
-            float(score(case[None])[0]),
-            np.concatenate(
-                [
-                    score(m)
-                    for m in arrangements(case, None, n_permutations=n_permutations, seed=seed)
-                ]
-            ),
-        )
+        own = float(score(case[None])[0])
+        dealt = arrangements(case, None, n_permutations=n_permutations, seed=seed)
+        null = np.concatenate([score(masks) for masks in dealt])
         rows[t] = dict(
             agreement_control=own,
             z=(own - null.mean()) / null.std(),
@@ -284,21 +282,16 @@ def null_p(
 ) -> np.ndarray:  # p of each draw
     """p-values of `guide_test` where nothing is to be found: control guides as targets, any
     prediction."""
-    nt, d = (
-        guides.loc[[CONTROL]].to_numpy(float),
-        predicted[np.isfinite(predicted).all(1)].to_numpy(float),
-    )
+    nt = guides.loc[[CONTROL]].to_numpy(float)
+    directions = predicted[np.isfinite(predicted).all(1)].to_numpy(float)
     rng, p = np.random.default_rng(seed), []
-
-    def weights(order):
-        return np.where(
-            order < size, 1 / size, -1 / (len(nt) - size)
-        )  # the first `size` of a shuffled deck are the target
-
+    deck = np.tile(np.arange(len(nt)), (n_permutations + 1, 1))
     for _ in range(n_draws):
-        m = weights(rng.permuted(np.tile(np.arange(len(nt)), (n_permutations + 1, 1)), axis=1))
-        s = _cosines(m, nt, d[rng.integers(len(d))])
-        p.append(permutation_p(float(s[0]), s[1:], "greater"))
+        # the first `size` of a shuffled deck are the target, the rest its controls
+        order = rng.permuted(deck, axis=1)
+        weights = np.where(order < size, 1 / size, -1 / (len(nt) - size))
+        own, *null = _cosines(weights, nt, directions[rng.integers(len(directions))])
+        p.append(permutation_p(float(own), np.array(null), "greater"))
     return np.array(p)
 
 # %% ../../nbs/perturb/04_agreement.ipynb #4e4b70c6
@@ -317,17 +310,13 @@ def matched_test(
     scale = (about - about.mean()) / about.std(ddof=0).replace(0, 1)
     centre, oc = p.mean(), centred(o)
     rows = {}
+    candidates = scale.loc[[g for g in pool.index if g in scale.index]]
     for t in p.index.intersection(scale.index, sort=False):
-        near = (
-            ((scale.loc[[g for g in pool.index if g in scale.index]] - scale.loc[t]) ** 2)
-            .sum(1)
-            .nsmallest(n_matched)
-            .index
-        )
-        own, null = (
-            float(cosine(p.loc[t] - centre, oc.loc[t])),
-            np.nan_to_num(cosine(pool.loc[near] - centre, oc.loc[t])),
-        )
+        # the genes that resemble the target most in level, detection and rank
+        distance = ((candidates - scale.loc[t]) ** 2).sum(1)
+        near = distance.nsmallest(n_matched).index
+        own = float(cosine(p.loc[t] - centre, oc.loc[t]))
+        null = np.nan_to_num(cosine(pool.loc[near] - centre, oc.loc[t]))
         rows[t] = dict(
             agreement=own,
             null_mean=null.mean(),
@@ -343,24 +332,25 @@ def covariance_shift(
     values: np.ndarray,  # Control cells x features, centred by batch
     level: np.ndarray,  # The gene's log level in them
 ) -> np.ndarray:  # Shift when the level falls by one standard deviation
-    "Regression of features on a gene's level in control cells."
+    """Regression of features on a gene's level in control cells.
+
+    `disease.predictor.lowering_shift` is the same regression for a fall of a given size.
+    """
     x = level - level.mean()
-    return (
-        -(x @ (values - values.mean(0))) / len(x) / max(x.std(), 1e-12)
-        if x.std() > 0
-        else np.full(values.shape[1], np.nan)
-    )
+    if not x.std() > 0:
+        return np.full(values.shape[1], np.nan)
+    covariance = -(x @ (values - values.mean(0))) / len(x)
+    return covariance / max(x.std(), 1e-12)
 
 
 def contrast_shift(values, level):  # as `covariance_shift`
     "Control cells without the gene less those in its upper third."
-    high = level >= max(np.quantile(level, 2 / 3), np.nextafter(level.min(), np.inf))
-    low = level <= level.min()
-    return (
-        values[low].mean(0) - values[high].mean(0)
-        if low.sum() > 4 and high.sum() > 4
-        else np.full(values.shape[1], np.nan)
-    )
+    lowest = level.min()
+    low = level <= lowest
+    high = level >= max(np.quantile(level, 2 / 3), np.nextafter(lowest, np.inf))
+    if low.sum() < 5 or high.sum() < 5:
+        return np.full(values.shape[1], np.nan)
+    return values[low].mean(0) - values[high].mean(0)
 
 
 def other_mean(
@@ -390,11 +380,15 @@ def without_depth(
     log_depth,  # Log counts of each cell
     control,  # True for controls
 ) -> np.ndarray:
-    "Take away what control cells' depth explains of each feature, linearly."
+    """Take away what control cells' depth explains of each feature, linearly.
+
+    `disease.correlate.without_depth_in_units` needs no controls: its slope is the one within units.
+    """
     x = np.asarray(log_depth, float)
     x = x - x[control].mean()
     v = values - values[control].mean(0)
-    return v - np.outer(x, (x[control] @ v[control]) / (x[control] @ x[control]))
+    slope = (x[control] @ v[control]) / (x[control] @ x[control])
+    return v - np.outer(x, slope)
 
 # %% ../../nbs/perturb/04_agreement.ipynb #3d2074d9
 def score_predictions(
@@ -421,34 +415,22 @@ def score_predictions(
             )
         )
 
-    for name, c in dict(
-        zip(
-            ("ceiling (guides split)", "floor (controls as targets)"),
-            (ceiling(guides), floor(guides, seed=seed)),
-        )
-    ).items():
+    bounds = {
+        "ceiling (guides split)": ceiling(guides),
+        "floor (controls as targets)": floor(guides, seed=seed),
+    }
+    for name, bound in bounds.items():
         for metric in ("agreement", "discrimination"):
-            add(name, metric, c[metric], c["n"])
+            add(name, metric, bound[metric], bound["n"])
     for name, predicted in predictions.items():
         test = label_test(predicted, observed, n_permutations=n_permutations, seed=seed)
         r = recognition(predicted, observed)
         add(name, "agreement", test["value"], test["n"], test["ci_low"], test["ci_high"], test["p"])
         i = mean_interval(r.discrimination, unit="target", seed=seed)
-        add(
-            name,
-            "discrimination",
-            i.value,
-            len(r),
-            i.low,
-            i.high,
-            _discrimination_p(predicted, observed, n_permutations, seed),
-        )
-        add(
-            name,
-            "agreement with control as reference",
-            agreement(predicted, observed, "control").mean(),
-            len(r),
-        )
+        p = _discrimination_p(predicted, observed, n_permutations, seed)
+        add(name, "discrimination", i.value, len(r), i.low, i.high, p)
+        as_they_are = agreement(predicted, observed, "control").mean()
+        add(name, "agreement with control as reference", as_they_are, len(r))
         add(name, "reciprocal rank", r.reciprocal_rank.mean(), len(r))
         add(name, "top 3", (r["rank"] <= 3).mean(), len(r))
         add(name, "detectable agreement", detectable(test["null_sd"], test["n"]), test["n"])
@@ -484,24 +466,15 @@ def size_agreement(
         return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
     rng = np.random.default_rng(seed)
-    out = dict(
-        spearman=r(a, b),
-        n=int(ok.sum()),
-        p=permutation_p(
-            r(a, b), np.array([r(rng.permutation(a), b) for _ in range(n_permutations)]), "greater"
-        ),
-    )
+    null = np.array([r(rng.permutation(a), b) for _ in range(n_permutations)])
+    out = dict(spearman=r(a, b), n=int(ok.sum()), p=permutation_p(r(a, b), null, "greater"))
     if depth_shift is not None:
         d = sps.rankdata(np.abs(np.asarray(depth_shift, float)[ok]))
+        x = d - d.mean()
 
-        def left(v):
-            return (
-                v
-                - v.mean()
-                - (d - d.mean())
-                * ((d - d.mean()) @ (v - v.mean()))
-                / max((d - d.mean()) @ (d - d.mean()), 1e-12)
-            )
+        def left(v):  # what depth does not explain of ranks
+            v = v - v.mean()
+            return v - x * (x @ v) / max(x @ x, 1e-12)
 
         out["partial"] = r(left(a), left(b))
     return out

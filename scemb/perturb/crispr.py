@@ -439,43 +439,35 @@ def edistance(
     depth = np.log(np.asarray(x.sum(1)).ravel())
     targets = sorted(set(obs.target) - {CONTROL})
     columns, rows = target_columns(targets, counts), []
-    if units == "guide" and obs.guide[obs.target == CONTROL].nunique() < 3:
+    n_control_guides = obs.guide[obs.target == CONTROL].nunique()
+    if units == "guide" and n_control_guides < 3:
         raise ValueError(
-            f"{obs.guide[obs.target == CONTROL].nunique()} control guides cannot stand for all; "
+            f"{n_control_guides} control guides cannot stand for all; "
             "give at least 3, or pass units='cell' and trust p less."
         )
     for i, t in enumerate(targets):
         cells = np.flatnonzero(obs.target == t)
-        guides = obs.guide.iloc[cells].nunique()
-        row = dict(
-            target=t,
-            n=len(cells),
-            n_guides=guides,
-            edistance=np.nan,
-            sd_draw=np.nan,
-            p=np.nan,
-            depth_shift=np.nan,
-            reason="",
-        )
-        if len(cells) < min_cells:
-            rows.append(row | dict(reason=f"{len(cells)} cells, fewer than {min_cells}"))
-            continue
-        z, rng = (
-            np.delete(y, columns[t], 1) if columns[t] >= 0 else y,
-            np.random.default_rng([seed, i]),
-        )
-        draws = [matched(obs, t, max_cells, rng=rng) for _ in range(n_draws)]
-        values = [_edistance(z[a], z[b]) for a, b in draws]
-        row["edistance"], row["sd_draw"] = float(np.mean(values)), float(np.std(values))
-        row["depth_shift"] = float(np.mean([depth[a].mean() - depth[b].mean() for a, b in draws]))
-        row["p"] = (
-            _guide_p(z, obs, t, max_cells, n_permutations, rng)
-            if units == "guide"
-            else _cell_p(z, obs, draws[0], min(n_permutations, 999), rng)
-        )
-        if units == "guide" and guides < 2:
-            row["reason"] = "1 guide: its own quality and the target's effect cannot be told apart"
+        n_guides = obs.guide.iloc[cells].nunique()
+        nothing = dict.fromkeys(("edistance", "sd_draw", "p", "depth_shift"), np.nan)
+        row = dict(target=t, n=len(cells), n_guides=n_guides, reason="") | nothing
         rows.append(row)
+        if len(cells) < min_cells:
+            row["reason"] = f"{len(cells)} cells, fewer than {min_cells}"
+            continue
+        # the target itself stays out: that it went down is no effect of its going down
+        z = np.delete(y, columns[t], 1) if columns[t] >= 0 else y
+        rng = np.random.default_rng([seed, i])
+        draws = [matched(obs, t, max_cells, rng=rng) for _ in range(n_draws)]
+        distance = [_edistance(z[a], z[b]) for a, b in draws]
+        deeper = [depth[a].mean() - depth[b].mean() for a, b in draws]
+        row["edistance"], row["sd_draw"] = float(np.mean(distance)), float(np.std(distance))
+        row["depth_shift"] = float(np.mean(deeper))
+        if units == "cell":
+            row["p"] = _cell_p(z, obs, draws[0], min(n_permutations, 999), rng)
+            continue
+        row["p"] = _guide_p(z, obs, t, max_cells, n_permutations, rng)
+        if n_guides < 2:
+            row["reason"] = "1 guide: its own quality and the target's effect cannot be told apart"
     table = pd.DataFrame(rows)
     return table.assign(q=false_discovery(table.p))[
         ["target", "n", "n_guides", "edistance", "sd_draw", "p", "q", "depth_shift", "reason"]
@@ -502,98 +494,62 @@ def matched(
     return np.concatenate(a), np.concatenate(b)
 
 
-def _edistance(a, b):
-    return (
-        energy(
-            distances(a, b).sum(),
-            distances(a, a).sum(),
-            distances(b, b).sum(),
-            n_a=len(a),
-            n_b=len(b),
-        )
-        if min(len(a), len(b)) > 1
-        else np.nan
+def _edistance(a, b):  # two groups of cells
+    if min(len(a), len(b)) < 2:
+        return np.nan
+    between, within_a = distances(a, b).sum(), distances(a, a).sum()
+    return energy(between, within_a, distances(b, b).sum(), n_a=len(a), n_b=len(b))
+
+
+def _energies(masks, between, n):
+    # bool (B, units), sums of distances between units, cells of each unit -> E-distances (B,)
+    "E-distance of the units in each mask to the units outside it."
+    a = np.atleast_2d(masks).astype(between.dtype)
+    b = 1 - a
+    from_a = a @ between
+    n_a = a @ n
+    across, within_a, within_b = (
+        (from_a * b).sum(1),
+        (from_a * a).sum(1),
+        ((b @ between) * b).sum(1),
     )
+    return energy(across, within_a, within_b, n_a=n_a, n_b=n.sum() - n_a)
 
 
-def _guide_p(z, obs, target, max_cells, n_permutations, rng):  # guides change places
+def _guide_p(z, obs, target, max_cells, n_permutations, rng):
+    "p where guides change places: distances are summed over the cells of each pair of guides once."
     use = np.flatnonzero(obs.target.isin([target, CONTROL]))
     guide = obs.guide.to_numpy()
-    each = max(10, max_cells // max(1, len(set(guide[obs.target == target]))))
-    parts = [rng.permutation(use[guide[use] == g])[:each] for g in np.unique(guide[use])]
-    parts = [p for p in parts if len(p) > 1]
-    case, n = (
-        np.array([obs.target.iloc[p[0]] == target for p in parts]),
-        np.array([len(p) for p in parts]),
-    )
-    cells = np.concatenate(parts)
-    owner = sparse.csr_matrix(
-        (
-            np.ones(len(cells), np.float32),
-            (np.repeat(np.arange(len(parts)), n), np.arange(len(cells))),
-        )
-    )
-    between = np.asarray(
-        owner @ (owner @ distances(z[cells], z[cells])).T, float
-    )  # guides x guides
+    n_guides = len(set(guide[obs.target == target]))
+    most_cells = max(10, max_cells // max(1, n_guides))  # of a guide
+    parts = [rng.permutation(use[guide[use] == g])[:most_cells] for g in np.unique(guide[use])]
+    parts = [part for part in parts if len(part) > 1]
+    case = np.array([obs.target.iloc[part[0]] == target for part in parts])
     if not case.any():
         return np.nan
-
-    def statistic(m):
-        m = np.atleast_2d(m).astype(float)
-        ma = m @ between
-        n_a = m @ n
-        return energy(
-            (ma * (1 - m)).sum(1),
-            (ma * m).sum(1),
-            (((1 - m) @ between) * (1 - m)).sum(1),
-            n_a=n_a,
-            n_b=n.sum() - n_a,
-        )
-
-    return permutation_p(
-        float(statistic(case)[0]),
-        np.concatenate(
-            [
-                statistic(m)
-                for m in arrangements(
-                    case, None, n_permutations=n_permutations, seed=int(rng.integers(2**31))
-                )
-            ]
-        ),
-        "greater",
-    )
+    n = np.array([len(part) for part in parts])
+    cells = np.concatenate(parts)
+    guide_of_cell = np.repeat(np.arange(len(parts)), n)
+    ones = np.ones(len(cells), np.float32)
+    owner = sparse.csr_matrix((ones, (guide_of_cell, np.arange(len(cells)))))  # guides x cells
+    between = np.asarray(owner @ (owner @ distances(z[cells], z[cells])).T, float)
+    seed = int(rng.integers(2**31))
+    dealt = arrangements(case, None, n_permutations=n_permutations, seed=seed)
+    null = np.concatenate([_energies(masks, between, n) for masks in dealt])
+    return permutation_p(float(_energies(case, between, n)[0]), null, "greater")
 
 
-def _cell_p(z, obs, draw, n_permutations, rng):  # cells change places within batches
+def _cell_p(z, obs, draw, n_permutations, rng):
+    "p where cells change places within batches."
     cells = np.concatenate(draw)
     case = np.repeat([True, False], [len(draw[0]), len(draw[1])])
-    d = distances(z[cells], z[cells])
-
-    def statistic(m):
-        m = np.atleast_2d(m).astype(np.float32)
-        ma = m @ d
-        n_a = m.sum(1)
-        return energy(
-            (ma * (1 - m)).sum(1),
-            (ma * m).sum(1),
-            (((1 - m) @ d) * (1 - m)).sum(1),
-            n_a=n_a,
-            n_b=len(case) - n_a,
-        )
-
-    null = np.concatenate(
-        [
-            statistic(m)
-            for m in arrangements(
-                case,
-                obs.batch.to_numpy()[cells],
-                n_permutations=n_permutations,
-                seed=int(rng.integers(2**31)),
-            )
-        ]
-    )
-    return permutation_p(float(statistic(case)[0]), null, "greater")
+    between = distances(z[cells], z[cells])
+    n = np.ones(len(cells), between.dtype)
+    batch = obs.batch.to_numpy()[cells]
+    seed = int(rng.integers(2**31))
+    dealt = arrangements(case, batch, n_permutations=n_permutations, seed=seed)
+    null = np.concatenate([_energies(masks, between, n) for masks in dealt])
+    return permutation_p(float(_energies(case, between, n)[0]), null, "greater")
 
 # %% ../../nbs/perturb/00_crispr.ipynb #14217d7a
 def guide_shifts(

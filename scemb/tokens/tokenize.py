@@ -6,7 +6,7 @@
 __all__ = ['WAY_OUT', 'TokenSet', 'encoded_chunks', 'tally', 'tokenize', 'write_tokens', 'check_not_empty', 'read_tokens']
 
 # %% ../../nbs/tokens/01_tokenize.ipynb #267964da
-import hashlib, json, os, shutil
+import os
 from functools import partial
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,21 +16,19 @@ import numpy as np
 import pandas as pd
 
 from ..data.counts import Counts, check_output, read_counts
-from ..data.files import kind_of_file, size_and_time
+from ..data.files import kind_of_file
 from scemb.data.folders import (
     Damaged,
     check_file,
     checksum,
-    flush,
     inside,
     only_writer,
     open_folder,
-    own_folder,
-    put,
     read_json,
     write_json,
     write_manifest,
 )
+from ..data.jobs import Job, job_key, size_and_time, source_mark
 from scemb.tokens.ranking import (
     Encoder,
     TokenizerSettings,
@@ -217,8 +215,8 @@ def tokenize(
 
 # %% ../../nbs/tokens/01_tokenize.ipynb #5e15abb2
 @dataclass(frozen=True)
-class _Job:
-    "What is written where: the same job resumes, another starts anew."
+class _Asked:
+    "What is written where."
 
     sources: list
     out: Path
@@ -230,59 +228,16 @@ class _Job:
     shard_cells: int
     compression: str | None
 
-    @property
-    def folder(self):
-        return self.out.parent / f".{self.out.name}.partial"
-
-    def key(self):
-        marks = [
-            [str(s), *size_and_time(s)] if isinstance(s, (str, os.PathLike)) else ["AnnData", id(s)]
-            for s in self.sources
-        ]
-        return hashlib.sha256(
-            json.dumps(
-                [
-                    marks,
-                    tokenizer_hash(self.settings, self.vocabulary),
-                    self.obs_columns,
-                    self.protected,
-                    self.layer,
-                    self.shard_cells,
-                    self.compression,
-                ]
-            ).encode()
-        ).hexdigest()[:16]
-
-    def done(self):  # list of finished shards, or none when the folder belongs to another job
-        own_folder(self.folder)
-        try:
-            record = read_json(self.folder / "progress.json")
-            if record.get("key") == self.key():
-                return self.whole(record["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # never begun, or damaged: start anew
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        return []
-
-    def whole(self, shards):  # those before the first that is damaged
-        for number, s in enumerate(shards):
-            try:
-                check_file(inside(self.folder, s["file"]), s["bytes"], s["xxh3_128"])
-            except Damaged:
-                return shards[:number]
-        return shards
-
-    def enter(self, shards):
-        write_json(
-            self.folder / "progress.json",
-            dict(key=self.key(), shards=shards),
-            indent=None,
-            sign=True,
-        )
+    def job(self):  # -> Job, open
+        "The same job resumes, another starts anew."
+        identity = tokenizer_hash(self.settings, self.vocabulary)
+        columns = [self.obs_columns, self.protected, self.layer]
+        form = [self.shard_cells, self.compression]
+        marks = [source_mark(s) for s in self.sources]
+        return Job.of(self.out).open(job_key(marks, identity, columns, form))
 
 
-def _schema(job):  # columns of the obs as numbers of distinct strings
+def _schema(asked):  # columns of the obs as numbers of distinct strings
     import pyarrow as pa
 
     fields = [
@@ -292,13 +247,13 @@ def _schema(job):  # columns of the obs as numbers of distinct strings
         ("source", pa.int32()),
         ("row", pa.int64()),
     ]
-    if job.protected:
+    if asked.protected:
         fields.append(("rescued", pa.int32()))
     strings = pa.dictionary(pa.int32(), pa.string())
-    return pa.schema(fields + [(name, strings) for name in job.obs_columns])
+    return pa.schema(fields + [(name, strings) for name in asked.obs_columns])
 
 
-def _record_batch(e, obs, first, source, job, schema):
+def _record_batch(e, obs, first, source, *, asked, schema):
     # one encoded chunk -> Arrow, empty cells left out
     import pyarrow as pa
 
@@ -313,33 +268,37 @@ def _record_batch(e, obs, first, source, job, schema):
         pa.array(np.full(keep.sum(), source, np.int32)),
         pa.array(rows),
     ]
-    if job.protected:
+    if asked.protected:
         columns.append(pa.array(e["rescued"][keep]))
-    for name in job.obs_columns:
+    for name in asked.obs_columns:
         values = obs[name].iloc[rows].astype(str).to_numpy(dtype=object)
         columns.append(pa.array(values, pa.string()).dictionary_encode())
     return pa.record_batch(columns, schema=schema)
 
 
-def _write_shard(job, schema, number, source, counts, encoder, start, progress, n_threads):
+def _write_shard(
+    job, asked, schema, *, number, source, counts, encoder, start, progress, n_threads
+):
     # -> what is entered in the list
     import pyarrow as pa
 
-    name, card, stop = f"data-{number:05d}.arrow", {}, min(start + job.shard_cells, counts.n_cells)
-    options = pa.ipc.IpcWriteOptions(compression=job.compression)
+    name, card = f"data-{number:05d}.arrow", {}
+    stop = min(start + asked.shard_cells, counts.n_cells)
+    options = pa.ipc.IpcWriteOptions(compression=asked.compression)
     part = counts if stop == counts.n_cells else _Upto(counts, stop)
     with (
         pa.OSFile(str(job.folder / f"{name}.tmp"), "wb") as f,
         pa.ipc.new_stream(f, schema, options=options) as writer,
     ):
         for first, e in encoded_chunks(part, encoder, start=start, n_threads=n_threads):
-            writer.write_batch(_record_batch(e, counts.adata.obs, first, source, job, schema))
-            card = tally(e, job.settings.max_len, card)
+            obs = counts.adata.obs
+            writer.write_batch(_record_batch(e, obs, first, source, asked=asked, schema=schema))
+            card = tally(e, asked.settings.max_len, card)
             progress(len(e["detected"]))
-    flush(job.folder / f"{name}.tmp")
-    os.replace(job.folder / f"{name}.tmp", job.folder / name)
-    size, sums = (job.folder / name).stat().st_size, checksum(job.folder / name)
-    return dict(file=name, source=source, start=start, stop=stop, bytes=size, xxh3_128=sums, **card)
+    shard = job.finish_file(name)
+    place = dict(source=source, start=start, stop=stop)
+    sums = dict(bytes=shard["bytes"], xxh3_128=shard["xxh3_128"])
+    return dict(file=name, **place, **sums, **card)
 
 
 @dataclass(frozen=True)
@@ -439,7 +398,7 @@ def _write_tokens(
         vocabulary = gene_medians(
             [read_counts(s, layer, duplicates=duplicates) for s in sources], vocabulary
         )
-    job = _Job(
+    asked = _Asked(
         sources,
         out,
         vocabulary,
@@ -450,7 +409,8 @@ def _write_tokens(
         shard_cells,
         compression,
     )
-    shards, schema = job.done(), _schema(job)
+    job, schema = asked.job(), _schema(asked)
+    shards = job.finished()
     seen, total = [sum(s["n_cells"] for s in shards)], sum(sizes)
 
     def report(n):
@@ -466,16 +426,25 @@ def _write_tokens(
             vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected
         )
         for start in range(first, size, shard_cells):
-            shards.append(
-                _write_shard(job, schema, len(shards), i, counts, encoder, start, report, n_threads)
+            shard = _write_shard(
+                job,
+                asked,
+                schema,
+                number=len(shards),
+                source=i,
+                counts=counts,
+                encoder=encoder,
+                start=start,
+                progress=report,
+                n_threads=n_threads,
             )
+            shards.append(shard)
             job.enter(shards)
         if counts.adata is not source:
             counts.close()
     check_not_empty(shards)
-    _write_cards(job, schema, shards, corpora)
-    put(job.folder, out)
-    (out / "progress.json").unlink()
+    _write_cards(job.folder, asked, schema, shards=shards, corpora=corpora)
+    job.become(out)
     return out
 
 
@@ -547,12 +516,13 @@ def _checked_size(source, layer, duplicates, obs_columns):
     return n
 
 
-def _write_cards(job, schema, shards, corpora):  # what load_from_disk wants, and our own card
+def _write_cards(folder, asked, schema, *, shards, corpora):
+    "Write what load_from_disk wants, and our own card."
     from datasets import Features
 
-    identity = tokenizer_hash(job.settings, job.vocabulary)
+    identity = tokenizer_hash(asked.settings, asked.vocabulary)
     write_json(
-        job.folder / "state.json",
+        folder / "state.json",
         dict(
             _data_files=[dict(filename=s["file"]) for s in shards],
             _fingerprint=identity,
@@ -566,9 +536,9 @@ def _write_cards(job, schema, shards, corpora):  # what load_from_disk wants, an
     )
     features = Features.from_arrow_schema(_without_dictionaries(schema)).to_dict()
     info = dict(features=features, description="scEMB tokens", citation="", homepage="", license="")
-    write_json(job.folder / "dataset_info.json", info, indent=None)
+    write_json(folder / "dataset_info.json", info, indent=None)
     per_source = []
-    for i, s in enumerate(job.sources):
+    for i, s in enumerate(asked.sources):
         card = {
             k: sum(x[k] for x in shards if x["source"] == i)
             for k in (
@@ -595,18 +565,18 @@ def _write_cards(job, schema, shards, corpora):  # what load_from_disk wants, an
             )
         )
     write_json(
-        job.folder / "tokens.json",
+        folder / "tokens.json",
         dict(
             tokenizer_hash=identity,
-            vocabulary_hash=job.vocabulary.hash,
-            settings=asdict(job.settings),
-            protected=job.protected,
+            vocabulary_hash=asked.vocabulary.hash,
+            settings=asdict(asked.settings),
+            protected=asked.protected,
             **(dict(corpora=corpora) if corpora else {}),
             sources=per_source,
             shards=shards,
         ),
     )
-    job.vocabulary.save(job.folder)
+    asked.vocabulary.save(folder)
     names = [
         "state.json",
         "dataset_info.json",
@@ -615,7 +585,7 @@ def _write_cards(job, schema, shards, corpora):  # what load_from_disk wants, an
         *(s["file"] for s in shards),
     ]
     write_manifest(
-        job.folder,
+        folder,
         "tokens",
         settings=identity,
         names=names,
