@@ -22,55 +22,50 @@ def confusion_grid(
     plt = _plt()
     methods = list(dict.fromkeys(table.method))
     columns = min(columns, len(methods))
-    n = (
-        table[table.method == methods[0]]
-        .groupby("true")
-        .n.sum()
-        .sort_values(ascending=False, kind="stable")
-    )
-    true = list(order or n.index)
-    guess = true + sorted(set(table.guess) - set(true))
     rows = -(-len(methods) // columns)
+    of_class = table[table.method == methods[0]].groupby("true").n.sum()
+    of_class = of_class.sort_values(ascending=False, kind="stable")
+    true = list(order or of_class.index)
+    guess = true + sorted(set(table.guess) - set(true))
+    height = size * max(0.7, len(true) / len(guess))
     fig, axes = plt.subplots(
         rows,
         columns,
-        figsize=(size * columns + 1.2, size * rows * max(0.7, len(true) / len(guess)) + 0.8),
+        figsize=(size * columns + 1.2, height * rows + 0.8),
         squeeze=False,
         layout="constrained",
         sharey=True,
     )
-    for ax, m in zip(axes.flat, methods):
-        wide = (
-            table[table.method == m]
-            .pivot_table(index="true", columns="guess", values="share")
-            .reindex(index=true, columns=guess)
-            .fillna(0)
-            .to_numpy()
+    panels = list(axes.flat)
+    for ax, method in zip(panels, methods, strict=False):
+        shares = table[table.method == method].pivot_table(
+            index="true", columns="guess", values="share"
         )
-        im = ax.imshow(wide, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        font = max(3.5, min(7, 60 / len(guess)))
-        for i, j in zip(*np.nonzero(wide >= 0.1)):
-            ax.text(
-                j,
-                i,
-                f"{wide[i, j]:.2f}".lstrip("0").replace("1.00", "1"),
-                ha="center",
-                va="center",
-                fontsize=font,
-                color="white" if wide[i, j] > 0.5 else "black",
-            )
-        ax.set_title(m, fontsize=8)
+        shares = shares.reindex(index=true, columns=guess).fillna(0).to_numpy()
+        image = _confusion_panel(ax, shares)
+        ax.set_title(method, fontsize=8)
         ax.set_xticks(range(len(guess)), guess, rotation=90, fontsize=6)
-        ax.set_yticks(range(len(true)), [f"{t} ({n.get(t, 0)})" for t in true], fontsize=6)
+        ax.set_yticks(range(len(true)), [f"{t} ({of_class.get(t, 0)})" for t in true], fontsize=6)
         ax.tick_params(length=0)
     for ax in axes[-1]:
         ax.set_xlabel("named", fontsize=7)
     for ax in axes[:, 0]:
         ax.set_ylabel("truth (cells)", fontsize=7)
-    for ax in list(axes.flat)[len(methods) :]:
+    for ax in panels[len(methods) :]:
         ax.axis("off")
-    fig.colorbar(im, ax=axes, shrink=0.6, label="share of the true class", aspect=30)
+    fig.colorbar(image, ax=axes, shrink=0.6, label="share of the true class", aspect=30)
     return fig
+
+
+def _confusion_panel(ax, shares):
+    "One matrix; shares of .1 and more are written."
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    font = max(3.5, min(7, 60 / shares.shape[1]))
+    for i, j in np.argwhere(shares >= 0.1):
+        text = f"{shares[i, j]:.2f}".lstrip("0").replace("1.00", "1")
+        colour = "white" if shares[i, j] > 0.5 else "black"
+        ax.text(j, i, text, ha="center", va="center", fontsize=font, color=colour)
+    return image
 
 # %% ../../nbs/draw/01_annotation.ipynb #4d7b4cbd
 def learning_curves(
@@ -84,24 +79,25 @@ def learning_curves(
     fig, axes = plt.subplots(
         1, len(sets), figsize=(3.4 * len(sets) + 2, 3), squeeze=False, layout="constrained"
     )
-    for ax, name in zip(axes[0], sets):
-        for i, m in enumerate(methods):
-            d = t[(t.dataset == name) & (t.method == m)].sort_values("shots", kind="stable")
+    for ax, name in zip(axes[0], sets, strict=True):
+        for i, method in enumerate(methods):
+            d = t[(t.dataset == name) & (t.method == method)].sort_values("shots", kind="stable")
             if not len(d):
                 continue
-            x = d.shots * (1 + 0.03 * (i - len(methods) / 2))
+            beside = 1 + 0.03 * (i - len(methods) / 2)  # so that intervals do not hide each other
             spread = np.nan_to_num(np.array([d.value - d.ci_low, d.ci_high - d.value])).clip(0)
+            own = method.startswith("scEMB")
             ax.errorbar(
-                x,
+                d.shots * beside,
                 d.value,
                 spread,
-                marker="o" if m.startswith("scEMB") else "s",
+                marker="o" if own else "s",
                 ms=4,
-                lw=1.8 if m.startswith("scEMB") else 1,
-                ls="-" if m.startswith("scEMB") else "--",
+                lw=1.8 if own else 1,
+                ls="-" if own else "--",
                 capsize=2,
                 color=PALETTE[i % len(PALETTE)],
-                label=m,
+                label=method,
             )
         ticks = sorted(t[t.dataset == name].shots.unique())
         ax.set_xscale("log")

@@ -101,22 +101,22 @@ def method_bars(
     return fig
 
 
-def _method_panel(ax, s, methods, metric, chance, lines):
-    t = s[(s.metric == metric) & ~lines[s.index]].set_index("method").reindex(methods)
+def _method_panel(ax, scores, methods, metric, chance, lines):
+    "One score of one space: bars for methods, lines for floors and ceilings."
+    scores = scores[scores.metric == metric]
+    is_line = lines[scores.index]
+    t = scores[~is_line].set_index("method").reindex(methods)
     y = np.arange(len(methods))
-    ax.barh(
-        y, t.value - chance, left=chance, color=np.where(t.p < 0.05, PALETTE[0], ".65"), height=0.6
-    )
+    colour = np.where(t.p < 0.05, PALETTE[0], ".65")
+    ax.barh(y, t.value - chance, left=chance, color=colour, height=0.6)
     ax.hlines(y, t.ci_low, t.ci_high, color="k", lw=1)
-    for i, (name, x) in enumerate(
-        zip(*(s[(s.metric == metric) & lines[s.index]][k] for k in ("method", "value")))
-    ):
+    for i, row in enumerate(scores[is_line].itertuples()):
         ax.axvline(
-            x,
-            color=PALETTE[3 if name.startswith("floor") else 2],
+            row.value,
+            color=PALETTE[3 if row.method.startswith("floor") else 2],
             ls=("--", ":", "-.")[i % 3],
             lw=1,
-            label=name,
+            label=row.method,
         )
     ax.axvline(chance, color="k", lw=0.6)
     ax.invert_yaxis()
@@ -146,9 +146,8 @@ def shift_scatter(
         ax.scatter(t.predicted, t.observed, s=5, color=PALETTE[0], alpha=0.7, lw=0)
         ax.axhline(0, color=".8", lw=0.6, zorder=0)
         ax.axvline(0, color=".8", lw=0.6, zorder=0)
-        cos = (t.predicted @ t.observed) / max(
-            np.linalg.norm(t.predicted) * np.linalg.norm(t.observed), 1e-30
-        )
+        lengths = np.linalg.norm(t.predicted) * np.linalg.norm(t.observed)
+        cos = (t.predicted @ t.observed) / max(lengths, 1e-30)
         ax.set_title(f"{name}: cosine {cos:.2f}", fontsize=7.5)
         ax.tick_params(labelsize=6)
         ax.spines[["top", "right"]].set_visible(False)
@@ -213,26 +212,26 @@ def volcano(
     fig, ax = plt.subplots(figsize=(4.4, 3.4), layout="constrained")
     ax.scatter(t.effect, y, s=8, lw=0, c=np.where(found, PALETTE[0], ".7"))
     ax.axhline(-np.log10(alpha), color=".6", ls="--", lw=0.8)
-    named = (
-        (t[found] if found.any() else t)
-        .assign(size=lambda d: d.effect.abs())
-        .nlargest(n_labels if found.any() else 2, "size")
-    )
-    placed, span = [], (max(np.ptp(y), 1e-9), np.ptp(t.effect))
-    for i in named.index[np.argsort(-y[named.index].to_numpy(), kind="stable")]:
-        x, at, right = t.effect[i], y[i], t.effect[i] >= 0
-        while any(abs(at - b) < 0.045 * span[0] and abs(x - a) < 0.25 * span[1] for a, b in placed):
-            at -= 0.045 * span[0]  # labels step down where they would meet
-        placed.append((x, at))
-        ax.text(
-            x + (-0.015 if right else 0.015) * span[1],
-            at,
-            t.symbol[i],
-            fontsize=6.5,
-            ha="right" if right else "left",
-            va="center",
-        )
+    largest = t[found] if found.any() else t
+    largest = largest.assign(size=largest.effect.abs())
+    named = largest.nlargest(n_labels if found.any() else 2, "size")
+    _volcano_labels(ax, t.loc[named.index], y[named.index], max(np.ptp(y), 1e-9), np.ptp(t.effect))
     ax.set(xlabel=label if power == 0 else f"{label} (units of 1e{power})", ylabel=f"-log10 {key}")
     ax.margins(0.12)
     ax.spines[["top", "right"]].set_visible(False)
     return fig
+
+
+def _volcano_labels(ax, named, y, height, width):
+    "Names beside their dots, from the top; a name steps down where it would meet another."
+    step, near = 0.045 * height, 0.25 * width
+    placed = []
+    for i in named.index[np.argsort(-y.to_numpy(), kind="stable")]:
+        x, at = named.effect[i], y[i]
+        while any(abs(at - b) < step and abs(x - a) < near for a, b in placed):
+            at -= step
+        placed.append((x, at))
+        right = x >= 0
+        shift = -0.015 if right else 0.015
+        side = "right" if right else "left"
+        ax.text(x + shift * width, at, named.symbol[i], fontsize=6.5, ha=side, va="center")
