@@ -48,18 +48,22 @@ def annotated_by(
             f"The {len(rows)} labelled cells with genes are of {len(classes)} class; at least "
             "two are needed."
         )
-    model, mine = CellModel(peer.net.bert, len(classes), settings), tokens.subset(rows)
+    model = CellModel(peer.net.bert, len(classes), settings)
+    mine = tokens.subset(rows)
     train, held = split_labelled(
         y,
         settings.validation_share,
         seed=settings.seed,
         units=None if units is None else np.asarray(units)[rows],
     )
-    start, history = trained_state(model), fit(model, mine, y, train=train, validation=held)
-    warmth = fit_temperature(predict(model, mine, cells=held), y[held]) if len(held) else 1.0
-    if 0 < len(held) and len(y) <= settings.refit:
-        fit_again(model, start, mine, y=y, cells=np.arange(len(y)), history=history)
-    return probabilities(predict(model, tokens, cells=query), warmth), classes
+    start = trained_state(model)
+    history = fit(model, mine, y, train=train, validation=held)
+    temperature = 1.0
+    if len(held):
+        temperature = fit_temperature(predict(model, mine, cells=held), y[held])
+        if len(y) <= settings.refit:
+            fit_again(model, start, mine, y=y, cells=np.arange(len(y)), history=history)
+    return probabilities(predict(model, tokens, cells=query), temperature), classes
 
 # %% ../../nbs/judge/06_benchmark.ipynb #18e79ec0
 STYLE = """

@@ -33,11 +33,10 @@ class Embedder:
     def __call__(
         self, adata, seed=0
     ) -> np.ndarray:  # (cells, D), float32; a row of NaN for a cell that cannot be embedded
-        x = (
-            self.run.fit(adata).transform(adata)
-            if hasattr(self.run, "transform")
-            else self.run(adata, seed)
-        )
+        if hasattr(self.run, "transform"):
+            x = self.run.fit(adata).transform(adata)
+        else:
+            x = self.run(adata, seed)
         x = np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32)
         if x.ndim != 2 or len(x) != adata.n_obs:
             raise ValueError(
@@ -483,23 +482,26 @@ def integration_draws(
     seed: int = 0,  # See `half_samples`
 ) -> list:  # A dict of metrics for each half-sample
     "Score half-samples; sample i uses the embedding of seed i modulo their number."
-    xs = embeddings if isinstance(embeddings, list) else [embeddings]
-    ok = usable(np.concatenate([x.sum(1, keepdims=True) for x in xs], 1), labels)
-    place = np.flatnonzero(ok)
-    labels, batch = np.asarray(labels).astype(str)[ok], np.asarray(batch).astype(str)[ok]
+    embeddings = embeddings if isinstance(embeddings, list) else [embeddings]
+    sums = np.concatenate([x.sum(1, keepdims=True) for x in embeddings], 1)  # NaN where one is
+    place = np.flatnonzero(usable(sums, labels))
+    labels, batch = np.asarray(labels).astype(str)[place], np.asarray(batch).astype(str)[place]
     if len(np.unique(batch)) < 2 or len(np.unique(labels)) < 2:
         raise ValueError(
             f"{len(np.unique(batch))} batches and {len(np.unique(labels))} labels among "
-            f"{ok.sum()} cells; integration needs at least two of each."
+            f"{len(place)} cells; integration needs at least two of each."
         )
-    return [
-        integration_metrics(
-            xs[i % len(xs)][place[d]], labels[d], batch[d], before=before[place[d]], seed=seed + i
+    samples = half_samples(labels, batch, n=n_samples, max_cells=max_cells, seed=seed)
+    draws = []
+    for i, sample in enumerate(samples):
+        cells = place[sample]
+        x = embeddings[i % len(embeddings)][cells]
+        draws.append(
+            integration_metrics(
+                x, labels[sample], batch[sample], before=before[cells], seed=seed + i
+            )
         )
-        for i, d in enumerate(
-            half_samples(labels, batch, n=n_samples, max_cells=max_cells, seed=seed)
-        )
-    ]
+    return draws
 
 
 def integration_scores(
@@ -509,21 +511,15 @@ def integration_scores(
 ) -> list:  # Rows: mean over half-samples with the range that holds 95 % of them
     "Half-samples into rows of the score table."
     rows = []
-    for k in draws[0]:
-        v = np.array([d[k] for d in draws])
-        v = v[np.isfinite(v)]
-        low, high = np.quantile(v, [0.025, 0.975]) if len(v) else (np.nan, np.nan)
-        rows.append(
-            _row(
-                method,
-                k,
-                v.mean() if len(v) else np.nan,
-                low,
-                high,
-                n_cells,
-                f"95 % of {len(v)} half-samples",
-            )
-        )
+    for metric in draws[0]:
+        values = np.array([draw[metric] for draw in draws])
+        values = values[np.isfinite(values)]
+        mean, low, high = np.nan, np.nan, np.nan
+        if len(values):
+            mean = values.mean()
+            low, high = np.quantile(values, [0.025, 0.975])
+        interval = f"95 % of {len(values)} half-samples"
+        rows.append(_row(method, metric, mean, low, high, n_cells, interval))
     return rows
 
 # %% ../../nbs/judge/00_scores.ipynb #697dd7c3
