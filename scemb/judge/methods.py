@@ -212,7 +212,42 @@ def named_methods(
     device: str | None = None,  # For Geneformer and scGPT
     methods=METHODS,  # Where names are looked up
 ) -> list:  # Embedders
-    "Make embedders from names; an unknown name, or one that lacks what it needs, is refused."
+    """Make the methods of a comparison from their names.
+
+    Parameters
+    ----------
+    names
+        Names, in the order of the table; see `METHODS`. A checkpoint or a folder of
+        weights follows a colon: "geneformer:PATH". None takes all that need no folder.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings). Needed by the methods of scEMB.
+    batch
+        Column of `obs`, for Harmony and scVI.
+    corpus
+        Tokens that the model was trained on, a `TokenSet`, for its untrained copy and its bag.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    n_seeds
+        Seeds of the methods that depend on chance.
+    device
+        Where Geneformer and scGPT run.
+    methods
+        Entries like those of `METHODS`.
+
+    Returns
+    -------
+    A list of `Embedder` objects for `compare`.
+
+    Raises
+    ------
+    ValueError
+        A name is not known, or needs a model or a folder.
+    """
     if names is None:
         names = [m.short for m in methods if m.needs != "folder"]
     asked = {}
