@@ -201,14 +201,14 @@ FAULTS = [
     ),
     Fault(
         "judge.scores",
-        "return float((2 * both[t > 0] / (t + g)[t > 0]).mean())",
-        "return float((both[t > 0]/t[t > 0]).mean())",
+        "f1 = 2 * hits[occurs] / (n_true + n_guessed)[occurs]",
+        "f1 = hits[occurs] / n_true[occurs]",
         "recall is called F1",
     ),
     Fault(
         "judge.scores",
-        "fit(xr, yr).predict(xq)",
-        "fit(xr, np.random.default_rng(0).permutation(yr)).predict(xq)",
+        "neighbour_vote(xr, yr, xq",
+        "neighbour_vote(xr, np.random.default_rng(0).permutation(yr), xq",
         "shuffled labels",
     ),
     Fault(

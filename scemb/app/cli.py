@@ -27,6 +27,7 @@ from scemb.app.commands import (
     tell,
 )
 from .perturb_commands import correlate, perturb, screen
+from ..judge.methods import METHODS, spelled
 
 # %% ../../nbs/app/04_cli.ipynb #d336c166
 app = typer.Typer(
@@ -669,9 +670,7 @@ def benchmark(
     methods: Annotated[
         Optional[str],
         typer.Option(
-            help="Names, separated by commas: scemb, last (its last layer), untrained, bag, svd, "
-            "random, hvg, pca, harmony, scvi, geneformer:PATH, scgpt:PATH. Default: all but "
-            "the last two."
+            help=f"Names, separated by commas: {spelled()}. Default: all but those with a PATH."
         ),
     ] = None,
     model: Annotated[
@@ -708,15 +707,16 @@ def benchmark(
     import logging
 
     logging.disable(logging.INFO)
-    from scemb.judge.compare import METHODS, compare
-    from scemb.judge.benchmark import contestants, facts, write_page
+    from scemb.judge.compare import compare, stands_out
+    from scemb.judge.benchmark import facts, write_page
+    from scemb.judge.methods import contestants
     from scemb.draw.figures import write_comparison
     from scemb.data.counts import check_output, open_h5ad
     from scemb.tokens.tokenize import read_tokens
 
     check_output(out, overwrite, "scores.csv")
     embedders, absent = contestants(
-        methods.split(",") if methods else METHODS,
+        (methods or spelled([m for m in METHODS if m.needs != "folder"])).split(","),
         batch,
         model=model,
         corpus=read_tokens(corpus) if corpus else None,
@@ -765,20 +765,9 @@ def benchmark(
     write_comparison(result, adata, label, batch=batch, out=out, seed=seed, more=page)
     for line in absent + result.skipped:
         print(f"skipped: {line}", file=sys.stderr)
-    for metric in ("bio conservation", "batch correction", "probe accuracy", "5-shot macro-F1"):
-        t = result.table[result.table.metric == metric].sort_values("value", ascending=False)
-        if len(t):
-            print(
-                f"{metric}: "
-                + ", ".join(
-                    f"{m}{'*' if best else ''} {v:.3f}"
-                    for m, best, v in zip(t.method, t.best, t.value)
-                )
-            )
-    print(
-        f"* best, or not to be told from the best. {out}: report.html, scores.csv, "
-        "scores.parquet, scores.png, umap.png"
-    )
+    for sentence in stands_out(result.table):
+        print(sentence)
+    print(f"{out}: report.html, scores.csv, scores.parquet, scores.png, umap.png")
 
 # %% ../../nbs/app/04_cli.ipynb #0dfeee45
 for command in (finetune, annotate, integrate, perturb, screen, correlate):
