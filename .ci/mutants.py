@@ -217,7 +217,7 @@ FAULTS = [
         "sign of an area under the curve",
     ),
     # adapting a model
-    Fault("adapt.finetune", "lora_alpha=2 * s.rank", "lora_alpha=0", "LoRA is not applied"),
+    Fault("adapt.cell_model", "lora_alpha=2 * s.rank", "lora_alpha=0", "LoRA is not applied"),
     Fault(
         "adapt.fit",
         "return np.setdiff1d(np.arange(len(y)), held), held",

@@ -567,8 +567,9 @@ def check_screen(lab):
 
 def check_fit(lab):
     "Fine-tuning on the device: the loss falls, and a copy on the CPU predicts the same."
-    from scemb.adapt.finetune import CellModel, FinetuneSettings
-    from scemb.adapt.fit import fit, predict
+    from scemb.adapt.cell_model import CellModel, FinetuneSettings
+    from scemb.adapt.fit import fit
+    from scemb.adapt.predict import predict
 
     n, longest = (24, 40) if lab.toy else (96, 256)
     lengths = np.random.default_rng(8).integers(longest // 2, longest + 1, n)
@@ -863,7 +864,7 @@ def check_waits_model(lab):
 
 def check_waits_edits(lab):
     "Waits of a perturbation do not grow with its batches; a pass with prefixes has none."
-    from scemb.adapt.finetune import Prefix, hidden_states
+    from scemb.adapt.cell_model import Prefix, hidden_states
     from scemb.perturb.perturb import shifts_of
 
     n, longest, n_targets = (3, 40, 6) if lab.toy else (6, 400, 16)

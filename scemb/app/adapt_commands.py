@@ -140,7 +140,7 @@ def finetune(
     """
     from scemb.adapt.annotate import learn, open_reference, summary
     from scemb.model.embed import chosen_device
-    from scemb.adapt.finetune import FinetuneSettings, adapter_output, trained_share
+    from scemb.adapt.cell_model import FinetuneSettings, adapter_output, trained_share
 
     adapter_output(out, overwrite)
     named = "probe" if way == "auto" else way
@@ -260,7 +260,7 @@ def annotate(
     """
     from scemb.adapt.annotate import annotate_file
     from scemb.model.embed import chosen_device
-    from scemb.adapt.finetune import FinetuneSettings
+    from scemb.adapt.cell_model import FinetuneSettings
 
     of_learning = (
         "label",
@@ -372,7 +372,7 @@ def integrate(
     """
     from scemb.adapt.integrate import BatchSettings, integrate as mix
     from scemb.model.embed import chosen_device
-    from scemb.adapt.finetune import FinetuneSettings
+    from scemb.adapt.cell_model import FinetuneSettings
     from scemb.data.files import open_cells
     from scemb.data.results import check_results, write_cells
 

@@ -13,16 +13,10 @@ import numpy as np
 
 from .scores import Embedder
 from .compare import METHODS, named_methods
-from ..adapt.finetune import CellModel, FinetuneSettings
-from scemb.adapt.fit import (
-    fit,
-    fit_again,
-    fit_temperature,
-    predict,
-    probabilities,
-    split_labelled,
-    trained_state,
-)
+from ..adapt.cell_model import CellModel, FinetuneSettings
+from ..adapt.fit import fit, fit_again, trained_state
+from ..adapt.held_out import fit_temperature, probabilities, split_labelled
+from ..adapt.predict import predict
 from .geneformer import Geneformer
 from .peers import Peer, vectors
 from ..model.pretrain import versions

@@ -14,7 +14,7 @@ import torch
 from ..model.baselines import bin_table, masked_scores, table_scorer, unigram_prior
 from ..model.batching import as_tensors
 from ..model.checkpoint import load_checkpoint
-from ..adapt.finetune import FinetuneSettings, adapted, seeded
+from ..adapt.cell_model import FinetuneSettings, adapted, seeded
 from ..model.encoder import autocast, chosen_precision
 from ..model.pretrain import Batches, LossWatch, TrainSettings, model_scorer, score_summary
 from ..stats.resampling import arrangements, permutation_p
