@@ -53,7 +53,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from scemb.data import datasets  # noqa: E402
-from scemb.adapt.annotate import load_annotator  # noqa: E402
+from scemb.adapt.finetune import load_annotator  # noqa: E402
 from scemb.model.checkpoint import save_checkpoint  # noqa: E402
 from scemb.app.cli import app  # noqa: E402
 from scemb.app.commands import refusing  # noqa: E402
