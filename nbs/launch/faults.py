@@ -308,7 +308,7 @@ class Toys:
                     self.cells,
                     "--label",
                     "cell_type",
-                    "--way",
+                    "--method",
                     "lora",
                     "--epochs",
                     1,
@@ -1014,7 +1014,7 @@ def strangers(toys, rng, n):
     adapters = {
         "rank 10^7": inner(rank=10**7),
         "rank as text": inner(rank="8"),
-        "another way": inner(way="full"),
+        "another way": inner(method="full"),
         "10^7 classes": record(classes=[str(i) for i in range(10**5)]),
         "temperature -1": record(temperature=-1.0),
         "temperature NaN": record(temperature=float("nan")),

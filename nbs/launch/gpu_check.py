@@ -577,11 +577,11 @@ def check_fit(lab):
     tokens = token_set(cells, lab.vocabulary, lab.settings.max_len)
     y = cells["types"].astype(np.int64)
     train, held = np.arange(0, n * 2 // 3), np.arange(n * 2 // 3, n)
-    ways = {way: dict(way=way) for way in ("probe", "full", "freeze", "prefix")}
+    ways = {way: dict(method=way) for way in ("probe", "full", "freeze", "prefix")}
     if _there("peft"):
-        ways["lora"] = dict(way="lora")
+        ways["lora"] = dict(method="lora")
     if "precision" in inspect.signature(FinetuneSettings).parameters:
-        ways["full, fp32"] = dict(way="full", precision="fp32")
+        ways["full, fp32"] = dict(method="full", precision="fp32")
     rows, ok = {}, True
     for way, how in ways.items():
         settings = FinetuneSettings(**how, epochs=1 if lab.toy else 2, gene_dropout=0.2)

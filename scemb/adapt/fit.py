@@ -122,7 +122,7 @@ def fit(
     stop: int | None = None,  # Epochs after which to stop, where they are chosen already
     penalty: float | None = None,  # Of the start, see `start_from_probe`
 ) -> list:  # One dict an epoch: epoch, loss on training cells, loss on held-out cells
-    "Fit the head and what the way lets change."
+    "Fit the head and what the method lets change."
     torch.set_flush_denormal(True)
     train, validation = np.asarray(train), np.asarray(validation, int)
     if note := slow_attention(model.encoder.config, model.device.type, model.precision):
@@ -201,7 +201,7 @@ def _fit(model, tokens, y, train, validation, knowledge, say, stop, penalty):  #
         return nll(scores / fit_temperature(scores, y[validation]), y[validation])
 
     history = [dict(epoch=0, loss=np.nan, held_out=held())]
-    if s.way == "probe" and s.head == "linear" or stop == 0:
+    if s.method == "probe" and s.head == "linear" or stop == 0:
         return history
     steps_an_epoch = -(-len(train) // s.batch_cells)
     optimizer, schedule = _optimizer(model, s.epochs * steps_an_epoch)

@@ -74,8 +74,8 @@ def mutual_pairs(
 class BatchSettings:
     "How batches are drawn together."
 
-    finetune: FinetuneSettings = FinetuneSettings(way="lora")  # way, ranks, seed
-    rate: float | None = None  # Learning rate; None: 2e-3 for LoRA, otherwise that of the way
+    finetune: FinetuneSettings = FinetuneSettings(method="lora")  # method, ranks, seed
+    rate: float | None = None  # Learning rate; None: 2e-3 for LoRA, otherwise that of the method
     steps: int = 150  # Optimizer steps
     pairs: int = 12  # Pairs a step
     neighbours: int = 15  # See `mutual_pairs`
@@ -89,7 +89,7 @@ class BatchSettings:
         return (
             self.rate
             or self.finetune.encoder_rate
-            or (2e-3 if self.finetune.way == "lora" else self.finetune.rate)
+            or (2e-3 if self.finetune.method == "lora" else self.finetune.rate)
         )
 
 
@@ -243,9 +243,9 @@ def adapt_batches(
         )
     check_batches(adata.obs[batch], batch)
     s, f = settings, settings.finetune
-    if f.way == "probe":
+    if f.method == "probe":
         raise ValueError(
-            "way='probe' trains no part of the encoder; for integration choose lora, prefix, "
+            "method='probe' trains no part of the encoder; for integration choose lora, prefix, "
             "freeze or full."
         )
     net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
@@ -269,7 +269,7 @@ def adapt_batches(
             f"obs[{batch!r}]; they share too little to be drawn together. Raise neighbours, or "
             "leave them apart."
         )
-    probe = FinetuneSettings(way="probe", token_budget=f.token_budget, precision=f.precision)
+    probe = FinetuneSettings(method="probe", token_budget=f.token_budget, precision=f.precision)
     frozen = _vectors(
         CellModel(net.bert, 2, probe).to(device), tokens, "cells read by the model as it is", say
     )
@@ -384,7 +384,7 @@ def integrate(
         batch=batch,
         base="in memory" if isinstance(base, tuple) else str(base),
         base_hash=got["model"].base,
-        way=f["way"],
+        method=f["method"],
         precision=got["model"].precision,
         seed=f["seed"],
         steps=settings.steps,

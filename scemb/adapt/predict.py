@@ -60,7 +60,7 @@ class Budget:
                 if self.tokens <= lengths.max():
                     raise ValueError(
                         f"Memory does not suffice for a single cell of {lengths.max()} tokens. "
-                        "Lower max_len, take way='probe', or use a device with more memory."
+                        "Lower max_len, take method='probe', or use a device with more memory."
                     ) from e
             self.tokens = max(min(self.tokens, int(lengths.sum())) // 2, int(lengths.max()))
             if torch.cuda.is_available():

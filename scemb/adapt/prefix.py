@@ -156,7 +156,7 @@ def with_control(
             [seed, 77, int.from_bytes(hashlib.sha256((kind + 0.0).tobytes()).digest()[:8])]
         ).standard_normal(x.shape[1])
         for kind in kinds
-    ]  # by content, so that reference and query agree
+    ]  # by content, so that atlas and query agree
     return np.asarray(drawn, np.float32)[which.ravel()]
 
 # %% ../../nbs/adapt/04_prefix.ipynb #a2016741
@@ -169,7 +169,7 @@ def knowledge_of(
     if key not in adata.obsm:
         raise ValueError(
             f"obsm has no {key!r}; it has {list(adata.obsm)}. Write one vector a cell there, for "
-            "reference and query alike."
+            "atlas and query alike."
         )
     x = np.asarray(adata.obsm[key], np.float32)
     if x.ndim != 2:

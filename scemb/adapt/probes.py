@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALINGS', 'PENALTIES', 'TO_NAME', 'TO_COMPARE', 'feature_scale', 'ProbeRule', 'class_weights', 'Probe',
            'probes_by_penalty', 'unseen_scores', 'chosen_setting', 'chosen_penalty', 'CheckedProbe', 'checked_probe',
-           'fit_probe', 'neighbour_vote', 'simple_rival']
+           'fit_probe', 'neighbour_vote', 'simple_vectors', 'simple_rival']
 
 # %% ../../nbs/adapt/02_probes.ipynb #bc8de36e
 import warnings
@@ -302,6 +302,19 @@ def _most(names):  # -> the most frequent name, the first in order where several
     return found[n.argmax()]
 
 # %% ../../nbs/adapt/02_probes.ipynb #f20d33a3
+def simple_vectors(
+    adata,  # AnnData: cells, raw counts
+    layer: str | None = None,
+    *,
+    seed: int = 0,
+) -> np.ndarray:  # Shape (cells, 50), fewer where there are fewer cells or genes
+    "Principal components of the log counts of all genes."
+    n_components = min(50, adata.n_obs - 2, adata.n_vars - 2)
+    return pca_embedding(
+        adata, None, n_top_genes=None, n_comps=n_components, layer=layer, seed=seed
+    )
+
+
 def simple_rival(
     adata,  # AnnData: the labelled cells, raw counts
     y,  # Their classes
@@ -313,8 +326,5 @@ def simple_rival(
     layer: str | None = None,
 ) -> CheckedProbe:
     "The probe on principal components of log counts."
-    n_components = min(50, adata.n_obs - 2, adata.n_vars - 2)
-    vectors = pca_embedding(
-        adata, None, n_top_genes=None, n_comps=n_components, layer=layer, seed=seed
-    )
+    vectors = simple_vectors(adata, layer, seed=seed)
     return checked_probe(vectors, y, n_classes, units=units, power=power, seed=seed)

@@ -37,9 +37,10 @@ def tune_on(
     "Continue masked-gene training by LoRA and merge the update."
     base = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
     net, vocabulary, _ = base
-    if settings.way != "lora":
+    if settings.method != "lora":
         raise ValueError(
-            f"way={settings.way!r}; only a LoRA update can be merged into a base: use way='lora'."
+            f"method={settings.method!r}; only a LoRA update can be merged into a base: use "
+            "method='lora'."
         )
     if tokens.vocabulary.hash != vocabulary.hash:
         raise ValueError(
