@@ -56,7 +56,6 @@ def annotate(
     annotator,  # From `finetune` or `load_annotator`, or a folder
     *,
     layer: str | None = None,
-    counts=None,  # Its counts, where they are read already (`read_counts`)
     # Confidence below which a cell is unknown, for all classes; None: the annotator's own; 0: name
     # every cell
     threshold: float | None = None,
@@ -64,12 +63,18 @@ def annotate(
 ):  # The same AnnData
     "Name the cells of a query."
     a = annotator if isinstance(annotator, Annotator) else load_annotator(annotator)
+    _named(query, read_counts(query, layer), a, threshold, say)
+    return query
+
+
+def _named(query, counts, a, threshold, say):  # -> lines that say what came of it
+    import pandas as pd
+
     thresholds = _thresholds_for(a, threshold)
     _look_at_names(a, query)
     knowledge = a.vectors_of_knowledge(query)
 
     # the counts become tokens, and the query must share genes with the atlas
-    counts = read_counts(query, layer) if counts is None else counts
     with stage(say, "tokenising the query"):
         tokens = a.tokens(counts)
     footing = dict(genes=np.nan, tokens=np.nan)
@@ -84,6 +89,10 @@ def annotate(
     known = np.nan_to_num(p)
     names = a.classes[known.argmax(1)].astype(object)
     names[called_unknown(known, thresholds) | empty] = UNKNOWN
+
+    query.obs["scemb_label"] = pd.Categorical(names, categories=[*a.classes, UNKNOWN])
+    query.obs["scemb_confidence"] = known.max(1).astype(np.float32)
+    query.obsm["scemb_probabilities"] = p.astype(np.float32)  # columns: the classes in uns
     record = _record(a) | dict(
         thresholds=thresholds,
         n_unknown=int((names == UNKNOWN).sum()),
@@ -91,8 +100,9 @@ def annotate(
         shared_genes=footing["genes"],
         shared_tokens=footing["tokens"],
     )
-    _write_names(query, a.classes, names, p, record)
-    return query
+    lines = outcome(record, names)
+    query.uns["scemb"] = remembered(query.uns, record, "annotation")
+    return lines
 
 
 def _say_empty(empty):  # whether each cell of the query has no gene of the vocabulary
@@ -106,15 +116,6 @@ def _say_empty(empty):  # whether each cell of the query has no gene of the voca
             f"{empty.sum()} of {len(empty)} cells have no count in any gene of the vocabulary; "
             f"they are called {UNKNOWN}."
         )
-
-
-def _write_names(query, classes, names, p, record):  # into obs, obsm and uns
-    import pandas as pd
-
-    query.obs["scemb_label"] = pd.Categorical(names, categories=[*classes, UNKNOWN])
-    query.obs["scemb_confidence"] = np.nan_to_num(p).max(1).astype(np.float32)
-    query.obsm["scemb_probabilities"] = p.astype(np.float32)  # columns: the classes in uns
-    query.uns["scemb"] = remembered(query.uns, record, "annotation")
 
 
 def _scores_of(a, tokens, knowledge, say):  # -> (cells, classes)
@@ -182,9 +183,12 @@ def _record(a):  # what stands in uns, of the annotator
     )
 
 
-def outcome(query) -> list:  # From `annotate` -> lines
+def outcome(
+    record: dict,  # What `annotate` writes into uns
+    names,  # Of the cells
+) -> list:  # Lines
     "How many cells got which name, and how good the names are."
-    record = query.uns["scemb"]["annotation"]
+    from collections import Counter
 
     def known(key):
         return record[key] == record[key]  # a number that is not there is NaN
@@ -208,10 +212,9 @@ def outcome(query) -> list:  # From `annotate` -> lines
             f"footing: the query measured {record['shared_genes']:.0%} of the atlas's genes, "
             f"which knows {record['shared_tokens']:.0%} of what is read in the query"
         )
-    cells_of_name = query.obs["scemb_label"].value_counts()
-    most = cells_of_name[cells_of_name > 0].head(6)
-    names = ", ".join(f"{name} {cells:,}" for name, cells in most.items())
-    lines.append(f"{query.n_obs:,} cells, {record['n_unknown']:,} unknown; {names}")
+    most = Counter(names).most_common(6)
+    counted = ", ".join(f"{name} {cells:,}" for name, cells in most)
+    lines.append(f"{len(names):,} cells, {record['n_unknown']:,} unknown; {counted}")
     return lines
 
 # %% ../../nbs/adapt/10_annotate.ipynb #41960004
@@ -243,8 +246,7 @@ def annotate_file(
 
     # what is wrong with the files is said before a model is trained
     with stage(say, f"opening {Path(query).name}"):
-        cells = open_h5ad(query, backed=False)
-    counts = _counts_of(query, cells, layer)
+        cells, counts = _opened(query, layer)
     if (key := learning.get("knowledge")) is not None:
         knowledge_of(cells, key)
 
@@ -252,25 +254,28 @@ def annotate_file(
         a = load_annotator(annotator, learning.get("base"), learning.get("device", "cpu"))
     else:
         a = _from_atlas(atlas, label, atlas_layer or layer, learning)
-    annotate(cells, a, counts=counts, threshold=threshold, say=say)
-    lines = outcome(cells)
+    *details, last = _named(cells, counts, a, threshold, say)
     with stage(say, f"writing {out.name}"):
         write_cells(cells, out)
-    *details, last = lines
     for line in (*details, f"{out}: {last}"):
         show(line)
     return cells
 
 
-def _from_atlas(atlas, label, layer, learning):  # -> Annotator
-    atlas, own_missing = open_atlas(atlas)
-    _counts_of(atlas, atlas, layer)
-    missing = (*learning.get("missing", ()), *own_missing)
-    return finetune(atlas, label, layer=layer, **learning | dict(missing=missing))
-
-
-def _counts_of(path, cells, layer):  # -> Counts; a refusal says which of the two files it means
+def _opened(path, layer):  # -> AnnData, Counts
+    cells = open_h5ad(path, backed=False)
     try:
-        return read_counts(cells, layer)
-    except ValueError as e:
+        counts = read_counts(cells, layer)
+    except ValueError as e:  # a refusal says which of the two files it means
         raise ValueError(f"{path}: {e}") from e
+    return cells, counts
+
+
+def _from_atlas(atlas, label, layer, learning):  # -> Annotator
+    cells, own_missing = open_atlas(atlas)
+    try:
+        read_counts(cells, layer)
+    except ValueError as e:
+        raise ValueError(f"{atlas}: {e}") from e
+    missing = (*learning.get("missing", ()), *own_missing)
+    return finetune(cells, label, layer=layer, **learning | dict(missing=missing))
