@@ -125,15 +125,15 @@ class Prefix(nn.Module):
         width: int = 16,  # Hidden width of the MLP
     ):
         super().__init__()
-        self.n_tokens, self.shape = (
+        self.n_tokens = n_tokens
+        head_width = config.hidden_size // config.num_attention_heads
+        keys_and_values = 2
+        self.shape = (
             n_tokens,
-            (
-                n_tokens,
-                config.num_hidden_layers,
-                2,
-                config.num_attention_heads,
-                config.hidden_size // config.num_attention_heads,
-            ),
+            config.num_hidden_layers,
+            keys_and_values,
+            config.num_attention_heads,
+            head_width,
         )
         plain = torch.randn(self.shape) * config.initializer_range
         plain[:, :, 1] = 0  # no value yet, but keys that can be told apart
@@ -319,12 +319,10 @@ class CellModel(nn.Module):
                 f"Knowledge vectors enter through prefixes, but method={settings.method!r}; use "
                 "method='prefix', or leave them out."
             )
-        self.settings, self.n_classes, self.n_knowledge, self.base = (
-            settings,
-            n_classes,
-            n_knowledge,
-            base_hash(encoder),
-        )
+        self.settings = settings
+        self.n_classes = n_classes
+        self.n_knowledge = n_knowledge
+        self.base = base_hash(encoder)
         with seeded(settings.seed):
             self.encoder = adapted(encoder, settings)
             self.prefix = (

@@ -20,6 +20,7 @@ from ..model.checkpoint import load_checkpoint
 from ..data.counts import read_counts
 from ..model.embed import to_device
 from .cell_model import CellModel, FinetuneSettings, hidden_states, seeded
+from .fit import warmed_up
 from .predict import out_of_memory, predict, sent
 from ..model.encoder import autocast, segments
 from ..data.progress import Pace, stage
@@ -42,8 +43,6 @@ def mutual_pairs(
     at_least: float = 0.1,
 ) -> np.ndarray:  # Shape (pairs, 2): cell numbers, of different batches
     "Mutual nearest neighbours between every two batches."
-    from sklearn.neighbors import NearestNeighbors
-
     rows = [np.flatnonzero(np.asarray(batch) == b) for b in np.unique(batch)]
     if len(rows) < 2:
         raise ValueError(
@@ -53,21 +52,21 @@ def mutual_pairs(
     found = []
     for i, a in enumerate(rows):
         for b in rows[i + 1 :]:
-
-            def near(p, q):
-                return (
-                    NearestNeighbors(n_neighbors=min(k, len(q)))
-                    .fit(x[q])
-                    .kneighbors(x[p], return_distance=False)
-                )
-
-            ab, ba = np.zeros((len(a), len(b)), bool), np.zeros((len(b), len(a)), bool)
-            np.put_along_axis(ab, near(a, b), True, 1)
-            np.put_along_axis(ba, near(b, a), True, 1)
-            p, q = np.nonzero(ab & ba.T)
-            found.append(np.stack([a[p], b[q]], 1))
+            mutual = _is_near(x[a], x[b], k) & _is_near(x[b], x[a], k).T
+            in_a, in_b = np.nonzero(mutual)
+            found.append(np.stack([a[in_a], b[in_b]], 1))
     found = np.concatenate(found)
-    return found[(x[found[:, 0]] * x[found[:, 1]]).sum(1) >= at_least]
+    cosine = (x[found[:, 0]] * x[found[:, 1]]).sum(1)
+    return found[cosine >= at_least]
+
+
+def _is_near(x, others, k):  # -> whether another is among the k nearest, (cells, others)
+    from sklearn.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=min(k, len(others))).fit(others)
+    near = np.zeros((len(x), len(others)), bool)
+    np.put_along_axis(near, search.kneighbors(x, return_distance=False), True, 1)
+    return near
 
 # %% ../../nbs/adapt/08_integrate.ipynb #e36bd2e1
 @dataclass(frozen=True)
@@ -99,26 +98,28 @@ def contrastive_loss(
     temperature: float = 0.2,
 ):  # -> mean over cells
     "InfoNCE with chosen negatives."
-    s = u_BD @ u_BD.T / temperature
-    n = len(u_BD)
-    partner = (torch.arange(n, device=s.device) + n // 2) % n
-    own = s[torch.arange(n, device=s.device), partner]
-    return (
-        torch.logsumexp(torch.cat([own[:, None], s.masked_fill(~far_BB, -torch.inf)], 1), 1) - own
-    ).mean()
+    similar_BB = u_BD @ u_BD.T / temperature
+    cell_B = torch.arange(len(u_BD), device=u_BD.device)
+    partner_B = (cell_B + len(u_BD) // 2) % len(u_BD)
+    own_B = similar_BB[cell_B, partner_B]
+    # the partner competes with the cells that may be pushed away, and with no others
+    rivals_BB = similar_BB.masked_fill(~far_BB, -torch.inf)
+    all_B = torch.logsumexp(torch.cat([own_B[:, None], rivals_BB], 1), 1)
+    return (all_B - own_B).mean()
 
 
 def far_of(
     x, batch
 ) -> np.ndarray:  # directions of some cells (B, D), batches (B,) -> booleans (B, B)
     "Cells of the same batch in the farther half."
-    s, same = x @ x.T, np.asarray(batch)[:, None] == np.asarray(batch)
+    batch = np.asarray(batch)
+    cosine = x @ x.T
+    same = batch[:, None] == batch
     np.fill_diagonal(same, False)
-    return (
-        same & (s < np.nanmedian(np.where(same, s, np.nan), 1, keepdims=True))
-        if same.any(1).all()
-        else same & (s < 0)
-    )
+    if not same.any(1).all():  # a cell is alone of its batch: no median, so the far side of 0
+        return same & (cosine < 0)
+    median = np.nanmedian(np.where(same, cosine, np.nan), 1, keepdims=True)
+    return same & (cosine < median)
 
 # %% ../../nbs/adapt/08_integrate.ipynb #8ef7815e
 def _drawn(pairs, n_pairs, rng, anchors, order, start, count):  # -> pairs of a step (n, 2)
@@ -134,12 +135,7 @@ def _train(model, genes, tokens, pairs, x, b, s, say):  # -> list of dicts: step
         p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")
     ]
     optimizer = torch.optim.AdamW(trained, lr=s.step_rate, weight_decay=f.weight_decay)
-    warm = max(1, round(f.warmup * s.steps))
-
-    def factor(i):
-        return min((i + 1) / warm, max(0.0, (s.steps - i) / max(1, s.steps - warm)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = warmed_up(optimizer, s.steps, share=f.warmup)
     anchors, count = np.unique(pairs[:, 0], return_counts=True)
     order = np.argsort(pairs[:, 0], kind="stable")
     start = np.cumsum(count) - count
@@ -330,20 +326,20 @@ def over_corrected(
     after,  # Bio conservation of the same half-samples (`integration_draws`), shape (half-samples,)
 ) -> tuple:  # Difference (value, low, high); a sentence
     "Say whether bio conservation fell, half-sample by half-sample."
-    a, b = np.asarray(before, float), np.asarray(after, float)
-    d = b - a
-    low, high = np.quantile(d, [0.025, 0.975])
-    text = (
-        f"bio conservation {a.mean():.3f} before, {b.mean():.3f} after; difference "
-        f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}] over {len(d)} half-samples"
+    before, after = np.asarray(before, float), np.asarray(after, float)
+    change = after - before
+    low, high = np.quantile(change, [0.025, 0.975])
+    if high < 0:
+        verdict = "OVER-CORRECTED"
+    elif change.mean() < 0:
+        verdict = "fell, within the interval"
+    else:
+        verdict = "kept"
+    sentence = (
+        f"{verdict}: bio conservation {before.mean():.3f} before, {after.mean():.3f} after; "
+        f"difference {change.mean():+.3f} [{low:+.3f}, {high:+.3f}] over {len(change)} half-samples"
     )
-    return (float(d.mean()), float(low), float(high)), (
-        "OVER-CORRECTED: "
-        if high < 0
-        else "fell, within the interval: "
-        if d.mean() < 0
-        else "kept: "
-    ) + text
+    return (float(change.mean()), float(low), float(high)), sentence
 
 # %% ../../nbs/adapt/08_integrate.ipynb #423fbe36
 def integrate(

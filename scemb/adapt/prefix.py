@@ -150,13 +150,14 @@ def with_control(
         return x[np.random.default_rng([seed, 77]).permutation(len(x))]
     if control != "random":
         raise ValueError(f"control={control!r}; choose one of none, random, permuted.")
-    kinds, which = np.unique(x := np.ascontiguousarray(x, np.float32), axis=0, return_inverse=True)
-    drawn = [
-        np.random.default_rng(
-            [seed, 77, int.from_bytes(hashlib.sha256((kind + 0.0).tobytes()).digest()[:8])]
-        ).standard_normal(x.shape[1])
-        for kind in kinds
-    ]  # by content, so that atlas and query agree
+    # a random vector for each different one, drawn from its content, so that atlas and query agree
+    x = np.ascontiguousarray(x, np.float32)
+    kinds, which = np.unique(x, axis=0, return_inverse=True)
+    drawn = []
+    for kind in kinds:
+        of_content = hashlib.sha256((kind + 0.0).tobytes()).digest()[:8]
+        random = np.random.default_rng([seed, 77, int.from_bytes(of_content)])
+        drawn.append(random.standard_normal(x.shape[1]))
     return np.asarray(drawn, np.float32)[which.ravel()]
 
 # %% ../../nbs/adapt/04_prefix.ipynb #a2016741

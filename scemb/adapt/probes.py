@@ -23,15 +23,17 @@ SCALINGS = ("one scale", "each feature", "as they are")  # The last is never cho
 def feature_scale(
     x: np.ndarray,  # Vectors, shape (cells, D)
     scaling: str,  # One of `SCALINGS`
+    added: float = 0.0,  # To each spread, so that features that hardly vary stay small
 ) -> np.ndarray:  # What to divide by, shape (D,), of the vectors' type; nowhere 0
     "The scale of each feature, or the root mean square of all of them."
     if scaling not in SCALINGS:
         raise ValueError(f"scaling={scaling!r}; choose one of {', '.join(SCALINGS)}.")
     if scaling == "as they are":
         return np.ones(x.shape[1], x.dtype)
-    spread = x.std(0, dtype=np.float64)
+    spread = x.std(0)
     if scaling == "one scale":
         spread = np.full_like(spread, np.sqrt((spread**2).mean()))
+    spread = spread + x.dtype.type(added)
     return np.where(spread > 0, spread, 1.0).astype(x.dtype)
 
 # %% ../../nbs/adapt/02_probes.ipynb #proberul
@@ -47,10 +49,13 @@ class ProbeRule:
     power: float = 0.5  # Of the class weights, see `class_weights`
     choice_cells: int = 2000  # That choose at most; all are learned from
     max_iter: int = 300  # Of the solver
+    added: float = 1e-6  # To each spread, see `feature_scale`
 
 
 TO_NAME = ProbeRule()
-TO_COMPARE = ProbeRule(penalties=(*PENALTIES, 100.0), power=0.0, choice_cells=1000, max_iter=1000)
+TO_COMPARE = ProbeRule(
+    penalties=(*PENALTIES, 100.0), power=0.0, choice_cells=1000, max_iter=1000, added=0.0
+)
 
 
 def class_weights(
@@ -112,7 +117,7 @@ def probes_by_penalty(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    spread = feature_scale(x, scaling)
+    spread = feature_scale(x, scaling, rule.added)
     mean = np.zeros_like(spread) if scaling == "as they are" else x.mean(0)
     scaled = (x - mean) / spread
     weights = class_weights(y, n_classes, rule.power)[y] if rule.power else None
@@ -123,18 +128,18 @@ def probes_by_penalty(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # unseen cells judge what came out
             regression.fit(scaled, y, weights)
-        weight, bias = _for_all_classes(regression, n_classes)
+        weight, bias = _for_all_classes(regression, n_classes, x.dtype)
         probes.append(Probe(mean, spread, weight, bias, np.arange(n_classes), scaling, C))
     return probes
 
 
-def _for_all_classes(regression, n_classes):  # -> weight (classes, D), bias (classes,)
+def _for_all_classes(regression, n_classes, dtype):  # -> weight (classes, D), bias (classes,)
     w, b, seen = regression.coef_, regression.intercept_, regression.classes_
     if len(seen) == 2:  # scikit-learn keeps one row for two classes
         w = np.concatenate([-w, w]) / 2
         b = np.concatenate([-b, b]) / 2
-    weight = np.zeros((n_classes, w.shape[1]), w.dtype)
-    bias = np.full(n_classes, -50.0, w.dtype)
+    weight = np.zeros((n_classes, w.shape[1]), dtype)
+    bias = np.full(n_classes, -50.0, dtype)
     weight[seen], bias[seen] = w, b
     return weight, bias
 
@@ -278,7 +283,8 @@ def neighbour_vote(
     "Majority among the nearest labelled cells, in the scaling that suits the labelled ones."
     from sklearn.neighbors import KNeighborsClassifier
 
-    x, y, x_query = np.asarray(x), np.asarray(y), np.asarray(x_query)
+    x, x_query = np.asarray(x, np.float64), np.asarray(x_query, np.float64)
+    y = np.asarray(y)
     best = scalings[0]
     if len(scalings) > 1:
         some = np.random.default_rng(seed).permutation(len(x))[:max_cells]
