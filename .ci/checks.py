@@ -728,7 +728,7 @@ TASKS = (
     ("Read my file", "tutorials/a_file_of_your_own.ipynb"),
     ("Embed my cells", "tutorials/embed_your_cells.ipynb"),
     ("Annotate cells", "tutorials/annotate_a_new_sample.ipynb"),
-    ("Integrate batches", "adapt/07_integrate.ipynb"),
+    ("Integrate batches", "adapt/08_integrate.ipynb"),
     ("Perturb a gene", "tutorials/knock_out_a_gene.ipynb"),
     ("Screen all genes", "perturb/03_screen.ipynb"),
     ("Correlate with a disease", "tutorials/match_a_disease_to_a_perturbation.ipynb"),

@@ -218,17 +218,17 @@ FAULTS = [
         "sign of an area under the curve",
     ),
     # adapting a model
-    Fault("adapt.finetune", "lora_alpha=2 * s.rank", "lora_alpha=0", "LoRA is not applied"),
+    Fault("adapt.cell_model", "lora_alpha=2 * s.rank", "lora_alpha=0", "LoRA is not applied"),
     Fault(
-        "adapt.fit",
+        "adapt.held_out",
         "return np.setdiff1d(np.arange(len(y)), held), held",
         "return np.arange(len(y)), held",
         "held-out cells are trained on",
     ),
     Fault(
-        "adapt.fit",
-        "nll(scores / np.exp(t), y)",
-        "nll(scores*np.exp(t), y)",
+        "adapt.held_out",
+        "nll(scores / np.exp(log_temperature), y)",
+        "nll(scores * np.exp(log_temperature), y)",
         "the temperature is inverted",
     ),
     # perturbation by direction, matches
@@ -370,7 +370,7 @@ FAULTS = [
         "weights may be missing",
     ),
     Fault(
-        "adapt.finetune",
+        "adapt.cell_model",
         ('claims += [\n            ("rank", s.rank, shape[0]) for'),
         'claims += [("rank", shape[0], shape[0]) for',
         "an adapter's rank is not compared with its weights",

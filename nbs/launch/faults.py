@@ -56,7 +56,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from scemb.data.records import write_record  # noqa: E402
 from scemb.data import datasets  # noqa: E402
-from scemb.adapt.annotate import load_annotator  # noqa: E402
+from scemb.adapt.finetune import load_annotator  # noqa: E402
 from scemb.model.checkpoint import save_checkpoint  # noqa: E402
 from scemb.app.cli import app  # noqa: E402
 from scemb.app.commands import refusing  # noqa: E402
@@ -311,7 +311,7 @@ class Toys:
                     self.cells,
                     "--label",
                     "cell_type",
-                    "--way",
+                    "--method",
                     "lora",
                     "--epochs",
                     1,
@@ -1016,7 +1016,7 @@ def strangers(toys, rng, n):
     adapters = {
         "rank 10^7": inner(rank=10**7),
         "rank as text": inner(rank="8"),
-        "another way": inner(way="full"),
+        "another way": inner(method="full"),
         "10^7 classes": record(classes=[str(i) for i in range(10**5)]),
         "temperature -1": record(temperature=-1.0),
         "temperature NaN": record(temperature=float("nan")),

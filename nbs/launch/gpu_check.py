@@ -566,8 +566,9 @@ def check_screen(lab):
 
 def check_fit(lab):
     "Fine-tuning on the device: the loss falls, and a copy on the CPU predicts the same."
-    from scemb.adapt.finetune import CellModel, FinetuneSettings
-    from scemb.adapt.fit import fit, predict
+    from scemb.adapt.cell_model import CellModel, FinetuneSettings
+    from scemb.adapt.fit import fit
+    from scemb.adapt.predict import predict
 
     n, longest = (24, 40) if lab.toy else (96, 256)
     lengths = np.random.default_rng(8).integers(longest // 2, longest + 1, n)
@@ -575,11 +576,11 @@ def check_fit(lab):
     tokens = token_set(cells, lab.vocabulary, lab.settings.max_len)
     y = cells["types"].astype(np.int64)
     train, held = np.arange(0, n * 2 // 3), np.arange(n * 2 // 3, n)
-    ways = {way: dict(way=way) for way in ("probe", "full", "freeze", "prefix")}
+    ways = {way: dict(method=way) for way in ("probe", "full", "freeze", "prefix")}
     if _there("peft"):
-        ways["lora"] = dict(way="lora")
+        ways["lora"] = dict(method="lora")
     if "precision" in inspect.signature(FinetuneSettings).parameters:
-        ways["full, fp32"] = dict(way="full", precision="fp32")
+        ways["full, fp32"] = dict(method="full", precision="fp32")
     rows, ok = {}, True
     for way, how in ways.items():
         settings = FinetuneSettings(**how, epochs=1 if lab.toy else 2, gene_dropout=0.2)
@@ -862,7 +863,7 @@ def check_waits_model(lab):
 
 def check_waits_edits(lab):
     "Waits of a perturbation do not grow with its batches; a pass with prefixes has none."
-    from scemb.adapt.finetune import Prefix, hidden_states
+    from scemb.adapt.cell_model import Prefix, hidden_states
     from scemb.perturb.perturb import shifts_of
 
     n, longest, n_targets = (3, 40, 6) if lab.toy else (6, 400, 16)

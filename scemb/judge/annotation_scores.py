@@ -14,15 +14,9 @@ from ..model.baselines import bag, gene_vectors, pca_embedding, scanpy_module
 from .scores import _row, macro_f1
 from ..data.counts import find_counts
 from ..adapt.labels import compare_names
-from scemb.adapt.fit import (
-    calibration_error,
-    chosen_penalty,
-    class_weights,
-    fit_temperature,
-    probabilities,
-    split_labelled,
-)
-from ..adapt.probe import probed
+from ..adapt.held_out import calibration_error, fit_temperature, probabilities, split_labelled
+from ..adapt.probes import chosen_penalty, class_weights
+from ..adapt.probes import checked_probe
 from ..stats.resampling import bootstrap_units, min_units, sign_flip_test
 from ..tokens.tokenize import TokenSet
 from ..adapt.labels import called_unknown, class_thresholds, loss_table
@@ -242,7 +236,7 @@ def _named_or_refused(labels, fit, query, v, units, loss, seed):
     # one method, one reference -> a row a label of the query
     classes, y = np.unique(labels[fit], return_inverse=True)
     donors = None if units is None else np.asarray(units)[fit]
-    found = probed(v[fit], y, len(classes), units=donors, seed=seed)
+    found = checked_probe(v[fit], y, len(classes), units=donors, seed=seed)
     unseen = found.probabilities()[found.checked]
     limits = class_thresholds(
         unseen.max(1), unseen.argmax(1), y[found.checked], n_classes=len(classes), loss=loss
@@ -369,13 +363,7 @@ def baseline_probabilities(
             out[name] = np.zeros((len(query), n_classes), np.float32)
             out[name][:, fitted.classes_] = fitted.predict_proba(asked)
             continue
-        C = chosen_penalty(
-            own[learn],
-            y[learn],
-            own[kept],
-            held_y=y[kept],
-            sample_weight=weights(y[learn]),
-        )
+        C = chosen_penalty(own[learn], y[learn], own[kept], held_y=y[kept], power=power)
         unseen = scores(regression(C, own[learn], y[learn]), own[kept])
         temperature = fit_temperature(unseen, y[kept])
         final = scores(regression(C, own, y), asked)

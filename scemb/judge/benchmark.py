@@ -12,16 +12,10 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment
 
-from ..adapt.finetune import CellModel, FinetuneSettings
-from scemb.adapt.fit import (
-    fit,
-    fit_again,
-    fit_temperature,
-    predict,
-    probabilities,
-    split_labelled,
-    trained_state,
-)
+from ..adapt.cell_model import CellModel, FinetuneSettings
+from ..adapt.fit import fit, fit_again, trained_state
+from ..adapt.held_out import fit_temperature, probabilities, split_labelled
+from ..adapt.predict import predict
 from .compare import stands_out
 from .peers import Peer
 from .scores import GROUPS, METRICS, metric_named

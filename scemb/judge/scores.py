@@ -11,13 +11,13 @@ __all__ = ['BIO', 'BATCH', 'GROUPS', 'INTEGRATION', 'UNIFORM', 'METRICS', 'Embed
 
 # %% ../../nbs/judge/00_scores.ipynb #5e77d3d2
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from ..adapt.labels import has_label
-from ..adapt.probes import fit_probe, neighbour_vote
+from ..adapt.probes import TO_COMPARE, fit_probe, neighbour_vote
 from ..stats.resampling import bootstrap_units, mean_interval
 
 # %% ../../nbs/judge/00_scores.ipynb #158c1510
@@ -168,8 +168,9 @@ def linear_probe(
     fair: bool = True,  # Scaling and penalty are chosen; else each feature is standardised, C = 1
 ) -> np.ndarray:  # Classes, (queries,)
     "Name cells by a logistic regression on labelled ones."
-    fixed = {} if fair else dict(scalings=("each feature",), penalties=(1.0,))
-    return fit_probe(x_reference, y_reference, seed=seed, **fixed).predict(x_query)
+    fixed = replace(TO_COMPARE, scalings=("each feature",), penalties=(1.0,))
+    rule = TO_COMPARE if fair else fixed
+    return fit_probe(x_reference, y_reference, rule=rule, seed=seed).predict(x_query)
 
 
 def leave_batch_out(

@@ -14,7 +14,7 @@ import torch
 from ..model.baselines import bin_table, masked_scores, table_scorer, unigram_prior
 from ..model.batching import as_tensors
 from ..model.checkpoint import load_checkpoint
-from ..adapt.finetune import FinetuneSettings, adapted, seeded
+from ..adapt.cell_model import FinetuneSettings, adapted, seeded
 from ..model.encoder import autocast, chosen_precision
 from ..model.pretrain import Batches, LossWatch, TrainSettings, model_scorer, score_summary
 from ..stats.resampling import arrangements, permutation_p
@@ -37,9 +37,10 @@ def tune_on(
     "Continue masked-gene training by LoRA and merge the update."
     base = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
     net, vocabulary, _ = base
-    if settings.way != "lora":
+    if settings.method != "lora":
         raise ValueError(
-            f"way={settings.way!r}; only a LoRA update can be merged into a base: use way='lora'."
+            f"method={settings.method!r}; only a LoRA update can be merged into a base: use "
+            "method='lora'."
         )
     if tokens.vocabulary.hash != vocabulary.hash:
         raise ValueError(
