@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GeneNetwork', 'edge_table', 'write_graphml', 'expression_of', 'network_genes', 'correlation_network', 'tree_network',
-           'attention_networks', 'context_network', 'vector_network', 'judged_pairs', 'network_scores', 'chosen_heads',
-           'hubs_and_modules']
+           'attention_networks', 'context_network', 'vector_network', 'grn', 'judged_pairs', 'network_scores',
+           'chosen_heads', 'hubs_and_modules']
 
 # %% ../../nbs/network/03_grn.ipynb #cb31e202
 from dataclasses import dataclass
@@ -254,6 +254,54 @@ def vector_network(
     x = x - np.nanmean(x, 0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     return GeneNetwork(np.asarray(rows), x @ x.T, method, cell_type)
+
+# %% ../../nbs/network/03_grn.ipynb #01babe30
+def grn(
+    adata,  # AnnData with raw counts: the cells of one type
+    genes=None,  # Names of genes, symbols or Ensembl ids; None: `n_genes` that vary most
+    *,
+    method: str = "correlation",  # "correlation", "trees", "context" or "attention"
+    model="scemb-small",  # Of "context" and "attention": a shipped model or a folder
+    n_genes: int = 150,  # Genes to choose where none are named
+    cell_type: str = "all",  # Name of these cells, for tables and titles
+    **settings,  # Of the method's own function, such as `n_trees`, `layer` or `max_len`
+) -> GeneNetwork:  # `edge_table(network)` gives its links, strongest first
+    """Infer a gene network from the cells of one type.
+
+    Methods
+    -------
+    correlation : absolute Pearson correlation of log-normalised counts.
+    trees : importance of one gene for a regression of another (GENIE3); directed.
+    context : cosine of the genes' vectors in context, centred over genes.
+    attention : attention from one gene to another, mean over all heads; directed.
+
+    Writes
+    ------
+    Nothing; the network is returned.
+
+    Raises
+    ------
+    ValueError
+        The method is not known, or a named gene was not measured.
+    """
+    ways = {
+        "correlation": correlation_network,
+        "trees": tree_network,
+        "context": context_network,
+        "attention": attention_networks,
+    }
+    if method not in ways:
+        raise ValueError(f"method={method!r} is not known; take one of {', '.join(ways)}.")
+    if genes is None:
+        genes = network_genes(adata, n_genes, layer=settings.get("layer"))
+    if method in ("context", "attention"):
+        settings["model"] = model
+    found = ways[method](adata, genes, cell_type=cell_type, **settings)
+    if method != "attention":
+        return found
+    heads = list(found.values())
+    weight = np.nanmean([head.weight for head in heads], axis=0)
+    return GeneNetwork(heads[0].rows, weight, "attention, all heads", cell_type, adata.n_obs)
 
 # %% ../../nbs/network/03_grn.ipynb #8db7363c
 def judged_pairs(
