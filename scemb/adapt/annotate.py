@@ -149,7 +149,26 @@ def load_annotator(
     base=None,  # See `load_adapter`
     device: str = "cpu",
 ) -> Annotator:
-    "Open a saved annotator."
+    """Open an annotator that was saved.
+
+    Parameters
+    ----------
+    folder
+        Folder that `Annotator.save` wrote.
+    base
+        The model that it was trained on. None: the model that the folder names.
+    device
+        "cpu" or "cuda".
+
+    Returns
+    -------
+    An `Annotator`.
+
+    Raises
+    ------
+    ValueError
+        The base is not the model that the annotator was trained on.
+    """
     model, card, vocabulary, tokenizing = load_adapter(folder, base)
     _check_card(Path(folder) / "adapter.json", card, tokenizing)
     tokenizing = replace(tokenizing, max_len=card["max_len"])
@@ -313,7 +332,56 @@ def learn(
     missing=(),  # Further names that mean "no label", see `labels`
     rival: bool = True,  # Name the held-out cells by the simple baseline as well
 ) -> Annotator:
-    "Adapt a pretrained model to the labels of a reference."
+    """Teach a pretrained model the labels of a reference.
+
+    Parameters
+    ----------
+    reference
+        AnnData with raw counts and labels.
+    label
+        Column of `obs` with the labels.
+    base
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    settings
+        How to adapt; see `FinetuneSettings`. None: the default way, a linear probe.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    knowledge
+        Key of `obsm` with further vectors, for way="prefix".
+    cells_a_class
+        Labelled cells of each class that are used at most. None: all.
+    keep_known
+        Share of the cells of each known class that is not called unknown.
+    donor
+        Column of `obs` with donors. With three or more, whole donors are held out for the
+        check.
+    device
+        "cpu" or "cuda".
+    say
+        A function that is called with a line of text now and then.
+    way
+        "auto", "probe", "lora", "prefix", "freeze" or "full". None: as in `settings`.
+    thorough
+        Also try LoRA, and keep it if it is better on held-out cells.
+    missing
+        Further names that mean "no label".
+    rival
+        Also name the held-out cells by a simple baseline, for comparison.
+
+    Returns
+    -------
+    An `Annotator` for `annotate`. `save(folder)` writes it.
+
+    Raises
+    ------
+    ValueError
+        A column is not there, a class has too few cells, or options exclude each other.
+    """
     automatic, settings = chosen_way(settings, way, thorough)
     if settings.control != "none" and knowledge is None:
         raise ValueError(
@@ -550,7 +618,38 @@ def annotate(
     threshold: float | None = None,
     say=lambda line: None,  # Called with a line now and then
 ):  # The same AnnData
-    "Name the cells of a query."
+    """Name the cells of a new sample.
+
+    Parameters
+    ----------
+    query
+        AnnData with raw counts: the new sample.
+    annotator
+        What `finetune` or `load_annotator` returned, or its folder.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    threshold
+        Confidence below which a cell is called unknown, 0 to 1. None: a threshold for each
+        class; 0 names every cell.
+    say
+        A function that is called with a line of text now and then.
+
+    Returns
+    -------
+    The same AnnData. It writes:
+
+    `obs["scemb_label"]` : name of the class, or "unknown".
+    `obs["scemb_confidence"]` : calibrated probability of the likeliest class, 0 to 1.
+    `obsm["scemb_probabilities"]` : probability of each class, shape (cells, classes).
+    `uns["scemb"]["annotation"]` : classes, thresholds, model, genes shared with the reference.
+
+    Raises
+    ------
+    ValueError
+        The file has no raw counts, or the names of its genes are not known. The message gives
+        the way out. Or query and reference share hardly a gene.
+    """
     import pandas as pd
 
     a = annotator if isinstance(annotator, Annotator) else load_annotator(annotator)
@@ -685,7 +784,42 @@ def annotate_file(
     # thorough, missing
     **learning,
 ):  # The annotated AnnData
-    "Annotate a file by a saved adapter or by a reference."
+    """Name the cells of a file.
+
+    Parameters
+    ----------
+    query
+        Path of a file of cells of any kind.
+    out
+        Path to write, .h5ad or .zarr.
+    annotator
+        Folder of a saved annotator; or give `reference` and `label`.
+    reference
+        Labelled file of cells, or the name of a data set.
+    label
+        Column of its `obs` with the labels.
+    overwrite
+        Replace an earlier result.
+    threshold
+        Confidence below which a cell is called unknown; see `annotate`.
+    layer
+        Where the counts of the query are.
+    reference_layer
+        Where those of the reference are. None: as in the query.
+    learning
+        Further arguments of `finetune`.
+
+    Returns
+    -------
+    The annotated AnnData, as written to `out`; see `annotate` for its keys.
+
+    Raises
+    ------
+    ValueError
+        Neither or both of `annotator` and `reference` are given.
+    FileExistsError
+        `out` exists and `overwrite` is False.
+    """
     out = check_results(out, overwrite, endings=(".h5ad", ".zarr"))
     if (annotator is None) == (reference is None):
         raise ValueError(

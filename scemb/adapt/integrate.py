@@ -358,7 +358,45 @@ def integrate(
     device: str = "cpu",
     say=lambda line: None,
 ):  # The same AnnData, with obsm[key] and uns["scemb"]["integration"]
-    "Write vectors in which batches are drawn together."
+    """Make vectors in which the batches of a data set lie together.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts in `X`, in a layer or in `raw`. Gene names are symbols or
+        Ensembl ids.
+    batch
+        Column of `obs` with the batch, for example the donor.
+    base
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    settings
+        Steps, rate and weights; see `BatchSettings`.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    key
+        Key of `obsm` to write.
+    device
+        "cpu" or "cuda".
+    say
+        A function that is called with a line of text now and then.
+
+    Returns
+    -------
+    The same AnnData. It writes:
+
+    `obsm[key]` : vectors, float32, shape (cells, width of the model).
+    `uns["scemb"]["integration"]` : settings, and a check for over-correction.
+
+    Raises
+    ------
+    ValueError
+        The column has one batch only, or as many as cells.
+    """
     check_key(key)
     got = adapt_batches(
         adata,

@@ -580,8 +580,45 @@ def curate(
     progress=None,  # Called with (cells done, cells in all)
     say=None,  # Called with messages
 ) -> dict | None:  # The card; None after one of several partitions
-    """Make a corpus; the same call goes on where an interrupted one stopped, and repairs what was
-    damaged."""
+    """Make a training corpus from files or from the CELLxGENE Census.
+
+    The same call continues a run that was interrupted, and repairs damaged files.
+
+    Parameters
+    ----------
+    recipe
+        A `Recipe`: sources, filters and exclusions (see `read_recipe`).
+    out
+        Folder of the corpus.
+    partition
+        (i, n): do only every n-th unit of work, beginning with the i-th; 1 <= i <= n.
+    merge_only
+        Only check that all units are there, and write the card.
+    overwrite
+        Replace a corpus that was made by another recipe.
+    shard_cells
+        Cells of a file of the corpus.
+    n_threads
+        Threads that read at the same time.
+    seed
+        Seed of the order of cells.
+    progress
+        A function that is called with (cells done, cells in all).
+    say
+        A function that is called with a line of text now and then.
+
+    Returns
+    -------
+    The card as a dict, with the number of cells that each filter removed; None after one of
+    several partitions. The folder holds the cells and `corpus.json`.
+
+    Raises
+    ------
+    ValueError
+        No cell passes the filters, or `partition` is not possible.
+    FileExistsError
+        `out` holds another corpus and `overwrite` is False.
+    """
     i, n = partition
     out = Path(out)
     if not 1 <= i <= n:

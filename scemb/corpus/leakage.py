@@ -98,7 +98,39 @@ def leakage(
     progress=None,  # Called with (data sets done, all)
     layer=None,  # How the evaluation set is read, see `read_counts`
 ) -> Leakage:
-    "Compare an evaluation set with a corpus."
+    """Look for evaluation cells in a training corpus.
+
+    Parameters
+    ----------
+    corpus
+        Folder of a corpus that `curate` made.
+    evaluation
+        AnnData, or path of a file: the cells that a model will be judged on.
+    rows
+        Compare only these cells; bool, shape (cells,).
+    data_set
+        Name of the evaluation set. None takes `obs["dataset_id"]`, else the name of the file.
+    donor_column
+        Column of `obs` with donors. None takes "donor_id" or "donor" if there is one.
+    min_genes
+        Shared genes with counts that a cell needs to be compared.
+    progress
+        A function that is called with (data sets done, data sets in all).
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+
+    Returns
+    -------
+    A `Leakage`: the rows in common, data sets and donors in common, and `verdict` ("found",
+    "nothing compared" or "independent").
+
+    Raises
+    ------
+    ValueError
+        The file has no raw counts, or the names of its genes are not known. The message gives
+        the way out.
+    """
     card, counts = read_corpus(corpus), _counts(evaluation, layer)
     obs = counts.adata.obs if rows is None else counts.adata.obs[rows]
     mine = gene_axis(counts.genes)

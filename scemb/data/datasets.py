@@ -136,7 +136,22 @@ def manifests(
 def manifest(
     name: str,  # One of `manifests()`
 ) -> Manifest:
-    "What is known about one data set."
+    """Give what is known about a data set: source, citation, licence, files, columns.
+
+    Parameters
+    ----------
+    name
+        Name of a data set.
+
+    Returns
+    -------
+    A `Manifest`.
+
+    Raises
+    ------
+    ValueError
+        There is no such data set. The message lists those that exist.
+    """
     from difflib import get_close_matches
 
     if text := manifest_texts().get(name):
@@ -207,7 +222,22 @@ def manifest_text(
 def cite(
     name: str,  # One of `manifests()`
 ) -> str:
-    "One line to put beside a result: citation, identifiers, licence."
+    """Give the citation, identifiers and licence of a data set in one line.
+
+    Parameters
+    ----------
+    name
+        Name of a data set.
+
+    Returns
+    -------
+    A line of text.
+
+    Raises
+    ------
+    ValueError
+        There is no such data set.
+    """
     m = manifest(name)
     ids = [
         f"doi {m.doi}" if m.doi != "unknown" else "",
@@ -357,7 +387,24 @@ def available(
     # One of its files; default: the cells, or all files of a table set that have a checksum
     file: str | None = None,
 ) -> bool:
-    "Whether the data can be read here without a network."
+    """Say whether a data set can be read here without a network.
+
+    Parameters
+    ----------
+    name
+        Name of a data set.
+    file
+        One of its files. None: the cells, or all files of a set of tables that have a checksum.
+
+    Returns
+    -------
+    True or False.
+
+    Raises
+    ------
+    ValueError
+        There is no such data set.
+    """
     m = manifest(name)
     if not m.files:
         return False
@@ -370,7 +417,24 @@ def locate(
     name: str,  # One of `manifests()`
     file: str | None = None,  # One of its files, for a set of several
 ) -> Path:  # A file that matches its manifest
-    "Find, check and, where allowed, download a file of a data set."
+    """Find a file of a data set, check it and, where that is allowed, download it.
+
+    Parameters
+    ----------
+    name
+        Name of a data set.
+    file
+        One of its files, for a set of several.
+
+    Returns
+    -------
+    The path of a file that matches its manifest.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file is not here and cannot be fetched. The message says where to get it.
+    """
     m = manifest(name)
     f = chosen_file(m, file)
     if path := found(f):
@@ -396,7 +460,24 @@ def locate(
 def load(
     name: str,  # A data set of cells
 ):  # AnnData with raw counts in `X`
-    "Read the cells of a data set, verified against its manifest."
+    """Load the cells of a data set, checked against its manifest.
+
+    Parameters
+    ----------
+    name
+        Name of a data set, for example "baron_pancreas"; `manifests()` lists them.
+
+    Returns
+    -------
+    AnnData with raw counts in `X`.
+
+    Raises
+    ------
+    ValueError
+        There is no such data set, it holds no cells, or the file does not match its manifest.
+    FileNotFoundError
+        The file is not on this machine. The message says where to get it.
+    """
     m = manifest(name)
     if m.kind != "cells":
         raise ValueError(f"{name} holds no cells ({m.kind}); locate({name!r}) gives its file.")

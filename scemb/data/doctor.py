@@ -105,7 +105,24 @@ def examine_file(
     source,  # A file of cells of any kind, or an AnnData
     layer: str | Reading | None = None,  # How it is said to be read
 ) -> list:  # Findings
-    "Which kind? Raw counts? Which layer? Identifiers? Overlap? Empty cells? Duplicated genes?"
+    """Check whether a file is fit to use, and say with which options.
+
+    It looks for raw counts, their layer, the kind of gene names, unknown and duplicated genes,
+    and empty cells.
+
+    Parameters
+    ----------
+    source
+        Path of a file of cells of any kind, or an AnnData.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+
+    Returns
+    -------
+    A list of `Finding`: the check, what was found, and the way out. `scemb doctor FILE` shows
+    it as a table.
+    """
     is_path = isinstance(source, (str, os.PathLike))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)

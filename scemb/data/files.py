@@ -738,7 +738,24 @@ def open_cells(
     source,  # Path of a file or folder of any kind above; or an AnnData, which is given back
     whole: bool = False,  # Read all of it into an AnnData in memory
 ):  # `LazyCells`, or an AnnData
-    "Open cells of any kind of file; what is wrong with it is said in a sentence."
+    """Open a file of cells of any kind: h5ad, zarr, 10x h5, loom, or a folder with matrix.mtx.
+
+    Parameters
+    ----------
+    source
+        Path of a file or folder. An AnnData is given back as it is.
+    whole
+        Read everything into memory. Otherwise the counts stay on disk.
+
+    Returns
+    -------
+    `LazyCells`, which has `obs`, `var` and `X` like an AnnData; or an AnnData if `whole`.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged or of a kind that is not known.
+    """
     import os
 
     if not isinstance(source, (str, os.PathLike)):

@@ -331,7 +331,32 @@ def map_genes(
     # One gene given twice by exact name: "error", or "sum" to keep both names
     duplicates: str = "error",
 ) -> GeneMap:
-    "Find the row of `gene_table` for each name; nothing is guessed and nothing is lost silently."
+    """Find the row of the gene table for each gene name.
+
+    An ambiguous or unknown name is reported and never guessed.
+
+    Parameters
+    ----------
+    names
+        Symbols, aliases or Ensembl ids of any version, mixed as they come; length n.
+    counts
+        Total counts of each name, shape (n,). With them the report gives the share of counts
+        that is lost.
+    symbols
+        A second name of each gene, tried where the first is not known; length n.
+    duplicates
+        What to do if one gene has two rows of the same name: "error" or "sum".
+
+    Returns
+    -------
+    A `GeneMap`. `rows` has one number for each name, -1 where the name is not known. Printed,
+    it reports what was mapped and what was lost.
+
+    Raises
+    ------
+    ValueError
+        A gene stands twice and `duplicates` is "error"; or `symbols` has another length.
+    """
     if duplicates not in ("error", "sum"):
         raise ValueError(f"duplicates is {duplicates!r}; it must be 'error' or 'sum'.")
     plain, twin = plain_names(names)

@@ -432,7 +432,40 @@ def toy_tissue(
     cells_seed: int = None,  # Seed of the cells drawn from it; None: the same
     **settings,  # Any of `ToySettings`
 ):  # AnnData with raw counts and the planted truth
-    "Draw a toy tissue with known truth."
+    """Simulate a tissue with known cell types, batches, regulators, CRISPR targets and disease.
+
+    Parameters
+    ----------
+    n_cells
+        Number of cells.
+    n_genes
+        Number of genes.
+    n_types
+        Number of cell types.
+    n_batches
+        Number of batches.
+    n_donors
+        Number of donors. With a disease, every second one is diseased.
+    screen
+        Give each cell a CRISPRi guide.
+    disease
+        Give each donor a condition, "healthy" or "disease".
+    seed
+        Seed of the tissue: genes, roles, effects, guides.
+    cells_seed
+        Seed of the cells. None: the same.
+    settings
+        Further fields of `ToySettings`.
+
+    Returns
+    -------
+    AnnData with raw counts in `X` and the truth in `uns["truth"]`.
+
+    Raises
+    ------
+    ValueError
+        A number is too small.
+    """
     import anndata as ad
 
     for name, size in dict(

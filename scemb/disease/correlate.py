@@ -327,7 +327,36 @@ def correlate(
     alpha: float = 0.05,
     seed: int = 0,
 ) -> Match:
-    "Match a state shift with perturbation shifts."
+    """Match a disease shift with perturbation shifts: which perturbation reverses the disease, and
+    which mimics it?
+
+    Parameters
+    ----------
+    state
+        What `donor_shift` returned.
+    shifts
+        What `screen_shifts` or `predicted_shifts` returned, in the same embedding.
+    matched
+        Target -> shifts of random genes like it, shape (genes, width): a further null.
+    n_permutations
+        Permutations of donors and of guides.
+    n_boot
+        Bootstrap samples of the intervals.
+    alpha
+        Level of q at which a target is called.
+    seed
+        Seed of the random draws.
+
+    Returns
+    -------
+    A `Match`. `table`: one row for each target with cosine (below 0: against the disease),
+    interval, p, q and call; the strongest reversal first. `power`: what this design could show.
+
+    Raises
+    ------
+    ValueError
+        The two have different widths, or no shift differs from zero.
+    """
     if state.vector.shape[0] != shifts.vectors.shape[1]:
         raise ValueError(
             f"The state shift has {state.vector.shape[0]} features and the perturbation shifts "
@@ -507,7 +536,18 @@ def power_statement(state, table, p_min, *, exact, alpha=0.05):  # -> dict with 
 def rankings(
     table,  # Of a `Match`
 ) -> dict:  # "reversal" and "mimic": the table, strongest first
-    "The two rankings: against the disease, and like it."
+    """Split the table of a match into reversals and mimics.
+
+    Parameters
+    ----------
+    table
+        `table` of a `Match`.
+
+    Returns
+    -------
+    A dict: "reversal" (cosine below 0) and "mimic" (above 0), each a DataFrame with the
+    strongest first.
+    """
     return dict(
         reversal=table[table.cosine < 0].sort_values("cosine", kind="stable"),
         mimic=table[table.cosine > 0].sort_values("cosine", ascending=False, kind="stable"),

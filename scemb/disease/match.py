@@ -35,7 +35,32 @@ def shared_genes(
     # Both cut to the shared genes, counts in X, in one order, named by Ensembl id; dict: a, b,
     # shared, share
 ) -> tuple:
-    "Cut two files to the genes that both measured, or refuse."
+    """Cut two data sets to the genes that both measured.
+
+    Parameters
+    ----------
+    a
+        AnnData with raw counts.
+    b
+        AnnData with raw counts.
+    minimum
+        Share of the smaller set's genes that must be shared.
+    fewest
+        Number of genes that must be shared.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+
+    Returns
+    -------
+    (a, b, report): both with the shared genes in one order, counts in `X`, genes named by
+    Ensembl id; and a dict with a, b, shared and share.
+
+    Raises
+    ------
+    ValueError
+        The two sets share too few genes.
+    """
     import anndata as ad
 
     found = [find_counts(x, layer) for x in (a, b)]
@@ -104,7 +129,42 @@ def donor_shift(
     paired: bool = False,
     layer: str | None = None,
 ) -> StateShift:
-    "The shift between two groups of an AnnData."
+    """Compute the shift of an embedding between two groups of donors.
+
+    Parameters
+    ----------
+    adata
+        AnnData with an embedding in `obsm[key]`.
+    group
+        Column of `obs` with the two states.
+    case
+        Value of the cases, for example "disease".
+    control
+        Value of the controls. Cells with another value are left out.
+    donor
+        Column of `obs` with donors. None: every cell counts as a unit, and the result describes
+        these cells only.
+    key
+        Key of `obsm` with the embedding.
+    batch
+        Column of `obs` with batches; groups are compared within batches.
+    depth
+        Adjust for the number of counts of each cell.
+    paired
+        Donors were seen in both states; compare within donors.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+
+    Returns
+    -------
+    A `StateShift`: `vector`, shape (width,), and the mean of each donor.
+
+    Raises
+    ------
+    ValueError
+        A column or a value is not there, or groups and batches cannot be separated.
+    """
     values = column(adata, group, "groups").astype(str)
     if lost := [v for v in (case, control) if v not in set(values)]:
         raise ValueError(
@@ -150,7 +210,40 @@ def screen_shifts(
     min_cells: int = 20,
     layer: str | None = None,
 ) -> Shifts:
-    "Observed shifts of an AnnData; cells without a guide, or with two, are left out."
+    """Compute the shift of an embedding that each target of a CRISPR screen causes.
+
+    Parameters
+    ----------
+    adata
+        AnnData of a CRISPR screen with an embedding in `obsm[key]`. Cells without a guide, or
+        with two, are left out.
+    target
+        Column of `obs` with the target.
+    guide
+        Column of `obs` with the guide.
+    control
+        Target of the negative controls.
+    key
+        Key of `obsm` with the embedding.
+    batch
+        Column of `obs` with batches.
+    depth
+        Adjust for the number of counts of each cell.
+    min_cells
+        A target with fewer cells is left out, with a warning.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+
+    Returns
+    -------
+    `Shifts`: targets, vectors, shape (targets, width), and the shift of each guide.
+
+    Raises
+    ------
+    ValueError
+        A column is not there, or there are no control cells.
+    """
     t, g, x = (
         column(adata, target, "targets").astype(str).to_numpy(),
         column(adata, guide, "guides").astype(str).to_numpy(),
@@ -240,7 +333,40 @@ def predicted_shifts(
     seed: int = 0,
     **settings,  # Of `perturb`
 ) -> tuple:  # Shifts, dict target -> shifts of matched genes (or None), table of the engine
-    "Shifts of in silico perturbations, and of random genes like them."
+    """Compute the shifts of in silico perturbations, and of random genes like them.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts: the cells to perturb, for example those of patients.
+    genes
+        Symbols or Ensembl ids; "A+B" for both at once.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    kind
+        As for `perturb`.
+    n_matched
+        Random genes of like expression for each target; 0: none.
+    pool
+        Random genes that are perturbed in all.
+    centre
+        Subtract the mean over all perturbed genes (at least ten): what removing any gene does.
+    seed
+        Seed of the random draws.
+    settings
+        Further arguments of `perturb`.
+
+    Returns
+    -------
+    (shifts, matched, table): `Shifts`; target -> shifts of its matched genes, or None; and the
+    table of `perturb`.
+
+    Raises
+    ------
+    ValueError
+        A gene is not known to the model.
+    """
     from scemb.perturb.perturb import perturb
 
     genes = list(dict.fromkeys(genes))
@@ -310,7 +436,25 @@ def enrichment(
     # A row a test: test, in_list, panel, hits_in_list, hits, statistic, p, unknown (names that are
     # no gene), note (names read through an alias)
 ) -> pd.DataFrame:
-    "Is a list hit more than the rest of the panel?"
+    """Test whether a gene list is hit more often than the rest of the screened genes.
+
+    Parameters
+    ----------
+    table
+        `table` of a `Match`; its targets are the panel.
+    genes
+        Symbols or Ensembl ids of the list.
+
+    Returns
+    -------
+    A DataFrame, one row for each test: test, in_list, panel, hits_in_list, hits, statistic, p,
+    unknown, note.
+
+    Raises
+    ------
+    ValueError
+        The list is empty.
+    """
     from scipy import stats
 
     genes = list(dict.fromkeys(genes))
@@ -376,7 +520,35 @@ def pca_pair(
     n_comps: int = 30,
     layer: str | None = None,
 ):  # Writes obsm[key] of both
-    "One PCA of log-normalised counts for two files."
+    """Compute one PCA of log-normalised counts for two data sets.
+
+    Parameters
+    ----------
+    a
+        AnnData; see `shared_genes`.
+    b
+        AnnData with the same genes in the same order.
+    calm_a
+        Control cells of `a`, bool, shape (cells,). The PCA is fitted on control cells only.
+    calm_b
+        Control cells of `b`, bool.
+    key
+        Key of `obsm` to write.
+    n_comps
+        Number of components.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+
+    Returns
+    -------
+    Nothing. It writes `obsm[key]` of both, shape (cells, n_comps).
+
+    Raises
+    ------
+    ValueError
+        The two sets have different genes.
+    """
     import anndata as ad
     from scemb.model.baselines import pca_embedding
 

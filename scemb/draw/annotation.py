@@ -18,7 +18,23 @@ def confusion_grid(
     size: float = 3.0,  # Inches a panel
     order=None,  # Classes from top to bottom; None: commonest first
 ):  # matplotlib figure
-    "Row-normalised confusion matrices."
+    """Draw confusion matrices side by side, each row normalised to 1.
+
+    Parameters
+    ----------
+    table
+        DataFrame: method, true, guess, share (of the true class), n.
+    columns
+        Panels side by side.
+    size
+        Inches of a panel.
+    order
+        Classes from top to bottom. None: the commonest first.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     methods = list(dict.fromkeys(table.method))
     columns = min(columns, len(methods))
@@ -77,7 +93,19 @@ def learning_curves(
     table,  # Score table with the column `shots`: method, metric, value, ci_low, ci_high
     metric: str = "macro-F1",
 ):  # matplotlib figure; one panel a data set
-    "A line a method over the number of labelled cells."
+    """Draw a score over the number of labelled cells, one line for each method.
+
+    Parameters
+    ----------
+    table
+        DataFrame: dataset, method, shots, metric, value, ci_low, ci_high.
+    metric
+        Metric to draw.
+
+    Returns
+    -------
+    A matplotlib figure. It has one panel for each data set.
+    """
     plt = _plt()
     t = table[table.metric == metric]
     sets, methods = list(dict.fromkeys(t.dataset)), list(dict.fromkeys(t.method))

@@ -24,7 +24,29 @@ def signed_violins(
     title: str = "",
     disease: str = "disease",
 ):  # matplotlib figure
-    "All targets by signed cosine."
+    """Draw the signed cosine of every target with its bootstrap distribution.
+
+    Parameters
+    ----------
+    table
+        `table` of a `Match`: target, cosine, ci_low, ci_high, call and, if known,
+        cosine_needed, symbol.
+    draws
+        `draws` of a `Match`: bootstrap cosines, one column for each target. None draws
+        intervals only.
+    bold
+        Targets written in bold.
+    most
+        With more targets than this, only the two ends are drawn.
+    title
+        Title of the figure.
+    disease
+        Name of the disease, for the axis.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     t = table.dropna(subset=["cosine"]).sort_values(
         "cosine", ascending=False, ignore_index=True, kind="stable"
@@ -169,7 +191,25 @@ def network_drawing(
     bold=(),
     title: str = "",
 ):  # matplotlib figure
-    "A network with its modules."
+    """Draw a gene network with its modules in colour.
+
+    Parameters
+    ----------
+    edges
+        DataFrame: source, target, weight; see `edge_table`.
+    nodes
+        DataFrame: gene, degree, module; see `hubs_and_modules`.
+    named
+        Number of hubs that are named.
+    bold
+        Genes written in bold.
+    title
+        Title of the figure.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     import networkx as nx
 
     plt = _plt()

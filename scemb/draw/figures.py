@@ -71,7 +71,24 @@ def umap_grid(
     size: float = 2.6,  # Inches a panel
     shared: bool = False,  # One palette for all colourings, where they speak of the same classes
 ):  # matplotlib figure
-    "A grid of UMAPs: one column a method, one row a colouring."
+    """Draw UMAPs side by side: one column for each method, one row for each colouring.
+
+    Parameters
+    ----------
+    table
+        DataFrame: method, umap1, umap2 and the columns to colour by; one row for each cell and
+        method.
+    colour_by
+        Columns to colour by.
+    size
+        Inches of a panel.
+    shared
+        Use one palette for all colourings.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     methods = list(dict.fromkeys(table.method))
     fig, axes = plt.subplots(
@@ -122,7 +139,19 @@ def loss_curve(
     log,  # DataFrame: step, loss
     lines: dict = None,  # Name -> loss drawn as a horizontal line, on held-out cells
 ):  # matplotlib figure
-    "Training loss over steps with the baselines as lines."
+    """Draw the training loss over the steps.
+
+    Parameters
+    ----------
+    log
+        DataFrame: step, loss (nats).
+    lines
+        Name -> loss on held-out cells, drawn as a horizontal line.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     ax.plot(log.step, log.loss, color=PALETTE[0], lw=1.4, label="training batches")
@@ -137,7 +166,17 @@ def loss_curve(
 def score_bars(
     table,  # Score table: method, metric, value, ci_low, ci_high
 ):  # matplotlib figure
-    "One panel a metric, one bar a method, intervals where there are any."
+    """Draw scores as bars: one panel for each metric, one bar for each method, with intervals.
+
+    Parameters
+    ----------
+    table
+        DataFrame: method, metric, value, ci_low, ci_high.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     metrics, methods = list(dict.fromkeys(table.metric)), list(dict.fromkeys(table.method))
     colour = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(methods)}
@@ -170,7 +209,21 @@ def save_figure(
     path,  # Without ending; a PNG and a PDF are written
     dpi: int = 160,  # Of the PNG, and of what is rasterised in the PDF
 ) -> list:  # Paths
-    "Write a figure as PNG and PDF."
+    """Write a figure as PNG and PDF.
+
+    Parameters
+    ----------
+    fig
+        A matplotlib figure.
+    path
+        Path without ending.
+    dpi
+        Dots per inch of the PNG, and of what the PDF stores as pixels.
+
+    Returns
+    -------
+    The two paths as a list.
+    """
     out = []
     for ending in ("png", "pdf"):
         fig.savefig(
@@ -194,8 +247,25 @@ def score_grid(
     ),  # Groups of metrics, from left to right; others are left out
     lower_is_better=("masked-gene loss",),
 ):  # matplotlib figure
-    """The table as a picture: a row a method, a column a metric, dark is good; bold are the best
-    and all whose interval meets theirs."""
+    """Draw a score table as a grid: one row for each method, one column for each metric, dark is
+    good.
+
+    The best method of each metric is bold, and so is every method whose interval meets that of
+    the best.
+
+    Parameters
+    ----------
+    table
+        DataFrame: method, group, metric, value, ci_low, ci_high and, if known, best.
+    groups
+        Groups of metrics from left to right. Others are left out.
+    lower_is_better
+        Metrics of which a low value is good.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     t = table[table.group.isin(groups)]
     methods = list(dict.fromkeys(t.method))

@@ -20,7 +20,24 @@ def target_bars(
     alpha: float = 0.05,  # Of q
     second: str = None,  # Column with the values of a second model, and its name
 ):  # matplotlib figure
-    "A bar a target with interval, null band and significance."
+    """Draw one bar for each target with its interval, its null band and its significance.
+
+    Parameters
+    ----------
+    table
+        DataFrame: target, value and, if known, ci_low, ci_high, null_low, null_high, q, marked
+        (bool).
+    label
+        Title of the axis.
+    alpha
+        Level of q.
+    second
+        Column with the values of a second model, and its name.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     t = table.dropna(subset="value").sort_values("value", kind="stable").reset_index(drop=True)
     y = np.arange(len(t))
@@ -202,7 +219,23 @@ def volcano(
     label: str = "effect on the direction",
     alpha: float = 0.05,
 ):  # matplotlib figure
-    "Effect against significance, the largest named."
+    """Draw effect against significance, with the largest effects named.
+
+    Parameters
+    ----------
+    table
+        DataFrame: symbol, effect, and q or p.
+    n_labels
+        Number of genes that are named.
+    label
+        Title of the axis of effects.
+    alpha
+        Level of q or p.
+
+    Returns
+    -------
+    A matplotlib figure.
+    """
     plt = _plt()
     key = "q" if "q" in table else "p"
     t = table.dropna(subset=["effect", key])

@@ -181,7 +181,37 @@ def named_methods(
     max_len: int | None = None,
     n_seeds: int = 2,  # Seeds of the methods that depend on chance
 ) -> list:  # Embedders
-    "Make embedders from names; an unknown name is refused."
+    """Make the methods of a comparison from their names.
+
+    Parameters
+    ----------
+    names
+        Names, in the order of the table; see `METHODS`.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings). Needed by the methods of scEMB.
+    batch
+        Column of `obs`, for Harmony and scVI.
+    corpus
+        Tokens that the model was trained on, a `TokenSet`, for its untrained copy and its bag.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    n_seeds
+        Seeds of the methods that depend on chance.
+
+    Returns
+    -------
+    A list of `Embedder` objects for `compare`.
+
+    Raises
+    ------
+    ValueError
+        A name is not known, or needs a model.
+    """
     unknown = [n for n in names if n not in METHODS]
     if unknown:
         raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(METHODS)}.")
@@ -288,7 +318,54 @@ def compare(
     say=lambda text: None,  # Called with a line now and then
     fair: bool = True,  # Probes choose scaling and penalty, see `linear_probe`
 ) -> Comparison:
-    "Put every method before every question."
+    """Score several embeddings of the same cells by the same questions.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts, labels and batches.
+    embedders
+        What `named_methods` returned, or your own `Embedder` objects.
+    label
+        Column of `obs` with cell types.
+    batch
+        Column of `obs` with batches.
+    unit
+        What a batch is, for the table: donor, library or run.
+    dataset
+        Name for the table.
+    reference
+        Method that the others are compared with.
+    integration
+        Also compute the ten scib metrics. They take most of the time.
+    n_samples
+        Half-samples of the scib metrics.
+    max_cells
+        Cells of a half-sample at most.
+    shots
+        Labelled cells of a class, for the few-shot scores.
+    n_draws
+        Draws of labelled cells.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    seed
+        Seed of the random draws.
+    say
+        A function that is called with a line of text now and then.
+    fair
+        Each method's probe chooses its own scaling and penalty.
+
+    Returns
+    -------
+    A `Comparison`. `table`: method, group, metric, value, ci_low, ci_high, n, p, q, best.
+    `embeddings`: method -> array, shape (cells, width). `skipped`: methods that could not run.
+
+    Raises
+    ------
+    ValueError
+        A column is not there, or has fewer than two labels or batches.
+    """
     for c in (label, batch):
         if c not in adata.obs:
             raise ValueError(f"obs has no column {c!r}; it has {list(adata.obs.columns)}.")

@@ -314,8 +314,8 @@ def embed(
     adata,  # AnnData with raw counts (X, a layer, or raw); backed is fine
     # A shipped model, the folder of a checkpoint, or (model, vocabulary, settings)
     model="scemb-small",
-    # "mean12": mean over layers and genes; "last": over genes of the last layer; "cls"
     *,
+    # "mean12": mean over layers and genes; "last": over genes of the last layer; "cls"
     pooling: str = "mean12",
     max_len: int | None = None,  # Genes a cell at most; None: as the model was trained
     layer: str | Reading | None = None,  # Where the counts are: "X", a layer, "raw"; or a `Reading`
@@ -328,7 +328,62 @@ def embed(
     token_budget: int | None = None,
     progress=None,  # Called with (cells done, cells in all)
 ):  # The same AnnData, with obsm[key] and uns["scemb"]
-    "Embed cells into `adata.obsm`; empty cells become NaN rows, with a warning and a count."
+    """Turn each cell into a vector.
+
+    The vector of a cell does not depend on the other cells.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts in `X`, in a layer or in `raw`. Gene names are symbols or
+        Ensembl ids. A backed AnnData is fine.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    pooling
+        How gene vectors become a cell vector: "mean12" (mean over all layers and genes), "last"
+        (mean over the genes of the last layer) or "cls".
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    gene_column
+        Column of `var` with the gene names. None takes an Ensembl column if there is one, else
+        the index.
+    duplicates
+        What to do if a gene stands twice: "error" or "sum".
+    key
+        Key of `obsm` to write.
+    device
+        "cpu" or "cuda". None takes a GPU if there is one.
+    precision
+        "fp32", "bf16" or "auto", which takes bf16 on a GPU that has it and fp32 elsewhere.
+    token_budget
+        Tokens of a forward pass; lower it if memory runs out. None: 4,096 on a CPU, 65,536 on a
+        GPU.
+    progress
+        A function that is called with (cells done, cells in all).
+
+    Returns
+    -------
+    The same AnnData. It writes:
+
+    `obsm[key]` : vectors, float32, shape (cells, width of the model). An empty cell has NaN.
+    `uns["scemb"]` : model, settings, genes used, number of empty cells.
+
+    Raises
+    ------
+    ValueError
+        The file has no raw counts, or the names of its genes are not known. The message gives
+        the way out.
+
+    Examples
+    --------
+    >>> adata = scemb.tl.embed(adata)
+    >>> sc.pp.neighbors(adata, use_rep="X_scemb")
+    """
     check_key(key)
     encoder = model
     if not isinstance(model, CellEncoder):

@@ -230,8 +230,8 @@ def _check_copy(part, windows):  # the copy can be opened, and has as many cells
 def embed_file(
     path,  # A file of any kind that `open_cells` reads
     out,  # A copy with the vectors: .zarr of a .zarr, else .h5ad; or .npy: the vectors alone
-    # A shipped model, the folder of a checkpoint, (model, vocabulary, settings), or a CellEncoder
     *,
+    # A shipped model, the folder of a checkpoint, (model, vocabulary, settings), or a CellEncoder
     model="scemb-small",
     pooling: str = "mean12",
     max_len: int | None = None,  # See `embed`
@@ -248,8 +248,64 @@ def embed_file(
     window: int = 2048,
     progress=None,  # Called with (cells done, cells in all), of this process
 ) -> dict:  # What is also written to uns["scemb"]
-    """Embed a file window by window; the same call goes on where an interrupted one stopped. Under
-    torchrun the processes share the cells."""
+    """Turn the cells of a file into vectors, some cells at a time.
+
+    The same call continues a run that was interrupted. Under torchrun the processes share the
+    cells.
+
+    Parameters
+    ----------
+    path
+        Path of a file of cells of any kind.
+    out
+        Path to write: .h5ad or .zarr, a copy with the vectors; or .npy, the vectors alone.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    pooling
+        How gene vectors become a cell vector: "mean12" (mean over all layers and genes), "last"
+        (mean over the genes of the last layer) or "cls".
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    gene_column
+        Column of `var` with the gene names. None takes an Ensembl column if there is one, else
+        the index.
+    duplicates
+        What to do if a gene stands twice: "error" or "sum".
+    key
+        Key of `obsm` to write.
+    device
+        "cpu" or "cuda". None takes a GPU if there is one.
+    precision
+        "fp32", "bf16" or "auto", which takes bf16 on a GPU that has it and fp32 elsewhere.
+    token_budget
+        Tokens of a forward pass; lower it if memory runs out. None: 4,096 on a CPU, 65,536 on a
+        GPU.
+    seed
+        Seed of the order of ties. None: the model's.
+    overwrite
+        Replace an earlier result.
+    window
+        Cells that are read and written at a time. At most these are lost if the run stops.
+    progress
+        A function that is called with (cells done, cells in all).
+
+    Returns
+    -------
+    The settings as a dict, as written to `uns["scemb"]` of the file.
+
+    Raises
+    ------
+    ValueError
+        The file has no raw counts, or the names of its genes are not known. The message gives
+        the way out.
+    FileExistsError
+        `out` exists and `overwrite` is False.
+    """
     path, out = Path(path), Path(out)
     rank, world, place = _process()
     with only_writer(out) if rank == 0 and out.parent.is_dir() else nullcontext():

@@ -54,7 +54,45 @@ def gene_embeddings(
     device: str | None = None,
     precision: str = "auto",  # As for `embed`
 ):  # AnnData: X the vectors, obs gene, symbol and group with n_cells, or cell with rank and bin
-    "Vectors of genes in the context of their cells."
+    """Compute vectors of genes in the context of their cells.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts in `X`, in a layer or in `raw`. Gene names are symbols or
+        Ensembl ids. Or the path of a file.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    genes
+        Symbols or Ensembl ids. None: every gene of the model.
+    by
+        Column of `obs`: average within its groups. None averages over all cells.
+    per_cell
+        One row for each cell that expresses the gene, without averaging. Needs `genes`.
+    pooling
+        "last" (the last layer) or "mean12" (mean over all layers).
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    device
+        "cpu" or "cuda". None takes a GPU if there is one.
+    precision
+        "fp32", "bf16" or "auto", which takes bf16 on a GPU that has it and fp32 elsewhere.
+
+    Returns
+    -------
+    A new AnnData. `X` has the vectors, shape (genes x groups, width); `obs` has gene, symbol,
+    group and n_cells, or cell, rank and bin if `per_cell`.
+
+    Raises
+    ------
+    ValueError
+        A column or a gene is not there, or `per_cell` is given without `genes`.
+    """
     if per_cell and genes is None:
         raise ValueError("per_cell makes a row for each gene of each cell; name the genes wanted.")
     if pooling == "cls":
@@ -230,7 +268,37 @@ def attention_map(
     max_len: int | None = None,
     device: str | None = None,
 ) -> AttentionMap:
-    "Attention between chosen genes, averaged over the cells that express both."
+    """Average the attention between chosen genes over the cells that express both.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts in `X`, in a layer or in `raw`. Gene names are symbols or
+        Ensembl ids. Or the path of a file.
+    genes
+        Symbols or Ensembl ids.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    device
+        "cpu" or "cuda". None takes a GPU if there is one.
+
+    Returns
+    -------
+    An `AttentionMap`: `weight`, shape (layers, heads, genes, genes), from gene i to gene j; 1
+    is an even share. `table()` gives a DataFrame.
+
+    Raises
+    ------
+    ValueError
+        A gene is not known to the model.
+    """
     coder, counts = (
         cell_encoder(model, "last", max_len=max_len, device=device, precision="fp32"),
         read_counts(adata, layer),

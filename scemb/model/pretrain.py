@@ -775,8 +775,45 @@ def pretrain(
     report_to: str = "none",  # "tensorboard" and others that the Trainer knows
     card: dict = None,  # Goes into the checkpoint's card
 ) -> ScembForMaskedLM:  # The trained model, also saved in `out`
-    """Train on masked genes; writes the checkpoint, training.json, loss.csv and the scores on
-    held-out cells."""
+    """Train a model to guess masked genes.
+
+    Parameters
+    ----------
+    tokens
+        Training cells, a `TokenSet`.
+    out
+        Folder of the checkpoint.
+    model
+        From `new_model`, or a loaded one.
+    settings
+        Steps, batch size, rates and shares; see `TrainSettings`.
+    heldout
+        Cells to score on. None takes `validation_share` of the tokens.
+    resume
+        Continue an interrupted run in `out`.
+    overwrite
+        Replace an earlier result.
+    quiet
+        Show no progress.
+    deepspeed
+        "zero1", "zero2", "zero3", or the path of a DeepSpeed JSON.
+    report_to
+        "tensorboard" or another name that the Trainer of transformers knows.
+    card
+        Further entries of the checkpoint's card.
+
+    Returns
+    -------
+    The trained model. The folder holds the checkpoint, `training.json`, `loss.csv` and the
+    scores on held-out cells.
+
+    Raises
+    ------
+    ValueError
+        Tokens and model have different vocabularies.
+    FileExistsError
+        `out` holds another run, and neither `resume` nor `overwrite` is set.
+    """
     rank = int(os.environ.get("RANK", 0))
     with nullcontext() if rank else only_writer(_parent_made(out)):
         return _pretrain(

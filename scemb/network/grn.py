@@ -268,16 +268,30 @@ def grn(
 ) -> GeneNetwork:  # `edge_table(network)` gives its links, strongest first
     """Infer a gene network from the cells of one type.
 
-    Methods
-    -------
-    correlation : absolute Pearson correlation of log-normalised counts.
-    trees : importance of one gene for a regression of another (GENIE3); directed.
-    context : cosine of the genes' vectors in context, centred over genes.
-    attention : attention from one gene to another, mean over all heads; directed.
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts: the cells of one type.
+    genes
+        Symbols or Ensembl ids. None: `n_genes` that vary most.
+    method
+        "correlation" (absolute Pearson correlation of log-normalised counts), "trees" (GENIE3,
+        directed), "context" (cosine of gene vectors in context) or "attention" (mean over all
+        heads, directed).
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings). Used by "context" and "attention".
+    n_genes
+        Genes to choose if none are named.
+    cell_type
+        Name of these cells, for tables and titles.
+    settings
+        Further arguments of the method, such as `n_trees`, `layer` or `max_len`.
 
-    Writes
-    ------
-    Nothing; the network is returned.
+    Returns
+    -------
+    A `GeneNetwork`: `weight`, shape (genes, genes), and `symbols`. `edge_table(network)` lists
+    its links, the strongest first.
 
     Raises
     ------

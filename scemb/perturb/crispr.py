@@ -165,7 +165,40 @@ def assign_guides(
     key: str = "grna_counts",
     targets: dict = None,  # See `guide_library`
 ):  # The same AnnData, with obs guide, target and n_guides, obsm["guides"] and uns["guides"]
-    "Assign guides and targets to cells."
+    """Assign CRISPR guides and their targets to cells.
+
+    Parameters
+    ----------
+    adata
+        AnnData with guide counts in `obsm[key]`, shape (cells, guides).
+    method
+        "umi", "zscore", "mixture" or "demuxem".
+    min_umis
+        UMIs that a guide needs in a cell. "mixture" finds its own limit.
+    cutoff
+        Limit of the modified z-score, for "zscore".
+    seed
+        Seed of "mixture" and "demuxem".
+    key
+        Key of `obsm` with the guide counts.
+    targets
+        Guide -> target. None takes `uns["grna_targets"]`.
+
+    Returns
+    -------
+    The same AnnData. It writes:
+
+    `obs["guide"]`, `obs["target"]` : names, joined by "+" where a cell holds several; else
+        "none".
+    `obs["n_guides"]` : number of guides.
+    `obsm["guides"]` : the guides held, shape (cells, guides).
+    `uns["guides"]` : method and limits.
+
+    Raises
+    ------
+    ValueError
+        No cell holds a guide by this method and limit.
+    """
     umis, library = guide_library(adata, key, targets)
     held = call_guides(umis, method, min_umis=min_umis, cutoff=cutoff, seed=seed)
     if not held.any():
@@ -305,7 +338,39 @@ def knock_down(
     n_permutations: int = 4999,
     seed: int = 0,
 ) -> pd.DataFrame:  # target, n, n_guides, knock_down (share gone), ci_low, ci_high, p, q, reason
-    "Estimate how much of each target's expression is gone, over guides."
+    """Estimate how much of each target's expression a CRISPR screen took away.
+
+    Parameters
+    ----------
+    adata
+        AnnData after `assign_guides`.
+    batch
+        Column of `obs` with the batch. None takes "batch" or "sample" if there is one.
+    min_counts
+        Cells with this number of gene UMIs or fewer are left out.
+    confounded
+        "refuse" targets without control cells in their batches, or "allow" them and use all
+        control cells.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    min_cells
+        A target with fewer cells is not judged.
+    n_permutations
+        Permutations of the test over guides.
+    seed
+        Seed of the random draws.
+
+    Returns
+    -------
+    A DataFrame, one row for each target: target, n, n_guides, knock_down (share that is gone, 0
+    to 1), ci_low, ci_high, p, q, reason.
+
+    Raises
+    ------
+    ValueError
+        No target is a measured gene, or there are no control cells.
+    """
     x, obs, counts = screen_cells(
         adata, batch, min_counts=min_counts, confounded=confounded, layer=layer
     )
@@ -429,7 +494,46 @@ def edistance(
     n_permutations: int = 4999,
     seed: int = 0,
 ) -> pd.DataFrame:  # target, n, n_guides, edistance, sd_draw, p, q, depth_shift, reason
-    "E-distance of each target to the controls, with p and q."
+    """Measure how far the cells of each target lie from the control cells of a CRISPR screen
+    (E-distance).
+
+    Parameters
+    ----------
+    adata
+        AnnData after `assign_guides`.
+    batch
+        Column of `obs` with the batch. None takes "batch" or "sample" if there is one.
+    min_counts
+        Cells with this number of gene UMIs or fewer are left out.
+    confounded
+        "refuse" targets without control cells in their batches, or "allow" them and use all
+        control cells.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    units
+        What is permuted: "guide", or "cell", which gives p-values that are too small.
+    max_cells
+        Cells of each side at most.
+    min_cells
+        A target with fewer cells is not judged.
+    n_draws
+        Draws of cells that the distance is averaged over.
+    n_permutations
+        Permutations of the test.
+    seed
+        Seed of the random draws.
+
+    Returns
+    -------
+    A DataFrame, one row for each target: target, n, n_guides, edistance, sd_draw, p, q,
+    depth_shift, reason.
+
+    Raises
+    ------
+    ValueError
+        There are too few control guides, or `units` is not known.
+    """
     if units not in ("guide", "cell"):
         raise ValueError(f"units is {units!r}, wanted guide or cell.")
     x, obs, counts = screen_cells(

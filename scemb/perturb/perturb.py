@@ -500,7 +500,66 @@ def perturb(
     # AnnData: X the mean shifts; obs perturbation, gene, symbol, kind, group, n_cells,
     # n_undetected, impact, bag_impact, reason
 ):
-    "Shift of cells when genes are perturbed."
+    """Perturb genes in silico and measure how far each cell moves.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts in `X`, in a layer or in `raw`. Gene names are symbols or
+        Ensembl ids. Or the path of a file.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    genes
+        Symbols or Ensembl ids; "A+B" perturbs both at once. None: every gene that `min_cells`
+        cells express.
+    kind
+        "mask" (hide the gene), "delete" (take it out), "shift" (multiply its count by `factor`:
+        a knock-down) or "overexpress".
+    factor
+        Share of the count that "shift" leaves.
+    by
+        Column of `obs`: average within its groups.
+    per_cell
+        One row for each gene and cell, without averaging.
+    pooling
+        "mean12" or "last".
+    min_cells
+        Used if `genes` is None.
+    missing
+        A gene that the model does not know: "error", or "nan" for an empty row with its reason.
+    outside
+        Genes that stay out of every mean, for example all other candidates.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    device
+        "cpu" or "cuda". None takes a GPU if there is one.
+    precision
+        "fp32", "bf16" or "auto", which takes bf16 on a GPU that has it and fp32 elsewhere.
+    token_budget
+        Tokens of a forward pass; lower it if memory runs out. None: 4,096 on a CPU, 65,536 on a
+        GPU.
+    seed
+        Seed of the order of ties. None: the model's.
+    progress
+        A function that is called with (cells done, cells in all).
+
+    Returns
+    -------
+    A new AnnData, one row for each perturbation (and group). `X` has the mean shift, shape
+    (rows, width). `obs` has perturbation, gene, symbol, kind, group, n_cells, n_undetected,
+    impact, bag_impact and reason. The input is not changed.
+
+    Raises
+    ------
+    ValueError
+        A gene or a column is not there. The file has no raw counts, or the names of its genes
+        are not known. The message gives the way out.
+    """
     p, parts, rescued = (
         plan(
             adata,
@@ -573,7 +632,28 @@ def gene_impacts(
     # DataFrame: a row a perturbation, a column a gene (Ensembl id): mean distance that the gene's
     # vector moves
 ):
-    "Movement of every gene's vector under each perturbation."
+    """Measure how far every gene's vector moves under each perturbation.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts in `X`, in a layer or in `raw`. Gene names are symbols or
+        Ensembl ids. Or the path of a file.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    genes
+        Genes to perturb, as for `perturb`.
+    min_cells
+        Cells that must express both genes; with fewer the value is NaN.
+    settings
+        Further arguments of `perturb`, without `by` and `per_cell`.
+
+    Returns
+    -------
+    A DataFrame, one row for each perturbation and one column for each gene (Ensembl id): the
+    mean distance.
+    """
     import pandas as pd
 
     p = plan(adata, model, genes=genes, **settings)

@@ -173,7 +173,28 @@ def goal_direction(
     *,
     goal: str,  # From and to
 ) -> np.ndarray:  # Unit vector (D,)
-    "Direction from the mean of one state to the mean of another."
+    """Compute the direction from the mean of one state to the mean of another.
+
+    Parameters
+    ----------
+    x
+        Embedding, shape (cells, width).
+    labels
+        State of each cell, shape (cells,).
+    start
+        State to start from.
+    goal
+        State to move to.
+
+    Returns
+    -------
+    A unit vector, shape (width,).
+
+    Raises
+    ------
+    ValueError
+        A state has no cells, or both have the same mean.
+    """
     labels, x = np.asarray(labels).astype(str), np.asarray(x, float)
     for name in (start, goal):
         if not (labels == name).any():
@@ -255,8 +276,53 @@ def screen(
     progress=None,
     **settings,  # Called with (cells done, cells in all); as for `perturb`
 ) -> Screen:
-    """Mask every expressed gene of every cell, and say how far it moves the cell along each
-    direction."""
+    """Mask every expressed gene of every cell, and measure how far that moves the cell along a
+    direction.
+
+    This is an in silico screen. The effects of all genes of a cell come from one pass up and
+    one pass down the model; see `perturb` for exact runs of chosen genes.
+
+    Parameters
+    ----------
+    adata
+        AnnData with raw counts in `X`, in a layer or in `raw`. Gene names are symbols or
+        Ensembl ids. Or the path of a file.
+    direction
+        Vector, shape (width,), or {name: vector}; see `goal_direction`.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    by
+        Column of `obs`: average within its groups.
+    refine
+        Number of strongest genes of each direction and group that are computed exactly.
+    check_cells
+        Cells of the sample on which the screen is checked against exact runs.
+    check_genes
+        Genes of that sample; 0 leaves the check out.
+    min_cells
+        Cells that must express a gene.
+    seed
+        Seed of the sample.
+    folder
+        Where finished parts are kept, so that a run can continue; see `open_job`.
+    window
+        Cells that are worked at a time.
+    progress
+        A function that is called with (cells done, cells in all).
+    settings
+        Further arguments of `perturb`, such as `layer` and `device`.
+
+    Returns
+    -------
+    A `Screen`. `table`: direction, gene, symbol, group, n_cells, effect, sd, exact; the largest
+    effects first. `trust`: how well the estimates match the exact runs.
+
+    Raises
+    ------
+    ValueError
+        An argument belongs to `perturb` only, or the direction has another width.
+    """
     import pandas as pd
 
     if other := sorted(set(settings) & {"kind", "factor", "outside", "per_cell"}):
@@ -561,7 +627,57 @@ def screen_file(
     overwrite: bool = False,
     progress=None,  # Replace an earlier result; called with (cells done, cells in all)
 ) -> Screen:
-    "Screen the cells of a file from one state towards another, resumable."
+    """Screen the cells of a file: which gene, if masked, moves cells from one state towards
+    another?
+
+    Parameters
+    ----------
+    path
+        Path of a file with raw counts.
+    out
+        CSV to write. NAME_trust.csv is written beside it.
+    label
+        Column of `obs` with the states.
+    start
+        State of the cells that are screened.
+    goal
+        State that they should move to.
+    model
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    cells
+        Cells of each state at most.
+    refine
+        See `screen`.
+    min_cells
+        Cells that must express a gene.
+    seed
+        Seed of the draw of cells.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    device
+        "cpu" or "cuda". None takes a GPU if there is one.
+    precision
+        "fp32", "bf16" or "auto", which takes bf16 on a GPU that has it and fp32 elsewhere.
+    window
+        Cells that are worked at a time. At most these are lost if the run stops.
+    overwrite
+        Replace an earlier result.
+    progress
+        A function that is called with (cells done, cells in all).
+
+    Returns
+    -------
+    A `Screen`; see `screen`.
+
+    Raises
+    ------
+    ValueError
+        The column or a state is not there.
+    FileExistsError
+        `out` exists and `overwrite` is False.
+    """
     path, out = Path(path), Path(out)
     check_results(
         out, overwrite, endings=(".csv",), beside=[out.with_name(f"{out.stem}_trust.csv")]

@@ -201,7 +201,36 @@ def tokenize(
     layer: str | None = None,  # Where the counts are (see `counts`)
     n_threads: int = 1,
 ) -> TokenSet:  # In memory, one row a cell, empty cells with length 0
-    "Tokenise a data set in memory."
+    """Turn cells into tokens in memory: genes in the order of their counts, each with its bin.
+
+    Parameters
+    ----------
+    source
+        AnnData, or path of a file, with raw counts.
+    vocabulary
+        Genes that have a token. None: all protein-coding genes.
+    settings
+        Order of ties, number of bins and genes of a cell at most; see `TokenizerSettings`.
+    obs_columns
+        Columns of `obs` to keep.
+    protected
+        Ensembl ids that stay even where a cell has too many genes.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    n_threads
+        Threads that work at the same time.
+
+    Returns
+    -------
+    A `TokenSet`, one row for each cell. An empty cell has length 0.
+
+    Raises
+    ------
+    ValueError
+        The file has no raw counts, or the names of its genes are not known. The message gives
+        the way out.
+    """
     counts = source if isinstance(source, Counts) else read_counts(source, layer)
     vocabulary = vocabulary or protein_vocabulary()
     encoder = Encoder(vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected)
@@ -371,8 +400,53 @@ def write_tokens(
     compression: str | None = None,  # None, "lz4" or "zstd"; None is memory-mapped without a copy
     progress=None,  # Called with (cells done, cells in all)
 ) -> Path:  # The folder
-    """Tokenise data sets of any size into one token data set on disk; the same call goes on where
-    an interrupted one stopped."""
+    """Turn data sets of any size into a token data set on disk.
+
+    The same call continues a run that was interrupted.
+
+    Parameters
+    ----------
+    sources
+        Paths or AnnData, one or several. A folder is a corpus that `curate` made.
+    out
+        Folder to write.
+    vocabulary
+        Genes that have a token. None: all protein-coding genes.
+    settings
+        Order of ties, number of bins and genes of a cell at most; see `TokenizerSettings`.
+    obs_columns
+        Columns of `obs` to keep; each source must have them.
+    protected
+        Ensembl ids that stay even where a cell has too many genes. A column counts them.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    duplicates
+        What to do if a gene stands twice: "error" or "sum".
+    n_threads
+        Threads that work at the same time.
+    overwrite
+        Replace an earlier result.
+    shard_cells
+        Cells of a file: about 800 MB at 1,000 genes a cell. At most one such file is lost if
+        the run stops.
+    compression
+        None, "lz4" or "zstd". None can be memory-mapped without a copy.
+    progress
+        A function that is called with (cells done, cells in all).
+
+    Returns
+    -------
+    The folder. It holds the shards, `tokens.json` and `manifest.json`.
+
+    Raises
+    ------
+    ValueError
+        The file has no raw counts, or the names of its genes are not known. The message gives
+        the way out.
+    FileExistsError
+        `out` holds another data set and `overwrite` is False.
+    """
     out = check_output(out, overwrite, "tokens.json")
     sources = (
         [sources]
@@ -629,8 +703,26 @@ WAY_OUT = "Copy the folder again from where it came, or tokenise anew."
 def read_tokens(
     folder,  # A token data set written by `write_tokens`
 ) -> TokenSet:  # Memory-mapped
-    """Open a token data set without reading it; a shard is compared with its checksum when it is
-    first read."""
+    """Open a token data set without reading it.
+
+    Each file is compared with its checksum when it is first read.
+
+    Parameters
+    ----------
+    folder
+        Folder that `write_tokens` made.
+
+    Returns
+    -------
+    A `TokenSet` that is memory-mapped.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder is not a token data set.
+    Damaged
+        A file of it does not match its checksum.
+    """
     import pyarrow as pa
 
     folder = Path(folder)
