@@ -17,8 +17,6 @@ PAGE_BYTES = 200 * 1024  # what a page may weigh in git, outputs included
 TAGGED = ("launch", "figures", "benchmarks")  # folders of papermill pages
 # Wings of the house, lowest first: a page imports from lower wings and from lower pages of its own.
 WINGS = "data stats corpus tokens model adapt perturb network disease judge draw app".split()
-# Modules outside the wings that only offer names of theirs.
-SHORT = {"pp", "tl", "pl", "datasets"}
 GENERATED = {"sidebar.yml", "nbdev.yml", ".last_checked"}
 SKIP_DIRS = {
     ".git",
@@ -180,11 +178,12 @@ def imports(tree, package, modules=()):
                 continue
             for a in node.names:
                 name = f"{inside}.{a.name}".lstrip(".")
-                if a.name.startswith("__") or a.name == "*":
-                    continue
-                if not inside and "__init__" in modules and name not in SHORT | set(WINGS):
-                    name = "__init__"  # what the package itself defines
-                yield name
+                if name in WINGS:  # the package of a wing defines nothing, unless a page writes it
+                    name = f"{name}.__init__"
+                    if name not in modules:
+                        continue
+                if not a.name.startswith("__") and a.name != "*":
+                    yield name
         elif (
             isinstance(node, ast.Call)
             and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/app/09_datasets.ipynb #3da61dfa
 from typing import TYPE_CHECKING
 
-from . import lazily
+from .app.lazy import lazily
 
 # %% ../nbs/app/09_datasets.ipynb #72b1723f
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/app/08_pl.ipynb #5791a171
 from typing import TYPE_CHECKING
 
-from . import lazily
+from .app.lazy import lazily
 
 # %% ../nbs/app/08_pl.ipynb #6878cbf3
 if TYPE_CHECKING:

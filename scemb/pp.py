@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/app/06_pp.ipynb #e80ecff5
 from typing import TYPE_CHECKING
 
-from . import lazily
+from .app.lazy import lazily
 
 # %% ../nbs/app/06_pp.ipynb #5c74439b
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/app/07_tl.ipynb #9e5dcd6f
 from typing import TYPE_CHECKING
 
-from . import lazily
+from .app.lazy import lazily
 
 # %% ../nbs/app/07_tl.ipynb #73a7fee5
 if TYPE_CHECKING:
