@@ -394,17 +394,16 @@ class Toys:
 def load_before_the_forks(cells):
     "What the commands would import and compile in each process; nothing here may start a thread."
     for name in (
-        "adapt_batches",
-        "annotate",
-        "batching",
-        "corpus",
-        "curate",
-        "embed_files",
-        "finetune",
-        "orders",
-        "perturb",
-        "pretrain",
-        "screen",
+        "adapt.annotate",
+        "adapt.finetune",
+        "adapt.integrate",
+        "corpus.curate",
+        "corpus.filters",
+        "model.batching",
+        "model.embed_files",
+        "model.pretrain",
+        "perturb.perturb",
+        "perturb.screen",
     ):
         importlib.import_module(f"scemb.{name}")
     for name in (

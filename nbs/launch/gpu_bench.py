@@ -53,7 +53,7 @@ from gpu_parts import (
     wait,
 )
 
-from scemb.model.encoder import encoder as model_module
+from scemb.model import encoder as model_module
 from scemb.model.flops import forward_flops, mfu, peak_flops, training_flops
 from scemb.model.encoder import (
     ScembConfig,

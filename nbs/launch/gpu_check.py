@@ -49,7 +49,7 @@ from gpu_parts import (  # noqa: E402
     vocabulary_of,
 )
 
-from scemb.model.encoder import encoder as model_module  # noqa: E402
+from scemb.model import encoder as model_module  # noqa: E402
 from scemb.model.encoder import (  # noqa: E402
     ScembConfig,
     ScembForMaskedLM,
@@ -62,20 +62,19 @@ from scemb.model.encoder import (  # noqa: E402
 from scemb.model.batching import HostReads  # noqa: E402
 
 MODULES = (
-    "model",
-    "checkpoint",
-    "tokens",
-    "batching",
-    "orders",
-    "embed",
-    "edits",
-    "perturb",
-    "screen",
-    "finetune",
-    "fit",
-    "gene_embeddings",
-    "baselines",
-    "pretrain",
+    "adapt.finetune",
+    "adapt.fit",
+    "model.baselines",
+    "model.batching",
+    "model.checkpoint",
+    "model.embed",
+    "model.encoder",
+    "model.gene_embeddings",
+    "model.pretrain",
+    "perturb.edits",
+    "perturb.perturb",
+    "perturb.screen",
+    "tokens.tokenize",
 )
 KINDS = ("mask", "delete", "shift", "overexpress")
 HIDDEN_LIMIT = dict(fp32=1e-4, bf16=3e-2)  # relative errors of hidden states

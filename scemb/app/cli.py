@@ -263,12 +263,12 @@ def curate(
     card = run(
         recipe,
         out,
-        (int(part[1]), int(part[2])),
-        settings=merge,
-        heldout=overwrite,
-        resume=shard_cells,
-        overwrite=threads,
-        quiet=seed,
+        partition=(int(part[1]), int(part[2])),
+        merge_only=merge,
+        overwrite=overwrite,
+        shard_cells=shard_cells,
+        n_threads=threads,
+        seed=seed,
         progress=counter("cells"),
         say=lambda line: tell(f"scemb curate: {line}"),
     )
@@ -344,10 +344,10 @@ def leakage(
     found = run(
         corpus,
         evaluation,
-        rows,
-        settings=name,
-        heldout=donor_column,
-        resume=min_genes,
+        rows=rows,
+        data_set=name,
+        donor_column=donor_column,
+        min_genes=min_genes,
         progress=counter("data sets"),
         layer=reading,
     )

@@ -204,11 +204,11 @@ class Batches(torch.utils.data.Dataset):
             batches = batches_of(
                 self.lengths,
                 s.token_budget,
-                s.max_len,
-                s.seed,
-                epoch,
-                self.rank,
-                self.world,
+                max_len=s.max_len,
+                seed=s.seed,
+                epoch=epoch,
+                rank=self.rank,
+                world=self.world,
                 blocks=s.blocks,
             )
             self.order = {epoch: batches}

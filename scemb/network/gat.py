@@ -104,7 +104,19 @@ def train_gat(
     for step in range(1, steps + 1):
         net.train()
         optimizer.zero_grad()
-        loss_of(net, x, train, index, n, known, degree, batch, rng, messages).backward()
+        loss = loss_of(
+            net,
+            x,
+            train,
+            index=index,
+            n=n,
+            known=known,
+            degree=degree,
+            batch=batch,
+            rng=rng,
+            messages=messages,
+        )
+        loss.backward()
         optimizer.step()
         if step % look and step != steps:
             continue
@@ -182,7 +194,7 @@ def infomax_loss(net, width):  # -> loss with the same arguments as `link_loss`
         lambda x, index: (x[torch.randperm(len(x))], index),
     )
 
-    def loss(net, x, train, index, n, known, degree, batch, rng, messages=None):
+    def loss(net, x, train, *, index, n, known, degree, batch, rng, messages=None):
         return infomax.loss(
             *infomax(start(x), index(train[drawn(rng, len(train), 0.7, most=messages)]))
         )
