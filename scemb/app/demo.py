@@ -253,7 +253,9 @@ def verdicts(
     for other in ("unigram prior", "untrained", "frequency given bin", "order-only adversary"):
         o = loss.loc[other]
         apart = m.ci_high < o.ci_low or o.ci_high < m.ci_low
-        how = "not clearly different from" if not apart else "below" if m.value < o.value else "above"
+        how = (
+            "not clearly different from" if not apart else "below" if m.value < o.value else "above"
+        )
         out.append(
             f"Masked-gene loss {m.value:.2f} [{m.ci_low:.2f}, {m.ci_high:.2f}]: {how} {other} at "
             f"{o.value:.2f} [{o.ci_low:.2f}, {o.ci_high:.2f}]."
