@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scemb.data.datasets import load as load
     from scemb.data.datasets import locate as locate
     from scemb.data.datasets import manifest as manifest
+    from scemb.data.datasets import manifests as manifests
     from scemb.data.simulate import toy_tissue as toy_tissue
 else:
     __getattr__, __dir__, __all__ = lazily(
@@ -26,6 +27,7 @@ else:
             "available": "scemb.data.datasets",
             "locate": "scemb.data.datasets",
             "manifest": "scemb.data.datasets",
+            "manifests": "scemb.data.datasets",
             "cite": "scemb.data.datasets",
             "toy_tissue": "scemb.data.simulate",
         },
