@@ -128,7 +128,18 @@ def manifest_texts() -> dict:  # Name -> TOML
 def manifests(
     role: str | None = None,  # Only data sets with this role, e.g. "evaluation"
 ) -> list[str]:  # Names
-    "The data sets that we know."
+    """List the names of the data sets that the package knows.
+
+    Parameters
+    ----------
+    role
+        Only those of this role: "pretraining", "evaluation", "perturbation", "knowledge",
+        "vocabulary" or "demo". None: all.
+
+    Returns
+    -------
+    A list of names.
+    """
     return [name for name in manifest_texts() if role is None or role in manifest(name).roles]
 
 
