@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -659,9 +660,194 @@ def changed(before, after):
     return sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
 
 
+# --- the sidebar of the documentation -------------------------------------------------------------
+
+START = (
+    "index.ipynb",
+    "explain/glossary.ipynb",
+    "explain/architecture.ipynb",
+    "explain/paper_map.ipynb",
+)
+# What one came to do, and the page that shows it. These pages stand in their own sections, too.
+TASKS = (
+    ("Read my file", "tutorials/a_file_of_your_own.ipynb"),
+    ("Embed my cells", "tutorials/embed_your_cells.ipynb"),
+    ("Annotate cells", "tutorials/annotate_a_new_sample.ipynb"),
+    ("Integrate batches", "adapt/07_integrate.ipynb"),
+    ("Perturb a gene", "tutorials/knock_out_a_gene.ipynb"),
+    ("Screen all genes", "perturb/03_screen.ipynb"),
+    ("Correlate with a disease", "tutorials/match_a_disease_to_a_perturbation.ipynb"),
+    ("Compare methods", "judge/06_benchmark.ipynb"),
+    ("Pretrain a model", "launch/pretrain.ipynb"),
+)
+
+
+def title(page):
+    "The title of a page, from its first markdown cell; its path where it has none."
+    heads = (text(c["source"]) for c in page.cells if c["cell_type"] == "markdown")
+    found = re.match(r"\s*# (.+)", next(heads, ""))
+    return found[1].strip() if found else page.rel
+
+
+def sidebar(root):
+    """The sidebar, made from the folders: a list of (title, page) and of (section, list of the
+    same)."""
+    found = pages(root)
+
+    def link(page):
+        "A page under its title, without the word that its section says already."
+        short = re.sub(r"^(?:Benchmark|Launch): (\w)", lambda m: m[1].upper(), title(page))
+        return short, page.rel
+
+    links = {page.rel: link(page) for page in found}
+
+    def inside(folder):
+        "The pages of a folder, in the order of the walk or of their names; not those of Start."
+        below = [page for page in found if page.folder == folder and page.rel not in START]
+        below.sort(key=lambda page: (page.order or (), page.rel))
+        return [links[page.rel] for page in below]
+
+    wings = [(wing.capitalize(), inside(wing)) for wing in WINGS]
+    lines = {
+        "Start": [links[rel] for rel in START if rel in links],
+        "Tutorials": inside("tutorials"),
+        "By task": [(task, rel) for task, rel in TASKS if rel in links],
+        "Figures": inside("figures"),
+        "Chapters": [(wing, below) for wing, below in wings if below],
+        "Decisions": inside("explain"),
+        "Launch": inside("launch"),
+        "Benchmarks": inside("benchmarks"),
+    }
+    return [(section, below) for section, below in lines.items() if below]
+
+
+def check_sidebar(root):
+    """Every page stands in one section of the sidebar and has a title of its own there; the lists
+    of Start and By task name pages that exist."""
+
+    def targets(lines):
+        for _, target in lines:
+            if isinstance(target, str):
+                yield target
+            else:
+                yield from targets(target)
+
+    found, bad = pages(root), []
+    sections = [(name, below) for name, below in sidebar(root) if name != "By task"]
+    shown = list(targets(sections))
+    for page in found:
+        if page.rel not in shown:
+            bad.append(
+                f"nbs/{page.rel} stands in no section of the sidebar: move it to a wing, "
+                "tutorials, figures, explain, launch or benchmarks, or give its folder a section "
+                "in `sidebar` of .ci/checks.py."
+            )
+    titles = {}
+    for page in found:
+        titles.setdefault((page.folder, title(page)), []).append(page.rel)
+    for (_, name), same in titles.items():
+        if len(same) > 1:
+            bad.append(f"nbs/{' and nbs/'.join(same)} have the same title, {name!r}.")
+    if (root / "nbs" / "explain").is_dir():
+        named = [*START, *(rel for _, rel in TASKS)]
+        missing = {rel for rel in named if not (root / "nbs" / rel).is_file()}
+        bad += [
+            f"START or TASKS of .ci/checks.py names nbs/{rel}, which does not exist."
+            for rel in sorted(missing)
+        ]
+    return bad
+
+
+# --- one vocabulary -------------------------------------------------------------------------------
+
+
+def headings(page):
+    "The headings of a page, without what stands in code fences."
+    for cell in page.cells:
+        if cell["cell_type"] != "markdown":
+            continue
+        fenced = False
+        for line in text(cell["source"]).split("\n"):
+            if line.lstrip().startswith(("```", "~~~")):
+                fenced = not fenced
+            found = re.match(r"#+ +(.+)", line)
+            if found and not fenced:
+                yield found[1].strip()
+
+
+def public_names(tree):
+    """Functions, classes, methods, parameters, fields and command-line options that an exported
+    cell defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"--[a-z][a-z-]*", node.value):
+                yield node.value
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for node in [*tree.body, *(line for made in classes for line in made.body)]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            a = node.args
+            yield from (arg.arg for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs])
+        if isinstance(node, ast.AnnAssign) and node not in tree.body:
+            if isinstance(node.target, ast.Name):
+                yield node.target.id
+
+
+def spoken(name):
+    "A name or heading as lower-case words: `guide_test`, `--max-len`, GuideTest, `Max len`."
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return " ".join(re.findall(r"[a-z]+", parted.lower()))
+
+
+def places(root):
+    "(place, name) of every heading and public name: the place is the page or the module."
+    for page in pages(root):
+        for heading in headings(page):
+            yield page.rel, heading
+        if not page.module:
+            continue
+        try:
+            cells = list(trees(page))
+        except SyntaxError:
+            continue  # check_order names it
+        for _, cell, tree in cells:
+            if exported(cell):
+                yield from ((page.module, name) for name in public_names(tree))
+
+
+def check_vocabulary(root):
+    """Headings, options and public names use the settled words of .ci/vocabulary.toml, but for the
+    exceptions that it names."""
+    table = root / ".ci" / "vocabulary.toml"
+    if not table.is_file():
+        return []
+    bad, seen = [], sorted(set(places(root)))
+    for rule in tomllib.loads(table.read_text(encoding="utf-8"))["word"]:
+        allowed = {place for group in rule.get("exception", []) for place in group["places"]}
+        for place, name in seen:
+            is_heading = place.endswith(".ipynb")
+            if f"{place}: {name}" in allowed or (is_heading and not rule.get("headings", True)):
+                continue
+            if place.split(".")[0] in rule.get("free", []):
+                continue
+            words = spoken(name)
+            for wanted in rule["use"]:
+                words = re.sub(rf"\b{spoken(wanted)}s?\b", "", words)
+            wrong = [w for w in rule["not"] if re.search(rf"\b{w}\b", words)]
+            if wrong:
+                bad.append(
+                    f"{place}: {name!r} says {wrong[0]!r}; the settled word is "
+                    f"{' or '.join(map(repr, rule['use']))} ({rule['because']})."
+                )
+    return bad
+
+
 STATIC = {
     "import order": check_order,
     "page heads": check_heads,
+    "sidebar": check_sidebar,
+    "settled words": check_vocabulary,
     "parameters cells": check_parameters,
     "page outputs": check_outputs,
     "values are shown": check_shown,

@@ -2,10 +2,12 @@
 
 docs.py build            Quarto when it is installed, otherwise an approximation of it that needs no
 other program
+docs.py sidebar          write nbs/sidebar.yml, for someone who calls Quarto by hand
 docs.py readme           write README.md
 docs.py readme --check   exit code 1 when README.md is not what the index gives
 """
 
+import html
 import json
 import os
 import posixpath
@@ -14,12 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from checks import ROOT, directives, pages, text
+from checks import ROOT, TAGGED, directives, pages, sidebar, text
 
 TARGET = re.compile(
     r"(!?\[[^\]]*\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))|((?:src|href)=\")([^\"]+)(\")"
@@ -135,9 +138,12 @@ def check_readme(root):
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.targets = []
+        self.targets, self.loaded = [], []
 
     def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if tag == "script" or (tag == "link" and found.get("rel") == "stylesheet"):
+            self.loaded.append(found.get("src") or found.get("href") or "")
         self.targets += [
             v
             for k, v in attrs
@@ -146,13 +152,16 @@ class Links(HTMLParser):
         ]
 
 
-def check_site(site, wanted):
+def check_site(site, wanted, offline=True):
     """Complaints about a rendered site: `wanted` files that are missing, relative links that lead
-    nowhere."""
+    nowhere and, if it is to be read `offline`, scripts and styles that come from elsewhere."""
     bad = [f"{name} was not rendered." for name in wanted if not (site / name).is_file()]
     for f in sorted(site.rglob("*.html")):
         links = Links()
         links.feed(f.read_text(encoding="utf-8"))
+        for target in dict.fromkeys(links.loaded):
+            if offline and urlsplit(target).netloc:
+                bad.append(f"{f.relative_to(site)} loads {target}, which needs a network.")
         for target in dict.fromkeys(links.targets):
             path = unquote(urlsplit(target).path)
             if not path or not relative(target):
@@ -162,43 +171,150 @@ def check_site(site, wanted):
     return bad
 
 
+def without_number(target):
+    "A link to a page, seen from a page whose file has been renamed: ../data/00_genes.ipynb#top."
+    path, hash_, anchor = target.partition("#")
+    if not relative(target) or not path.endswith(".ipynb"):
+        return target
+    return html_name(path).removesuffix(".html") + ".ipynb" + hash_ + anchor
+
+
 def stage(proc, site_url, out):
     """Copy nbdev's processed pages, named as they will be rendered: the offline renderer knows no
     `output-file`."""
     shutil.copytree(proc, out, ignore=shutil.ignore_patterns("_docs", "_site"))
-    names = {}
-    for p in sorted(out.rglob("*.ipynb")):
-        new = Path(html_name(p.relative_to(out).as_posix())).with_suffix(".ipynb")
-        names[p.name] = new.name
-        p.rename(out / new)
-    pattern = (
-        re.compile(
-            "|".join(rf"(?<![\w]){re.escape(n)}" for n in sorted(names, key=len, reverse=True))
-        )
-        if names
-        else None
+    for page in sorted(out.rglob("*.ipynb")):
+        page.rename(out / without_number(page.relative_to(out).as_posix()))
+
+    def in_markdown(source, top):
+        "Links of a Markdown text: to renamed pages, and to this site wherever it lies."
+
+        def link(m):
+            head, target, tail = m.group(1, 2, 3) if m[1] else m.group(4, 5, 6)
+            return head + without_number(target.replace(site_url, top)) + tail
+
+        return outside_fences(source, lambda line: TARGET.sub(link, line).replace(site_url, top))
+
+    for config in out.rglob("*.yml"):
+        lines = config.read_text(encoding="utf-8")
+        lines = re.sub(r"^ *html-math-method:.*\n", "", lines, flags=re.M)  # smalldocs has none
+        lines = re.sub(r"(?<=href: )\S+", lambda m: without_number(m[0]), lines)
+        config.write_text(lines, encoding="utf-8")
+    for page in out.rglob("*.ipynb"):
+        nb = json.loads(page.read_text(encoding="utf-8"))
+        top = "../" * (len(page.relative_to(out).parts) - 1) or "./"
+        for cell in nb["cells"]:
+            source = text(cell["source"])
+            if cell["cell_type"] == "markdown":
+                cell["source"] = in_markdown(source, top)
+            if cell["cell_type"] == "raw":
+                cell["source"] = re.sub(r"^output-file:.*\n", "", source, flags=re.M)
+            for output in cell.get("outputs", []):
+                shown = output.get("data", {}).get("text/markdown")
+                if shown:
+                    output["data"]["text/markdown"] = in_markdown(text(shown), top)
+        page.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def write_sidebar(root):
+    "Write nbs/sidebar.yml, which Quarto and smalldocs read through `metadata-files`."
+    import yaml
+
+    def entry(line, by_task=False):
+        "One line of the sidebar: a page, or a section with the lines below it."
+        name, target = line
+        if not isinstance(target, str):
+            below = [entry(inner, name == "By task") for inner in target]
+            return {"section": name, "contents": below}
+        if by_task:  # a link to its first heading: the page itself belongs to another section
+            target = f"/{html_name(target)}#title-block-header"
+        return {"text": name, "href": target}
+
+    contents = [entry(line) for line in sidebar(root)]
+    written = yaml.safe_dump(
+        {"website": {"sidebar": {"contents": contents}}}, sort_keys=False, allow_unicode=True
     )
+    (root / "nbs" / "sidebar.yml").write_text(written, encoding="utf-8")
 
-    def renamed(s):
-        return pattern.sub(lambda m: names[m[0]], s) if pattern else s
 
-    for f in out.rglob("*.yml"):
-        f.write_text(renamed(f.read_text(encoding="utf-8")), encoding="utf-8")
-    for f in out.rglob("*.ipynb"):
-        nb = json.loads(f.read_text(encoding="utf-8"))
-        top = "../" * (len(f.relative_to(out).parts) - 1) or "./"
-        for c in nb["cells"]:
-            if c["cell_type"] == "markdown":
-                c["source"] = outside_fences(
-                    renamed(text(c["source"])), lambda s, top=top: s.replace(site_url, top)
-                )
-            if c["cell_type"] == "raw":
-                c["source"] = re.sub(r"^output-file:.*\n", "", text(c["source"]), flags=re.M)
-            for o in c.get("outputs", []):
-                md = o.get("data", {}).get("text/markdown")
-                if md:
-                    o["data"]["text/markdown"] = text(md).replace(site_url, top)
-        f.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
+def fold_code(proc):
+    """Close the listings of exported code in nbdev's processed pages, and on papermill pages all
+    but the parameters; a click opens them."""
+    for file in sorted(proc.rglob("*.ipynb")):
+        folder = file.relative_to(proc).parts[0]
+        nb = json.loads(file.read_text(encoding="utf-8"))
+        for cell in nb["cells"]:
+            if cell["cell_type"] != "code":
+                continue
+            source = text(cell["source"]).replace("#| code-fold: show", "#| code-fold: true")
+            is_parameters = "parameters" in cell["metadata"].get("tags", [])
+            if folder in TAGGED and not is_parameters and "#| code-fold" not in source:
+                source = f'#| code-fold: true\n#| code-summary: "Code"\n{source}'
+            cell["source"] = source
+        file.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+FORMULA = re.compile(
+    r'<span class="math (?P<kind>inline|display)">\\[(\[](?P<tex>.*?)\\[)\]]</span>', re.S
+)
+KATEX = re.compile(r"\s*<(?:link|script)\b[^>]*\bkatex@[^>]*>(?:</script>)?")
+
+
+def with_mathml(page):
+    """A rendered page whose formulas are MathML, which browsers draw by themselves, and which
+    loads no KaTeX from the network."""
+    from latex2mathml.converter import convert
+
+    def drawn(found):
+        display = "block" if found["kind"] == "display" else "inline"
+        # as a superscript a prime is hard to see where no font for mathematics is installed
+        tex = html.unescape(found["tex"]).strip().replace("'", "\u2032")
+        formula = convert(tex, display=display)
+        return f'<span class="math {found["kind"]}">{formula}</span>'
+
+    return KATEX.sub("", FORMULA.sub(drawn, page))
+
+
+def prepare(root):
+    """Write _proc/, the pages as nbdev hands them to a renderer: signatures of exported functions
+    added, their source folded. Returns complaints."""
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+
+    proc = root / "_proc"
+    shutil.rmtree(proc, ignore_errors=True)
+    refresh_quarto_yml()
+    write_sidebar(root)
+    try:
+        with warnings.catch_warnings():
+            # checks.check_import_cells sees to it that such cells do no work
+            warnings.filterwarnings("ignore", message="Found cells containing imports")
+            proc_nbs(n_workers=0)
+    except Exception as e:  # nbdev names page and cell
+        return [f"{str(e).splitlines()[0]} {type(e.__cause__).__name__}: {e.__cause__}"]
+    fold_code(proc)
+    return []
+
+
+def render_offline(root, cfg):
+    "Render _proc/ into _docs/ with smalldocs, an approximation of Quarto."
+    docs = root / "_docs"
+    with tempfile.TemporaryDirectory() as tmp:
+        staged = Path(tmp) / "site"
+        stage(root / "_proc", f"{cfg.doc_host}{cfg.doc_baseurl}/", staged)
+        # An iframe without height and the like are not worth a failure; a page that is not
+        # rendered is, in `check_site`.
+        smalldocs = str(Path(sys.executable).parent / "smalldocs")
+        subprocess.run([smalldocs, "render", "--quiet", str(staged)], check=True)
+        shutil.rmtree(docs, ignore_errors=True)
+        shutil.copytree(staged / docs.name, docs)
+    for file in sorted(docs.rglob("*.html")):
+        page = file.read_text(encoding="utf-8")
+        file.write_text(with_mathml(page), encoding="utf-8")
+    for file in sorted(docs.rglob("*.css")):  # the theme asks a server for its font
+        style = file.read_text(encoding="utf-8")
+        style = re.sub(r"@import url\([^)]*//[^)]*\);?", "", style)
+        file.write_text(style, encoding="utf-8")
 
 
 def build(root):
@@ -208,41 +324,22 @@ def build(root):
     cfg, docs = get_config(), root / "_docs"
     os.chdir(root / "nbs")  # exported cells run here, as they do in JupyterLab and in the tests
     sys.path.insert(0, str(root))
-    if shutil.which("quarto"):
-        print("docs: rendering with Quarto", flush=True)
-        subprocess.run([str(Path(sys.executable).parent / "nbdev_docs")], check=True)
+    wanted = [html_name(p.rel) for p in pages(root)]
+    quarto = shutil.which("quarto")
+    renderer = "Quarto" if quarto else "smalldocs, since Quarto is not installed"
+    print(f"docs: rendering {len(wanted)} pages with {renderer}", flush=True)
+    bad = prepare(root)
+    if bad:
+        return bad
+    if quarto:
+        subprocess.run([quarto, "render", "--no-cache"], check=True, cwd=root / "_proc")
+        shutil.rmtree(docs, ignore_errors=True)
+        shutil.move(root / "_proc" / docs.name, docs)
     else:
-        print(
-            "docs: Quarto is not installed, so smalldocs renders an approximation of it", flush=True
-        )
-        from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
-        from nbdev.serve import proc_nbs
-
-        shutil.rmtree(root / "_proc", ignore_errors=True)
-        refresh_quarto_yml()
-        nbdev_sidebar.__wrapped__()
-        try:
-            proc_nbs(n_workers=0)
-        except Exception as e:
-            return [
-                f"{str(e).splitlines()[0]} {type(e.__cause__).__name__}: {e.__cause__}"
-            ]  # nbdev names page and cell
-        with tempfile.TemporaryDirectory() as tmp:
-            staged = Path(tmp) / "site"
-            stage(root / "_proc", f"{cfg.doc_host}{cfg.doc_baseurl}/", staged)
-            # An iframe without height and the like are not worth a failure; a page that is not
-            # rendered is, below.
-            subprocess.run(
-                [str(Path(sys.executable).parent / "smalldocs"), "render", "--quiet", str(staged)],
-                check=True,
-            )
-            shutil.rmtree(docs, ignore_errors=True)
-            shutil.copytree(staged / docs.name, docs)
-    bad = check_site(docs, [html_name(p.rel) for p in pages(root)])
-    print(
-        f"docs: {sum(1 for _ in docs.rglob('*.html'))} pages in {docs.name}/, start at "
-        f"{docs.name}/index.html"
-    )
+        render_offline(root, cfg)
+    bad = check_site(docs, wanted, offline=not quarto)
+    if not bad:
+        print(f"docs: done, no dead link; start at {docs.name}/index.html")
     return bad
 
 
@@ -250,6 +347,9 @@ def main(action, *options):
     if action == "readme" and "--check" not in options:
         body, bad = readme(ROOT)
         (ROOT / "README.md").write_text(body, encoding="utf-8")
+    elif action == "sidebar":
+        write_sidebar(ROOT)
+        bad = []
     else:
         bad = check_readme(ROOT) if action == "readme" else build(ROOT)
     print("\n".join(bad), end="\n" if bad else "")

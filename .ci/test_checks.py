@@ -541,7 +541,7 @@ class Planted(unittest.TestCase):
             (f"x = '{'a ' * 60}'\n", "E501"),
             ("from math import *\nprint(pi)\n", None),
         ]:
-            (self.root / "scemb" / "low.py").write_text(source)
+            (self.root / "nbs" / "low.py").write_text(source)
             complaints = suite.succeeds(
                 suite.BIN / "ruff",
                 "check",
@@ -594,6 +594,137 @@ class Planted(unittest.TestCase):
             ),
         )
         self.assertEqual(len(docs.readme(self.root)[1]), 2)
+
+    def wing_pages(self):
+        "Move the toy's pages to wings, where a sidebar has sections for them."
+        for name, wing in [("00_low", "data"), ("02_mid", "model")]:
+            old = self.root / "nbs" / f"{name}.ipynb"
+            (self.root / "nbs" / wing).mkdir(exist_ok=True)
+            old.rename(self.root / "nbs" / wing / old.name)
+
+    def test_sidebar(self):
+        "every page stands in one section under its own title; a stray page is named"
+        self.wing_pages()
+        self.clean(checks.check_sidebar)
+        lines = dict(checks.sidebar(self.root))
+        self.assertEqual(list(lines), ["Start", "Chapters", "Launch"])
+        self.assertEqual(lines["Start"], [("Toy", "index.ipynb")])
+        self.assertEqual(lines["Chapters"][0], ("Data", [("Low", "data/00_low.ipynb")]))
+        self.page("model/01_again.ipynb", cell("# Mid\n\n> Again.", "markdown"))
+        self.found(checks.check_sidebar(self.root), "model/01_again.ipynb", "02_mid.ipynb", "'Mid'")
+        (self.root / "nbs" / "model" / "01_again.ipynb").unlink()
+        self.page("attic/old.ipynb", cell("# Old\n\n> Old.", "markdown"))
+        self.found(checks.check_sidebar(self.root), "nbs/attic/old.ipynb", "no section")
+        (self.root / "nbs" / "attic" / "old.ipynb").unlink()
+        self.page("explain/decisions.ipynb", cell("# Decisions\n\n> Why.", "markdown"))
+        complaints = checks.check_sidebar(self.root)
+        self.assertTrue(complaints)
+        for complaint in complaints:  # with an explain folder the fixed lists must hold
+            self.assertIn("does not exist", complaint)
+
+    def test_sidebar_file(self):
+        "both renderers get the sections; a link by task leaves a page to its own section"
+        import yaml
+
+        self.wing_pages()
+        self.page("tutorials/embed_your_cells.ipynb", cell("# Embed\n\n> Embed.", "markdown"))
+        docs.write_sidebar(self.root)
+        written = yaml.safe_load((self.root / "nbs" / "sidebar.yml").read_text())
+        lines = {line["section"]: line for line in written["website"]["sidebar"]["contents"]}
+        page = {"text": "Embed", "href": "tutorials/embed_your_cells.ipynb"}
+        self.assertEqual(lines["Tutorials"]["contents"], [page])
+        task = {
+            "text": "Embed my cells",
+            "href": "/tutorials/embed_your_cells.html#title-block-header",
+        }
+        self.assertEqual(lines["By task"]["contents"], [task])
+        chapters = lines["Chapters"]["contents"]
+        self.assertEqual([line["section"] for line in chapters], ["Data", "Model"])
+
+    def test_vocabulary(self):
+        "a heading, option, function or parameter that says an unsettled word is named"
+        self.clean(checks.check_vocabulary)  # without a table there is nothing to hold to
+        (self.root / ".ci").mkdir()
+        (self.root / ".ci" / "vocabulary.toml").write_text(
+            '[[word]]\nuse = ["order leak"]\nnot = ["leak", "leaks"]\nbecause = "two leaks"\n'
+            '[[word.exception]]\nwhy = "old"\nplaces = ["mid: leak"]\n'
+        )
+        self.clean(checks.check_vocabulary)
+        head = [cell("#| default_exp mid"), cell("# Mid\n\n> A leak.", "markdown")]
+
+        def with_(*cells):
+            self.page("02_mid.ipynb", *head, *cells)
+
+        for source in [
+            "#| export\ndef order_leak(leak): return 'leak'",
+            "#| export\ndef _leaks(): pass\nleaks = 1",
+            "def leaks(): pass",
+        ]:
+            with_(cell(source))
+            self.clean(checks.check_vocabulary)
+        for source, name in [
+            ("#| export\ndef leaks(): pass", "leaks"),
+            ("#| export\ndef mid(*, no_leak=1): pass", "no_leak"),
+            ("#| export\nclass NoLeak: pass", "NoLeak"),
+            ("#| export\nclass Mid:\n    any_leak: int = 0", "any_leak"),
+            ("#| export\nclass Mid:\n    def one(self, leaks): pass", "leaks"),
+            ("#| export\ndef mid(x=option('--leak')): pass", "--leak"),
+        ]:
+            with_(cell(source))
+            self.found(checks.check_vocabulary(self.root), f"mid: {name!r}", "'order leak'")
+        table = self.root / ".ci" / "vocabulary.toml"
+        without = table.read_text()
+        table.write_text(without.replace("because", 'headings = false\nfree = ["mid"]\nbecause'))
+        with_(cell("## Leaks", "markdown"), cell("#| export\ndef leaks(): pass"))
+        self.clean(checks.check_vocabulary)
+        table.write_text(without)
+        with_(cell("## Leaks\n\n```\n# leak\n```\n\n## The order leak", "markdown"))
+        self.found(checks.check_vocabulary(self.root), "02_mid.ipynb: 'Leaks'")
+
+    def test_docs_pages(self):
+        "source is folded, formulas are MathML, and nothing is loaded from elsewhere"
+        shown = '#| code-fold: show\n#| code-summary: "Exported source"\ndef low(): pass'
+        self.page("model/a.ipynb", cell(shown), cell("low()"))
+        self.page("figures/b.ipynb", cell("n = 1", tags=["parameters"]), cell("plot(n)"))
+        docs.fold_code(self.root / "nbs")
+
+        def sources(rel):
+            nb = json.loads((self.root / "nbs" / rel).read_text())
+            return [c["source"] for c in nb["cells"]]
+
+        self.assertEqual(sources("model/a.ipynb"), [shown.replace("show", "true"), "low()"])
+        folded = '#| code-fold: true\n#| code-summary: "Code"\nplot(n)'
+        self.assertEqual(sources("figures/b.ipynb"), ["n = 1", folded])
+        page = docs.with_mathml(
+            '<link rel="stylesheet" href="https://x/katex@0/katex.min.css"><p>'
+            '<span class="math inline">\\(x&#x27;_1 &lt; 2^n\\)</span></p>'
+        )
+        self.assertNotIn("katex", page)
+        self.assertIn("<math", page)
+        self.assertIn("&#x02032;", page.replace("\u2032", "&#x02032;"))
+        site = self.root / "_docs"
+        site.mkdir()
+        (site / "low.html").write_text('<script src="https://x.org/y.js"></script>')
+        self.found(docs.check_site(site, ["low.html"]), "low.html loads https://x.org/y.js")
+        self.assertEqual(docs.check_site(site, ["low.html"], offline=False), [])
+
+    def test_stage(self):
+        "pages lose their numbers, links follow them, and what is only a name stays"
+        site = "https://scemb.org/docs/"
+        words = (
+            "[a](../data/00_low.ipynb#x) [b](https://x.org/00_low.ipynb) `nbs/data/00_low.ipynb`\n"
+            f"[`low`]({site}data/low.html#low)\n```\n[c](00_low.ipynb)\n```"
+        )
+        self.wing_pages()
+        self.page("model/03a_Links.ipynb", cell(words, "markdown"))
+        (self.root / "nbs" / "sidebar.yml").write_text("- text: Low\n  href: data/00_low.ipynb\n")
+        out = self.root / "staged"
+        docs.stage(self.root / "nbs", site, out)
+        self.assertTrue((out / "data" / "low.ipynb").is_file())
+        staged = json.loads((out / "model" / "links.ipynb").read_text())["cells"][0]["source"]
+        wanted = words.replace("(../data/00_low", "(../data/low").replace(site, "../")
+        self.assertEqual(staged, wanted)
+        self.assertIn("href: data/low.ipynb", (out / "sidebar.yml").read_text())
 
     def test_site(self):
         "a page that was not rendered and a dead relative link are named"
