@@ -178,8 +178,13 @@ def imports(tree, package, modules=()):
                 yield inside
                 continue
             for a in node.names:
+                name = f"{inside}.{a.name}".lstrip(".")
+                if name in WINGS:  # the package of a wing defines nothing, unless a page writes it
+                    name = f"{name}.__init__"
+                    if name not in modules:
+                        continue
                 if not a.name.startswith("__") and a.name != "*":
-                    yield f"{inside}.{a.name}".lstrip(".")
+                    yield name
         elif (
             isinstance(node, ast.Call)
             and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"

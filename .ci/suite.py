@@ -153,7 +153,22 @@ def export_and_clean(root=ROOT, env=ENV):
 # --- package --------------------------------------------------------------------------------------
 
 
-def light_import(root=ROOT, imports="import scemb, scemb.app.cli", repeats=5, limit=1.5):
+# What users import: names that load their modules on first use.
+SHORT_NAMES = ["__init__", "pp", "tl", "pl", "datasets", "model/__init__"]
+IMPORTS = "import scemb, scemb.pp, scemb.tl, scemb.pl, scemb.datasets, scemb.app.cli"
+
+
+def types(root=ROOT):
+    """A type checker sees the short names with their signatures, and finds the mistakes that
+    short_names.py holds."""
+    modules = [f"scemb/{name}.py" for name in SHORT_NAMES]
+    options = ["--no-error-summary", "--config-file", "pyproject.toml"]
+    command = [sys.executable, "-m", "mypy", *options, *modules, ".ci/short_names.py"]
+    rc, out, err = run(command, cwd=root, env={**ENV, "MYPYPATH": str(root)})
+    return [] if rc == 0 else [tail(out + err)]
+
+
+def light_import(root=ROOT, imports=IMPORTS, repeats=5, limit=1.5):
     """Importing the package and its command line loads no slow library and takes under 1.5x of
     `import torch`."""
     env = {**ENV, "PYTHONPATH": str(root)}
@@ -488,7 +503,7 @@ def main():
     )
     tally.check("README.md equals nbs/index.ipynb", docs.check_readme, ROOT)
     tally.check("importing scemb is light", light_import)
-    others = []
+    others = [("types of the short names", types)]
     if args.fast:
         # What tutorials do has been tested by the pages that they are made of.
         found = [p for p in found if p.folder != "tutorials"]

@@ -120,6 +120,16 @@ class Planted(unittest.TestCase):
         self.page("02_mid.ipynb", cell("#| default_exp mid"), cell("from scemb.late import f"))
         self.found(checks.check_order(self.root), "higher page nbs/02a_late.ipynb")
 
+    def test_order_wings(self):
+        "the package of a wing may be imported, where a page writes it only from higher pages"
+        names = [cell("#| default_exp model.__init__"), cell("# Names\n\n> N.", "markdown")]
+        self.page("model/01_names.ipynb", *names)
+        source = cell("from scemb import data, model")
+        self.page("adapt/00_fit.ipynb", cell("#| default_exp adapt.fit"), source)
+        self.clean(checks.check_order)
+        self.page("data/00_genes.ipynb", cell("#| default_exp data.genes"), source)
+        self.found(checks.check_order(self.root), "higher page nbs/model/01_names.ipynb")
+
     def test_order_names(self):
         "modules without a page, a page's own module, twins and pages without a number are named"
         for source, words in [

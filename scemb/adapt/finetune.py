@@ -154,7 +154,26 @@ def load_annotator(
     base=None,  # See `load_adapter`
     device: str = "cpu",
 ) -> Annotator:
-    "Open a saved annotator."
+    """Open an annotator that was saved.
+
+    Parameters
+    ----------
+    folder
+        Folder that `Annotator.save` wrote.
+    base
+        The model that it was trained on. None: the model that the folder names.
+    device
+        "cpu" or "cuda".
+
+    Returns
+    -------
+    An `Annotator`.
+
+    Raises
+    ------
+    ValueError
+        The base is not the model that the annotator was trained on.
+    """
     model, card, vocabulary, tokenizing = load_adapter(folder, base)
     _check_card(Path(folder) / "adapter.json", card, tokenizing)
     tokenizing = replace(tokenizing, max_len=card["max_len"])
@@ -338,7 +357,56 @@ def finetune(
     device: str = "cpu",
     say=lambda line: None,  # Called with a line now and then
 ) -> Annotator:
-    "Adapt a pretrained model to the labels of an atlas."
+    """Teach a pretrained model the labels of a reference.
+
+    Parameters
+    ----------
+    atlas
+        AnnData with raw counts and labels.
+    label
+        Column of `obs` with the labels.
+    base
+        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
+        settings).
+    settings
+        How to adapt; see `FinetuneSettings`. None: the default way, a linear probe.
+    method
+        "auto", "probe", "lora", "prefix", "freeze" or "full". None: as in `settings`.
+    thorough
+        Also try LoRA, and keep it if it is better on held-out cells.
+    layer
+        Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
+        holds counts.
+    max_len
+        Genes of a cell that are read at most, the highest first. None: as the model was
+        trained.
+    knowledge
+        Key of `obsm` with further vectors, for way="prefix".
+    cells_a_class
+        Labelled cells of each class that are used at most. None: all.
+    keep_known
+        Share of the cells of each known class that is not called unknown.
+    donor
+        Column of `obs` with donors. With three or more, whole donors are held out for the
+        check.
+    missing
+        Further names that mean "no label".
+    rival
+        Also name the held-out cells by a simple baseline, for comparison.
+    device
+        "cpu" or "cuda".
+    say
+        A function that is called with a line of text now and then.
+
+    Returns
+    -------
+    An `Annotator` for `annotate`. `save(folder)` writes it.
+
+    Raises
+    ------
+    ValueError
+        A column is not there, a class has too few cells, or options exclude each other.
+    """
     # 1. What is wanted, and whether it can be had
     automatic, settings = chosen_method(settings, method, thorough)
     _check_wishes(settings, automatic, knowledge)

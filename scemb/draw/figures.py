@@ -251,7 +251,7 @@ def save_figure(
 
     Returns
     -------
-    The paths as a list.
+    The two paths as a list.
     """
     out = []
     for ending in endings:
@@ -295,9 +295,6 @@ def score_grid(
     """Draw a score table as a grid: one row for each method, one column for each metric, dark is
     good.
 
-    A colour means the same in every column: from the worst value that a metric can take to the
-    best.
-
     The best method of each metric is bold, and so is every method whose interval meets that of
     the best.
 
@@ -308,7 +305,7 @@ def score_grid(
     groups
         Groups of metrics from left to right. Others are left out.
     metrics
-        Where the range and the direction of each metric are looked up.
+        Where ranges and directions are looked up.
 
     Returns
     -------

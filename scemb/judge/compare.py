@@ -218,7 +218,7 @@ def compare(
     reference
         Method that the others are compared with.
     metrics
-        What is asked: entries of `METRICS`, or your own beside them.
+        What is asked.
     integration
         Also compute the ten scib metrics. They take most of the time.
     n_samples

@@ -217,8 +217,7 @@ def named_methods(
     Parameters
     ----------
     names
-        Names, in the order of the table; see `METHODS`. A checkpoint or a folder of
-        weights follows a colon: "geneformer:PATH". None takes all that need no folder.
+        Names, in the order of the table; see `METHODS`.
     model
         "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
         settings). Needed by the methods of scEMB.
@@ -235,9 +234,9 @@ def named_methods(
     n_seeds
         Seeds of the methods that depend on chance.
     device
-        Where Geneformer and scGPT run.
+        For Geneformer and scGPT.
     methods
-        Entries like those of `METHODS`.
+        Where names are looked up.
 
     Returns
     -------
@@ -246,7 +245,7 @@ def named_methods(
     Raises
     ------
     ValueError
-        A name is not known, or needs a model or a folder.
+        A name is not known, or needs a model.
     """
     if names is None:
         names = [m.short for m in methods if m.needs != "folder"]
