@@ -364,8 +364,12 @@ FAULTS = [
     ),
     Fault(
         "model.checkpoint",
-        "compare_shapes(weights, {k: v for k, v in found.items() if k not in tied}, wanted, "
-        "WAY_OUT)",
+        (
+            "compare_shapes(\n"
+            "        weights, {k: v for k, v in found.items() if k not in tied}, wanted, "
+            "way_out=WAY_OUT\n"
+            "    )"
+        ),
         "",
         "weights may be missing",
     ),

@@ -9,7 +9,7 @@ __all__ = ['SPECIAL', 'PAD', 'MASK', 'CLS', 'UNK', 'Vocabulary', 'protein_vocabu
 # %% ../../nbs/tokens/00_ranking.ipynb #3be54d07
 import hashlib, json
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +63,14 @@ class Vocabulary:
     def hash(self):
         return _hash([SPECIAL, self.genes] + ([self.medians] if self.medians else []))
 
-    @property
+    @cached_property
     def symbols(self):
-        "Symbol of each token (the Ensembl id where a gene has none)."
+        "Symbol of each token (the Ensembl id where a gene has none); made once, read-only."
         t = gene_table().set_index("ensembl_id").symbol.reindex(list(self.genes))
-        return np.array(
-            list(SPECIAL) + [s if isinstance(s, str) and s else g for g, s in t.items()],
-            dtype=object,
-        )
+        names = [s if isinstance(s, str) and s else g for g, s in t.items()]
+        symbols = np.array([*SPECIAL, *names], dtype=object)
+        symbols.flags.writeable = False
+        return symbols
 
     def token_of_rows(
         self, rows
