@@ -265,7 +265,9 @@ def check_attention(lab):
                     other, row, lab.device, p, layout=lengths
                 )
             if not lab.cuda:  # the kernel for full precision on a GPU
-                with mock.patch.object(model_module, "attention_kernel", lambda *a: "padded"):
+                with mock.patch.object(
+                    model_module, "attention_kernel", lambda *a, **named: "padded"
+                ):
                     runs["padded fp32"] = states_and_gradients(
                         model, row, "cpu", "fp32", layout=lengths
                     )
@@ -336,7 +338,9 @@ def check_compiled(lab):
     compiled = copy.deepcopy(eager)
     # A CPU has no kernel for rows of cells: there the padded one stands in, and the graphs are
     # captured but not made into machine code.
-    padded_kernel = mock.patch.object(model_module, "attention_kernel", lambda *a: "padded")
+    padded_kernel = mock.patch.object(
+        model_module, "attention_kernel", lambda *a, **named: "padded"
+    )
     precision = "bf16" if lab.cuda else "fp32"
     torch._dynamo.reset()
     counters.clear()
