@@ -33,7 +33,8 @@ def annotated_by(
     settings: FinetuneSettings = FinetuneSettings(),
     units=None,  # Donor of each cell, shape (cells,): see `split_labelled`
 ) -> tuple:  # Probabilities (query, classes), the classes
-    """Fine-tune a peer on labelled cells and name others: split, fitted and calibrated as `finetune`
+    """Fine-tune a peer on labelled cells and name others: split, fitted and calibrated as
+    `finetune`
     does it for scEMB."""
     rows = np.asarray(reference)[tokens.lengths[reference] > 0]
     classes, y = np.unique(np.asarray(names).astype(str)[rows], return_inverse=True)
