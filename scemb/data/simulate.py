@@ -485,7 +485,15 @@ def toy_tissue(
     def stream(i):
         return np.random.default_rng([seed if cells_seed is None else cells_seed, 100 + i])
 
-    obs, uns, obsm, knock_down = draw_cells(n_cells, *levels.values(), s, stream(0)), {}, {}, None
+    obs = draw_cells(
+        n_cells,
+        levels["cell_type"],
+        levels["batch"],
+        donors=levels["donor"],
+        s=s,
+        rng=stream(0),
+    )
+    uns, obsm, knock_down = {}, {}, None
     if disease:
         obs["severity"] = obs.donor.astype(str).map(
             donor_severity(levels["donor"], s, np.random.default_rng([seed, 6]))

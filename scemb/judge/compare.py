@@ -327,7 +327,7 @@ def tidy(
     "Rows into the score table: groups, paired p and q, and who is best."
     import pandas as pd
 
-    p = [paired_p(row, rows, batch, reference, seed) for row in rows]
+    p = [paired_p(row, rows, batch=batch, reference=reference, seed=seed) for row in rows]
     t = pd.DataFrame(rows).assign(dataset=dataset, seed=seed, p=p, q=np.nan)
     t["group"] = [metric_named(name, metrics).group for name in t.metric]
     if t.p.notna().any():
@@ -336,7 +336,7 @@ def tidy(
     return t[list(COLUMNS)]
 
 
-def paired_p(row, rows, batch, reference, seed) -> float:  # NaN where there is nothing to pair
+def paired_p(row, rows, *, batch, reference, seed) -> float:  # NaN where there is nothing to pair
     "Whether a method differs from the reference, cell by cell or donor by donor."
     theirs = [
         other["each"]

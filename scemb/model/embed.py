@@ -86,7 +86,7 @@ def token_states(
 ):  # Input embeddings (T, D), in the precision of the model; pooled layers (T, D), float32
     "The first and the pooled states of every token of an unpadded batch."
     first_1TD, total_TD = None, 0
-    for _, before, x_1TD, _ in layer_outputs(model, ids, bins, lengths):
+    for _, before, x_1TD, _ in layer_outputs(model, ids, bins, lengths=lengths):
         first_1TD = before if first_1TD is None else first_1TD
         del before  # a state is large: none is held longer than it is needed
         if pooling == "mean12":
@@ -187,7 +187,7 @@ def _pooled(model, ids, bins, lengths, pooling):  # one unpadded batch -> (cells
         bins = np.insert(bins, starts, 0)
         lengths = lengths + 1
     cells = Segments.of(lengths, model.device)
-    _, x_TD = token_states(model, ids, bins, cells, pooling=pooling)
+    _, x_TD = token_states(model, ids, bins, lengths=cells, pooling=pooling)
     if pooling == "cls":
         return x_TD.index_select(0, cells.cu[:-1])
     return segment_means(x_TD, cells)

@@ -159,7 +159,7 @@ def _token_states(coder, e):  # yields (cells, cell of each token, ids, bins, ra
     for cells in budget_batches(np.diff(e["offsets"]), coder.token_budget):
         ids, bins, lengths = flat_cells(e["genes"], e["bins"], e["offsets"], cells=cells)
         with autocast(coder.net.device, coder.precision):
-            _, x_TD = token_states(coder.net, ids, bins, lengths, pooling=coder.pooling)
+            _, x_TD = token_states(coder.net, ids, bins, lengths=lengths, pooling=coder.pooling)
         owner = np.repeat(np.arange(len(cells)), lengths)
         first = np.repeat(np.cumsum(lengths) - lengths, lengths)
         yield cells, owner, ids, bins, np.arange(len(ids)) - first, x_TD

@@ -376,7 +376,13 @@ def chosen_heads(
 ) -> tuple:  # GeneNetwork of their mean ranks, list of (layer, head, AUROC in training)
     "Choose the heads that tell the training links best, and average them."
     auroc = {
-        k: link_metrics(*(w[truth], w[~truth], pairs[truth], pairs[~truth]), 0)[0]["value"]
+        k: link_metrics(
+            w[truth],
+            w[~truth],
+            true_pairs=pairs[truth],
+            false_pairs=pairs[~truth],
+            n_boot=0,
+        )[0]["value"]
         for k, w in (
             (k, rank_scores(g.both_ways()[pairs[:, 0], pairs[:, 1]])) for k, g in heads.items()
         )

@@ -43,7 +43,9 @@ def _means(x_TD, owner, keep, n):  # -> mean over the kept tokens of each of n c
 
 def _states(coder, ids, bins, cells):  # -> first and pooled states of the tokens, (T, D) float32
     with autocast(coder.net.device, coder.precision):
-        first_TD, pooled_TD = token_states(coder.net, ids, bins, cells, pooling=coder.pooling)
+        first_TD, pooled_TD = token_states(
+            coder.net, ids, bins, lengths=cells, pooling=coder.pooling
+        )
     return first_TD.float(), pooled_TD
 
 
