@@ -487,7 +487,9 @@ def main():
         return 1 if tally.failed else 0
 
     status = git_status()
-    context = one_page.warm(ENV)  # imports and compiles while the checks below run
+    # Imports and compiles while the checks below run. A process that has started threads of OpenMP
+    # is not copied: the copy would wait for threads that it does not have.
+    context = one_page.warm(ENV) if ENV.get("OMP_NUM_THREADS") == "1" else None
     self_test(tally)
     tally.check("nbdev_export and nbdev_clean change nothing", export_and_clean)
     tree = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "results"))
