@@ -58,7 +58,7 @@ demo: .venv/.demo   ## train and judge a small model on real pancreas cells, int
 test: .venv/.dev   ## the whole suite, slow cells included (FLAGS="slow gpu net" runs more, PROCESSOR="no AVX2" forbids instructions)
 	@$(BIN)/python .ci/suite.py --flags "$(FLAGS)" $(if $(PROCESSOR),--processor "$(PROCESSOR)")
 
-check: .venv/.dev   ## the fast suite: static checks and unflagged cells of all pages but the tutorials
+check: .venv/.dev   ## the fast suite: static checks and unflagged cells of all pages but tutorials, launch and benchmarks
 	@$(BIN)/python .ci/suite.py --fast
 
 export: .venv/.dev   ## write scemb/ from the pages and clean the pages

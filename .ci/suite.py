@@ -436,8 +436,8 @@ def main():
     ap.add_argument(
         "--fast",
         action="store_true",
-        help="cells without flags only; no tutorials, documentation, wheel, papermill run and "
-        "processors",
+        help="cells without flags only; no tutorials, launch and benchmark pages, documentation, "
+        "wheel, papermill run and processors",
     )
     ap.add_argument(
         "--flags",
@@ -507,8 +507,9 @@ def main():
     tally.check("importing scemb is light", light_import)
     others = [("types of the short names", types)]
     if args.fast:
-        # What tutorials do has been tested by the pages that they are made of.
-        found = [p for p in found if p.folder != "tutorials"]
+        # What tutorials, launch and benchmark pages do is tested by the pages that they are made
+        # of.
+        found = [p for p in found if p.folder not in ("tutorials", "launch", "benchmarks")]
     else:
         page = papermill_page(found)
         if page:
@@ -528,8 +529,8 @@ def main():
     test_pages(tally, found, flags, context, others)
     if args.fast:
         print(
-            "      left out of the fast suite: slow cells, tutorials, papermill, processors, "
-            "wheel, documentation"
+            "      left out of the fast suite: slow cells, tutorials, launch and benchmark "
+            "pages, papermill, processors, wheel, documentation"
         )
     after = snapshot(ROOT, ("nbs", "scemb", "data_manifests", "results"))
     left = [f"{p} was changed or left behind by a test." for p in changed(tree, after)]
