@@ -9,7 +9,7 @@ __all__ = ['WAY_OUT', 'TokenSet', 'encoded_chunks', 'tally', 'tokenize', 'write_
 import os
 from functools import partial
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from scemb.data.folders import (
     write_manifest,
 )
 from ..data.jobs import Job, job_key, size_and_time, source_mark
+from .other_orders import encoder_for
 from scemb.tokens.ranking import (
     Encoder,
     TokenizerSettings,
@@ -231,7 +232,8 @@ def tokenize(
     """
     counts = source if isinstance(source, Counts) else read_counts(source, layer)
     vocabulary = vocabulary or protein_vocabulary()
-    encoder = Encoder(vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected)
+    token = vocabulary.token_of_genes(counts.genes)
+    encoder = encoder_for(token, vocabulary, settings, protected=protected)
     encoded = [e for _, e in encoded_chunks(counts, encoder, n_threads=n_threads)]
     obs, card = counts.adata.obs[list(obs_columns)].reset_index(drop=True), {}
     if len(protected):
@@ -496,9 +498,8 @@ def _write_tokens(
         if (first := max([s["stop"] for s in shards if s["source"] == i], default=0)) >= size:
             continue
         counts = read_counts(source, layer, duplicates=duplicates)
-        encoder = Encoder(
-            vocabulary.token_of_rows(counts.genes.rows), vocabulary, settings, protected
-        )
+        token = vocabulary.token_of_genes(counts.genes)
+        encoder = encoder_for(token, vocabulary, settings, protected=protected)
         for start in range(first, size, shard_cells):
             shard = _write_shard(
                 job,
@@ -643,7 +644,7 @@ def _write_cards(folder, asked, schema, *, shards, corpora):
         dict(
             tokenizer_hash=identity,
             vocabulary_hash=asked.vocabulary.hash,
-            settings=asdict(asked.settings),
+            settings=asked.settings.record(),
             protected=asked.protected,
             **(dict(corpora=corpora) if corpora else {}),
             sources=per_source,
