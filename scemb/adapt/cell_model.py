@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..model.checkpoint import load_checkpoint
+from ..model.bases import open_base
 from ..data.counts import check_output
 from scemb.data.folders import (
     Damaged,
@@ -527,9 +527,7 @@ def load_adapter(
     "Put an adapter on its base, and on no other."
     folder = Path(folder)
     card, settings = read_adapter(folder)
-    net, vocabulary, tokenizing = (
-        base if isinstance(base, tuple) else load_checkpoint(base or card["base"])
-    )[:3]
+    net, vocabulary, tokenizing, _ = open_base(base or card["base"])
     found = base_hash(net.bert)
     if found != card["base_hash"]:
         raise ValueError(

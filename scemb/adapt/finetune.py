@@ -39,7 +39,7 @@ from .prefix import knowledge_of, with_control
 from ..data.counts import open_h5ad, read_counts
 from ..data.folders import Damaged
 from ..data.progress import stage
-from ..model.checkpoint import load_checkpoint
+from ..model.bases import open_base
 from ..tokens.ranking import SPECIAL, TokenizerSettings, tokenizer_hash
 from ..tokens.tokenize import TokenSet, tokenize
 
@@ -115,7 +115,7 @@ def measured_genes(
     vocabulary,
 ) -> np.ndarray:  # Tokens
     "Genes of the vocabulary that a data set has a column for."
-    tokens = vocabulary.token_of_rows(counts.genes.rows)
+    tokens = vocabulary.token_of_genes(counts.genes)
     return np.unique(tokens[tokens >= len(SPECIAL)])
 
 
@@ -421,11 +421,11 @@ def finetune(
     )
 
     # 2. The model and its window
-    in_memory = isinstance(base, tuple)
-    net, vocabulary, tokenizing = (base if in_memory else load_checkpoint(base))[:3]
-    longest = min(tokenizing.max_len, net.config.max_position_embeddings)
+    base = open_base(base)
+    net, vocabulary, tokenizing, _ = base
+    longest = min(tokenizing.max_len, base.model_limit)
     default = chosen_window(len(rows), longest) if automatic else longest
-    window = _checked_window(max_len or default, net.config.max_position_embeddings)
+    window = _checked_window(max_len or default, base.model_limit)
     n_knowledge = knowledge_width(atlas, knowledge)
 
     def new_model(settings):
@@ -436,7 +436,7 @@ def finetune(
         classes,
         vocabulary,
         replace(tokenizing, max_len=window),
-        base="in memory" if in_memory else str(base),
+        base=base.name,
         knowledge=knowledge,
     )
 

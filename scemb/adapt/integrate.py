@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..model.baselines import pca_embedding
 from ..model.batching import masked_batch
-from ..model.checkpoint import load_checkpoint
+from ..model.bases import open_base
 from ..data.counts import read_counts
 from ..model.embed import to_device
 from .cell_model import CellModel, FinetuneSettings, hidden_states, seeded
@@ -244,7 +244,8 @@ def adapt_batches(
             "method='probe' trains no part of the encoder; for integration choose lora, prefix, "
             "freeze or full."
         )
-    net, vocabulary, tokenizing = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
+    base = open_base(base)
+    net, vocabulary, tokenizing, _ = base
     if max_len and max_len > net.config.max_position_embeddings:
         raise ValueError(
             f"max_len={max_len}, but the model knows {net.config.max_position_embeddings} ranks; "
@@ -416,7 +417,7 @@ def integrate(
     f = asdict(settings.finetune)
     record = dict(
         batch=batch,
-        base="in memory" if isinstance(base, tuple) else str(base),
+        base=base.name,
         base_hash=got["model"].base,
         method=f["method"],
         precision=got["model"].precision,

@@ -17,15 +17,15 @@ from ..adapt.fit import fit, fit_again, trained_state
 from ..adapt.held_out import fit_temperature, probabilities, split_labelled
 from ..adapt.predict import predict
 from .compare import stands_out
-from .peers import Peer
 from .scores import GROUPS, METRICS, metric_named
+from ..model.base import Base
 from ..model.pretrain import versions
 from ..tokens.tokenize import TokenSet
 
 # %% ../../nbs/judge/06_benchmark.ipynb #a826d677
 def annotated_by(
-    peer: Peer,  # From `Geneformer` or `ScGPT`; a copy is trained
-    tokens: TokenSet,  # All cells, from `token_set`
+    base: Base,  # From `open_base`; a copy is trained
+    tokens: TokenSet,  # All cells, as the base reads them
     names,  # Their classes, shape (cells,)
     *,
     reference: np.ndarray,  # Cells to learn from
@@ -43,7 +43,7 @@ def annotated_by(
             f"The {len(rows)} labelled cells with genes are of {len(classes)} class; at least "
             "two are needed."
         )
-    model = CellModel(peer.net.bert, len(classes), settings)
+    model = CellModel(base.net.bert, len(classes), settings)
     mine = tokens.subset(rows)
     train, held = split_labelled(
         y,

@@ -25,7 +25,7 @@ from scemb.model.baselines import (
     table_scorer,
     unigram_prior,
 )
-from ..model.checkpoint import load_checkpoint
+from ..model.bases import open_base
 from ..model.embed import cell_encoder
 from ..model.encoder import ScembForMaskedLM
 from ..model.pretrain import TrainSettings, model_scorer, new_model
@@ -145,10 +145,11 @@ def embed_vectors(
     layer=None,  # Layer of the AnnData with raw counts
     max_len=None,  # Genes a cell at most
     seed=None,  # Of the order of ties
-    pooling="mean12",
+    pooling=None,  # A name of `POOLINGS`; None: the base's own
+    device=None,  # "cpu", "cuda"; None: a GPU when there is one
 ) -> np.ndarray:  # (cells, D)
     "Embed cells without writing into the AnnData."
-    encoder = cell_encoder(model, pooling, max_len=max_len, seed=seed)
+    encoder = cell_encoder(model, pooling, max_len=max_len, seed=seed, device=device)
     counts = read_counts(adata, layer)
     chunks = encoded_chunks(counts, encoder.tokenizer(counts))
     return np.concatenate([encoder(cells) for _, cells in chunks])
@@ -387,9 +388,7 @@ def masked_gene_scores(
     seed: int = 0,
 ) -> list:  # Rows: masked-gene loss of the model, its twin and the tables, intervals over cells
     "Loss on hidden genes beside the tables."
-    net, vocabulary, settings = (
-        model[:3] if isinstance(model, tuple) else load_checkpoint(model)[:3]
-    )
+    net, vocabulary, settings, _ = open_base(model)
     n = settings.max_len
     tokens = tokenize(read_counts(adata, layer), vocabulary, settings=settings)
     some = np.flatnonzero(tokens.lengths > 1)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Given', 'Method', 'scemb_mean', 'scemb_last', 'scemb_untrained', 'bag_of_tokens', 'bag_of_svd',
-           'random_directions', 'pca_of_variable', 'pca_of_all', 'harmony', 'scvi', 'peer_vectors', 'open_geneformer',
-           'open_scgpt', 'spelled', 'method_named', 'named_methods', 'contestants']
+           'random_directions', 'pca_of_variable', 'pca_of_all', 'harmony', 'scvi', 'peer_vectors', 'spelled',
+           'method_named', 'named_methods', 'contestants']
 
 # %% ../../nbs/judge/05a_methods.ipynb #175d4704
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 # %% ../../nbs/judge/05a_methods.ipynb #40a40919
 @dataclass
@@ -22,7 +23,8 @@ class Given:
     corpus: object = None  # TokenSet that the model was trained on
     layer: str | None = None  # Layer of the AnnData with raw counts
     max_len: int | None = None  # Genes a cell at most
-    peer: object = None  # The other model, opened
+    peer: object = None  # The other model, a `Base`
+    device: str | None = None  # Where the other model runs
 
     @cached_property
     def twins(self) -> dict:  # Seed -> untrained model
@@ -37,7 +39,7 @@ class Given:
 
         vocabulary, settings = None, TokenizerSettings(seed=seed)
         if self.checkpoint:
-            net, vocabulary, trained = self.checkpoint
+            net, vocabulary, trained, _ = self.checkpoint
             longest = min(self.max_len or trained.max_len, net.config.max_position_embeddings)
             settings = TokenizerSettings(**vars(trained) | dict(max_len=longest, seed=seed))
         return tokenize(read_counts(adata, self.layer), vocabulary, settings=settings)
@@ -52,7 +54,7 @@ class Method:
     needs: str  # "" nothing, "model" a checkpoint, "batch" the batches, "folder" its own weights
     run: Callable  # Function(adata, seed, Given) -> vectors, shape (cells, D)
     chance: bool = False  # Whether chance enters; it is then run with several seeds
-    opens: Callable | None = None  # Where a folder is needed: function(folder, device) -> a `Peer`
+    family: str = ""  # Where a folder is needed: how it is read, see `open_base`
 
 # %% ../../nbs/judge/05a_methods.ipynb #53e941ff
 def scemb_mean(adata, seed, given):
@@ -82,7 +84,7 @@ def scemb_untrained(adata, seed, given):
     "scEMB as it was before training; with a corpus there is one such model, else one a seed."
     from scemb.judge.compare import embed_vectors, twin
 
-    net, vocabulary, settings = given.checkpoint
+    net, vocabulary, settings, _ = given.checkpoint
     start = seed if given.corpus is None else 0
     if start not in given.twins:
         given.twins[start] = twin(net, given.corpus, start)
@@ -146,24 +148,10 @@ def scvi(adata, seed, given):
 
 
 def peer_vectors(adata, seed, given):
-    "Vectors of another model."
-    from scemb.judge.peers import vectors
+    "Vectors of another model, by the state that it describes a cell with."
+    from scemb.judge.compare import embed_vectors
 
-    return vectors(given.peer, adata, layer=given.layer, seed=seed)
-
-
-def open_geneformer(folder, device=None):
-    "Geneformer from the folder of its weights."
-    from scemb.judge.geneformer import Geneformer
-
-    return Geneformer(folder, device=device)
-
-
-def open_scgpt(folder, device=None):
-    "scGPT from the folder of its weights."
-    from scemb.judge.scgpt import ScGPT
-
-    return ScGPT(folder, device=device)
+    return embed_vectors(adata, given.peer, layer=given.layer, seed=seed, device=given.device)
 
 # %% ../../nbs/judge/05a_methods.ipynb #ee7be740
 METHODS = [
@@ -177,8 +165,8 @@ METHODS = [
     Method("PCA on all genes", "pca", "", pca_of_all),
     Method("Harmony", "harmony", "batch", harmony, chance=True),
     Method("scVI", "scvi", "batch", scvi),
-    Method("Geneformer", "geneformer", "folder", peer_vectors, chance=True, opens=open_geneformer),
-    Method("scGPT", "scgpt", "folder", peer_vectors, chance=True, opens=open_scgpt),
+    Method("Geneformer", "geneformer", "folder", peer_vectors, chance=True, family="geneformer"),
+    Method("scGPT", "scgpt", "folder", peer_vectors, chance=True, family="scgpt"),
 ]
 
 
@@ -262,11 +250,11 @@ def named_methods(
     need = [m.name for m in asked.values() if m.needs == "model"]
     if need and model is None:
         raise ValueError(f"{need} need a model: give a checkpoint, or leave them out.")
-    if model is not None and not isinstance(model, tuple):
-        from scemb.model.checkpoint import load_checkpoint
+    if model is not None:
+        from scemb.model.bases import open_base
 
-        model = load_checkpoint(model)
-    given = Given(model and model[:3], batch, corpus, layer, max_len)
+        model = open_base(model)
+    given = Given(model, batch, corpus, layer, max_len)
     return [_embedder(method, given, path, n_seeds, device) for (_, path), method in asked.items()]
 
 
@@ -276,9 +264,11 @@ def _embedder(method, given, path, n_seeds, device):
     from scemb.judge.scores import Embedder
 
     name = method.name
-    if method.opens:
-        given = replace(given, peer=method.opens(path, device))
-        name = given.peer.name
+    if method.family:
+        from scemb.model.bases import open_base
+
+        given = replace(given, peer=open_base(f"{method.family}:{path}"), device=device)
+        name = f"{method.name} {Path(path).name}"
     seeds = n_seeds if method.chance else 1
     return Embedder(name, lambda adata, seed: method.run(adata, seed, given), seeds)
 

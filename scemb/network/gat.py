@@ -208,9 +208,9 @@ def model_features(
     model="scemb-small",  # As for `embed`
 ) -> np.ndarray:  # Shape (n, D), NaN for genes outside the vocabulary
     "Gene vectors of a model."
-    from scemb.model.checkpoint import load_checkpoint
+    from scemb.model.bases import open_base
 
-    net, vocabulary, *_ = model if isinstance(model, tuple) else load_checkpoint(model)
+    net, vocabulary, *_ = open_base(model)
     return taken(
         net.bert.embeddings.word_embeddings.weight.detach().float().numpy(),
         vocabulary.token_of_rows(np.asarray(rows)),

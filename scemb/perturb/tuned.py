@@ -13,7 +13,7 @@ import torch
 
 from ..model.baselines import bin_table, masked_scores, table_scorer, unigram_prior
 from ..model.batching import as_tensors
-from ..model.checkpoint import load_checkpoint
+from ..model.bases import open_base
 from ..adapt.cell_model import FinetuneSettings, adapted, seeded
 from ..model.encoder import autocast, chosen_precision
 from ..model.pretrain import Batches, LossWatch, TrainSettings, model_scorer, score_summary
@@ -35,8 +35,8 @@ def tune_on(
     # frequencies set, after, and by counting; or None
 ) -> tuple:
     "Continue masked-gene training by LoRA and merge the update."
-    base = (base if isinstance(base, tuple) else load_checkpoint(base))[:3]
-    net, vocabulary, _ = base
+    base = open_base(base)
+    net, vocabulary, _, _ = base
     if settings.method != "lora":
         raise ValueError(
             f"method={settings.method!r}; only a LoRA update can be merged into a base: use "
@@ -56,7 +56,7 @@ def tune_on(
 
 
 def _tuned(base, tokens, heldout, steps, token_budget, s, say):  # see `tune_on`
-    net, vocabulary, tokenizing = base
+    net, vocabulary, tokenizing, _ = base
     length = min(tokens.settings.max_len, net.config.max_position_embeddings)
     tuned = copy.deepcopy(net).requires_grad_(False)
     tuned.bert = adapted(net.bert, s)
