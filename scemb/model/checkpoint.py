@@ -70,7 +70,8 @@ def save_checkpoint(
         weights = {k: v for k, v in weights.items() if k not in tied}  # stored once
     identity = tokenizer_hash(settings, vocabulary)
     with new_folder(folder, "checkpoint", settings=identity, into=True) as part:
-        model.save_pretrained(part, **({} if weights is None else dict(state_dict=weights)))
+        with _no_bar():
+            model.save_pretrained(part, **({} if weights is None else dict(state_dict=weights)))
         vocabulary.save(part)
         GeneTokenizer(str(part / "gene_vocabulary.json")).save_pretrained(part)
         (part / "token_settings.json").write_text(
@@ -91,7 +92,7 @@ def shipped_models() -> list:  # Names that `load_checkpoint` takes without a pa
 
 
 @contextmanager
-# loading takes a moment; its progress bar would stand on stderr before the work's own
+# loading and saving take a moment; their progress bars would stand on stderr before the work's own
 def _no_bar():
     from transformers.utils import logging
 

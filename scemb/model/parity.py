@@ -74,12 +74,15 @@ def _bert_of_folder(folder):  # stock code opens the folder
     from transformers import BertModel
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it would list the heads that it leaves aside
+    logging.disable_progress_bar()
     try:
         stock = BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32)
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
     return stock.eval()
 
 
