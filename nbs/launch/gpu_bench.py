@@ -16,9 +16,9 @@ hidden tokens only, three times that for training. MFU is that, of real tokens a
 and the data sheet's dense 16-bit peak.
 
 The parts `ceilings`, `full_cells`, `profile`, `ladder`, `head` and `optimizer` need torch,
-transformers and numpy; `trainer`, `embed`, `perturb` and `screen` run the product itself. `bases` does so
-on the published sizes of Geneformer, with random weights, beside a straight padded loop over
-transformers' BertForMaskedLM; its LoRA step needs peft.
+transformers and numpy; `trainer`, `embed`, `perturb` and `screen` run the product itself. `bases`
+does so on the published sizes of Geneformer, with random weights, beside a straight padded loop
+over transformers' BertForMaskedLM; its LoRA step needs peft.
 """
 
 import argparse
