@@ -239,8 +239,8 @@ def check_is_bert(
     positions = config.get("position_embedding_type", "absolute")
     if kind != "bert" or positions != "absolute":
         raise ValueError(
-            f"{source} is a {kind!r:.40} model with {positions} positions; Geneformer is a BERT "
-            "with absolute ones."
+            f"{source} is a model of type {kind!r:.40} with {positions} positions; Geneformer is a "
+            "BERT with absolute ones."
         )
 
 
