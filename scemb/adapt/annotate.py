@@ -20,6 +20,7 @@ from .prefix import knowledge_of
 from ..data.counts import FOOTING_GOOD, FOOTING_LEAST, Reading, open_h5ad, read_counts
 from ..data.progress import Pace, stage
 from ..data.results import check_results, remembered, write_cells
+from ..tokens.ranking import SPECIAL, tokenizer_hash
 from ..tokens.tokenize import TokenSet
 
 # %% ../../nbs/adapt/10_annotate.ipynb #765f3ad5
@@ -30,6 +31,7 @@ def shared_footing(
 ) -> dict:  # genes: share of the atlas's genes; tokens: share of what is read of the query
     "How much the query shares with the atlas."
     read, _, _ = tokens.gather(np.arange(len(tokens)))
+    read = read[read >= len(SPECIAL)]
     return dict(
         genes=float(np.isin(atlas_genes, query_genes).mean()),
         tokens=float(np.isin(read, atlas_genes).mean()) if len(read) else 0.0,
@@ -53,7 +55,7 @@ def check_footing(share: dict):  # From `shared_footing`
 # %% ../../nbs/adapt/10_annotate.ipynb #db26b696
 def annotate(
     query,  # AnnData with raw counts
-    annotator,  # From `finetune` or `load_annotator`, or a folder
+    annotator,  # From `finetune` or `load_annotator`, or a folder (see `load_annotator`)
     *,
     layer: str | None = None,
     # Confidence below which a cell is unknown, for all classes; None: the annotator's own; 0: name
@@ -68,7 +70,8 @@ def annotate(
     query
         AnnData with raw counts: the new sample.
     annotator
-        What `finetune` or `load_annotator` returned, or its folder.
+        What `finetune` or `load_annotator` returned, or its folder; or the folder of a fine-tuned
+        Geneformer classifier.
     layer
         Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
         holds counts.
@@ -192,7 +195,11 @@ def _record(a):  # what stands in uns, of the annotator
     return dict(
         base=a.base,
         base_hash=a.model.base,
-        method=s.method,
+        family=a.family,
+        pooling=card.get("pooling", a.model.state.pooling),
+        tokenizer_hash=tokenizer_hash(a.tokenizing, a.vocabulary),
+        method=card.get("method", s.method),
+        calibrated=card.get("n_held_out", 1) > 0,
         head=s.head,
         knowledge=a.knowledge or "",
         control=s.control,
@@ -228,6 +235,11 @@ def outcome(
         return f"accuracy {record[accuracy]:.3f}, macro-F1 {record[macro_f1]:.3f}"
 
     lines = []
+    if not record.get("calibrated", True):
+        lines.append(
+            f"{record['method']}: confidences are not calibrated, for it was checked on no cell "
+            "that it had not seen; only a threshold that you give makes a cell unknown"
+        )
     if known("accuracy"):
         lines.append(
             f"{record['method']}: {scores('accuracy', 'macro_f1')} on {record['n_held_out']:,} "
@@ -253,7 +265,7 @@ def annotate_file(
     query,  # Path of a file of cells of any kind
     out,  # .h5ad or .zarr to write, with labels
     *,
-    annotator=None,  # Folder of an adapter, or
+    annotator=None,  # Folder of an adapter or of a classifier (see `load_annotator`), or
     atlas=None,  # a labelled file of cells (or a data set's name), from which one is learned
     label: str | None = None,  # Its column of labels
     overwrite: bool = False,
@@ -274,7 +286,8 @@ def annotate_file(
     out
         Path to write, .h5ad or .zarr.
     annotator
-        Folder of a saved annotator; or give `reference` and `label`.
+        Folder of a saved annotator, or of a fine-tuned Geneformer classifier; or give `atlas` and
+        `label`.
     atlas
         Labelled file of cells, or the name of a data set.
     label

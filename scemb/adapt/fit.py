@@ -21,6 +21,7 @@ from ..data.progress import Pace, stage
 from ..model.batching import epoch_order
 from ..model.embed import to_device
 from ..model.encoder import slow_attention
+from ..tokens.ranking import CLS, EOS
 from ..tokens.tokenize import TokenSet
 
 # %% ../../nbs/adapt/06_fit.ipynb #221f1d61

@@ -11,6 +11,7 @@ from pathlib import Path
 from .base import NAMES, Base, base_of
 from .checkpoint import load_checkpoint, shipped_models, unfinished
 from .geneformer import dictionary_files, read_geneformer, weights_file
+from .lora import is_lora, lora_base, merged_lora
 from .scgpt import read_scgpt
 from .weights import local_folder, read_json
 
@@ -94,6 +95,8 @@ def open_base(
         There is no such folder, or a file of it is missing.
     ValueError
         The folder is no base, or its files do not belong together.
+
+    The folder of a LoRA adapter that peft wrote is opened with its base, which lies beside it.
     """
     if not isinstance(model, (str, Path)):
         return base_of(model)
@@ -117,6 +120,10 @@ def open_base(
     else:
         folder = Path(word)
     family = family_of(folder)
+    if family is None and is_lora(folder):
+        base, _ = merged_lora(folder, open_base(lora_base(folder)))
+        base.name = word
+        return base
     if family is None:
         _refuse(folder, word)
     base = READERS[family](folder)
