@@ -301,8 +301,8 @@ def open_classifier(
         )
     if head.of == "genes":
         raise ValueError(
-            f"{folder} classifies genes ({', '.join(map(str, head.classes[:3]))}), not cells. Its "
-            "encoder can be a base (--model)."
+            f"{folder} classifies genes ({', '.join(map(str, head.classes[:3]))}), not cells: "
+            "`adapt.annotate.gene_labels` reads it, and its encoder can be a base (--model)."
         )
     card = dict(
         method="classifier of the folder",
