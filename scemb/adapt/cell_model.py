@@ -313,7 +313,8 @@ def adapted(
     n_layers: int | None = None,  # Of them, from the first; None: all
 ):  # The copy, with gradients only where the method wants them
     "Prepare a copy of an encoder for one of the five methods."
-    encoder = copy.deepcopy(encoder).requires_grad_(s.method in ("full", "freeze"))
+    # in float32, also where a base lies in 16 bits: small steps would be lost there
+    encoder = copy.deepcopy(encoder).float().requires_grad_(s.method in ("full", "freeze"))
     if n_layers is not None and n_layers < len(encoder.encoder["layer"]):
         encoder.encoder["layer"] = encoder.encoder["layer"][:n_layers]
         encoder.config.num_hidden_layers = n_layers
