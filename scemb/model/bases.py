@@ -21,6 +21,7 @@ from scemb.model.checkpoint import (
     unfinished,
 )
 from .geneformer import dictionary_files, read_geneformer, weights_file
+from .lora import is_lora, lora_base, merged_lora
 from .scgpt import ScgptModel, read_scgpt
 from .weights import local_folder, read_json, stored_precision
 
@@ -132,6 +133,8 @@ def open_base(
         There is no such folder, or a file of it is missing.
     ValueError
         The folder is no base, or its files do not belong together.
+
+    The folder of a LoRA adapter that peft wrote is opened with its base, which lies beside it.
     """
     if not isinstance(model, (str, Path)):
         return base_of(model)
@@ -155,6 +158,10 @@ def open_base(
     else:
         folder = Path(word)
     family = family_of(folder)
+    if family is None and is_lora(folder):
+        base, _ = merged_lora(folder, open_base(lora_base(folder)))
+        base.name = word
+        return base
     if family is None:
         _refuse(folder, word)
     base = READERS[family](folder)
