@@ -291,7 +291,9 @@ class _Opened:  # the models of a comparison, each opened once
 
 def _absent(name, family):
     if family:
-        return f"{name} is absent: give the folder of its weights, {family}:PATH"
+        from scemb.model.base import NAMES
+
+        return f"{NAMES[family]} is absent: give the folder of its weights, {family}:PATH"
     return f"{name} needs a model: give one, or leave it out."
 
 
@@ -331,7 +333,7 @@ def contestants(
         method, family, path = method_named(name, methods)
         word = opened.word_for(family, path) if method.needs == "model" else None
         if method.needs == "model" and word is None:
-            absent.append(_absent(name.strip().rstrip(":"), family))
+            absent.append(_absent(name, family))
             continue
         here.append(name)
         needed = needed or word == ""
