@@ -393,7 +393,7 @@ def cannot_guess(
     "Whether masked genes can be asked of a model, beside tables of the same corpus."
     if base.family == "scgpt" or not base.card.get("masked_gene_head", True):
         return f"{base.name} has no head that guesses hidden genes: no masked-gene scores."
-    if corpus is not None and corpus.vocabulary.hash != base.vocabulary.hash:
+    if corpus is not None and corpus.vocabulary.genes != base.vocabulary.genes:
         return (
             f"{base.name} has another vocabulary than the corpus, so no table guesses the same "
             "genes: no masked-gene scores."

@@ -276,11 +276,11 @@ class _Opened:  # the models of a comparison, each opened once
 
             base = open_base(word or self.model)
             corpus = self.corpus if word == "" else None
-            if corpus is not None and corpus.vocabulary.hash != base.vocabulary.hash:
+            if corpus is not None and corpus.vocabulary.genes != base.vocabulary.genes:
                 raise ValueError(
-                    f"The corpus has the vocabulary {corpus.vocabulary.hash}, {base.name} has "
-                    f"{base.vocabulary.hash}: it was not trained on this corpus. Leave the corpus "
-                    "out."
+                    f"The corpus has {len(corpus.vocabulary.genes):,} genes in its vocabulary, "
+                    f"{base.name} has {len(base.vocabulary.genes):,}, and not the same: it was not "
+                    "trained on this corpus. Leave the corpus out."
                 )
             rest = dict(self.rest)
             if rest["max_len"]:
