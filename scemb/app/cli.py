@@ -17,6 +17,7 @@ from scemb.app.commands import (
     Device,
     Model,
     Overwrite,
+    Pooling,
     Precision,
     Seed,
     choice,
@@ -678,10 +679,7 @@ def embed(
         Path, typer.Option(help="A copy of it with obsm['X_scemb']; or .npy: the vectors alone.")
     ],
     model: Model = "scemb-small",
-    pooling: Annotated[
-        choice("PoolingName", "mean12", "last", "cls"),
-        typer.Option(help="Mean over all layers, the last, or the vector of <cls>."),
-    ] = "mean12",
+    pooling: Pooling = None,
     max_len: Annotated[
         Optional[int],
         typer.Option(
@@ -708,8 +706,11 @@ def embed(
     overwrite: Overwrite = False,
 ):
     """Write a vector for each cell of a file. If the run stops, the same command continues it.
+    --model also takes a folder of scGPT's weights.
 
     Example: `scemb embed my_cells.h5ad --out embedded.h5ad --model runs/demo/checkpoint`
+
+    Example: `scemb embed my_cells.h5ad --out embedded.h5ad --model Geneformer/Geneformer-V2-104M`
 
     Several GPUs: `torchrun --no-python --nproc_per_node 8 scemb embed my_cells.h5ad --out
     embedded.h5ad`
@@ -752,20 +753,15 @@ def benchmark(
     methods: Annotated[
         Optional[str],
         typer.Option(
-            help=f"Names, separated by commas: {spelled()}. Default: all but those with a PATH."
+            help=f"Names, separated by commas: {spelled()}. model is the one of --model; a PATH "
+            "brings a further model. Default: all but those with a PATH."
         ),
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="A shipped model or the folder of a checkpoint. scEMB, its "
-            "untrained copy and its token bag need it."
-        ),
-    ] = "scemb-small",
+    model: Model = "scemb-small",
     corpus: Annotated[
         Optional[Path],
         typer.Option(
-            help="Training tokens of the model (made by scemb tokenize). The "
+            help="Training tokens of the model, a scEMB (made by scemb tokenize). The "
             "untrained copy and the bag of SVD vectors start from them."
         ),
     ] = None,
@@ -784,10 +780,13 @@ def benchmark(
     overwrite: Overwrite = False,
 ):
     """Compare embeddings by the same scores: cell types kept, batches mixed, labels carried over,
-    influence of depth.
+    influence of depth. The rows of a model, its untrained copy and its token bag bear its name.
+
+    Example: `scemb benchmark my_cells.h5ad --batch library --label cell_type --out scores --model
+    Geneformer/Geneformer-V1-10M`
 
     Example: `scemb benchmark my_cells.h5ad --batch library --label cell_type --out scores --methods
-    scemb,geneformer:PATH,scgpt:PATH,pca,hvg,harmony,scvi`
+    model,geneformer:PATH,scgpt:PATH,pca,hvg,harmony,scvi`
     """
     import logging
 
@@ -801,7 +800,7 @@ def benchmark(
 
     check_output(out, overwrite, "scores.csv")
     embedders, absent = contestants(
-        (methods or spelled([m for m in METHODS if m.needs != "folder"])).split(","),
+        (methods or ",".join(method.short for method in METHODS)).split(","),
         batch,
         model=model,
         corpus=read_tokens(corpus) if corpus else None,

@@ -345,8 +345,8 @@ def predicted_shifts(
     genes
         Symbols or Ensembl ids; "A+B" for both at once.
     model
-        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
-        settings).
+        "scemb-small", "scemb-base", a folder of scEMB or Geneformer weights, or a `Base`; see
+        `open_base`.
     kind
         As for `perturb`.
     n_matched
@@ -584,7 +584,8 @@ def match_files(
     target: str = "target",
     guide: str = "guide",
     reference: str = "non-targeting",  # Of the CRISPR screen
-    model="scemb-small",  # As for `embed`; "pca": `pca_pair`; None: use obsm[key] of both as it is
+    # Any base, see `open_base`; "pca": `pca_pair`; None: use obsm[key] of both as it is
+    model="scemb-small",
     key: str = "X_scemb",
     batch: str | None = None,
     crispr_batch: str | None = None,
