@@ -6,8 +6,8 @@
 __all__ = ['CLASSES', 'LEAST_MATCHED', 'STATS', 'FORMATS', 'closeness', 'Goal', 'goal_plan', 'goal_table', 'GoalShifts',
            'goal_windows', 'goal_shifts', 'geneformer_stats', 'goal_file', 'Marked']
 
-# %% ../../nbs/perturb/02a_goals.ipynb #d6bbd906
-from dataclasses import dataclass, replace
+# %% ../../nbs/perturb/02a_goals.ipynb #116d1d2a
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,6 @@ from ..model.bases import open_base
 from scemb.stats.resampling import (
     false_discovery,
     mean_interval,
-    per_unit,
     permutation_p,
     sign_flip_test,
 )
@@ -237,13 +236,14 @@ def _state_mean(adata, coder, layer):  # mean of the vectors of cells that have 
     vectors = np.concatenate([coder(encoded) for _, encoded in chunks]).astype(float)
     return np.nanmean(vectors, 0)
 
-# %% ../../nbs/perturb/02a_goals.ipynb #71f667d0
+# %% ../../nbs/perturb/02a_goals.ipynb #bcb4ab81
 CLASSES = 10  # Of mean rank, for the genes that one is compared with
 LEAST_MATCHED = 5  # Other genes of the class; with fewer there is no null
 
 
 def goal_table(
-    cells,  # DataFrame, a row a set and cell: set, donor, rank, shift (or cosine), see `goal_shifts`
+    # DataFrame, a row a set and cell: set, donor, rank, shift_STATE or cosine, see `goal_shifts`
+    cells,
     about,  # DataFrame, a row a set: perturbation, gene, symbol, n_genes, reason
     *,
     states=(),  # Names of the states, the goal first; none: the cosine is described
@@ -257,35 +257,23 @@ def goal_table(
     rank_of = cells.groupby("set")["rank"].mean()
     rows = []
     value = f"shift_{states[0]}" if states else "cosine"
+    further = _further(states) if states else []
     by_set = dict(iter(cells.groupby("set")))
     for number in range(len(about)):
         part = by_set.get(number)
         if part is None:
             rows.append(dict(set=number, n_cells=0, n_units=0))
             continue
-        x = part[value].to_numpy(float)
-        interval = mean_interval(x, part.donor.to_numpy(), unit=unit, method="t")
-        row = dict(
-            set=number,
-            n_cells=len(part),
-            n_units=interval.n_units,
-            value=interval.value,
-            ci_low=interval.low,
-            ci_high=interval.high,
-            mean_rank=rank_of[number],
-        )
-        if states:
-            if interval.n_units > 1:
-                test = sign_flip_test(
-                    x, part.donor.to_numpy(), n_permutations=n_permutations, seed=seed
-                )
-                row["p"] = test.p
-            for column in _further(states):
-                row[column] = per_unit(part[column].to_numpy(float), part.donor.to_numpy())[
-                    1
-                ].mean()
+        means = part.groupby("donor", sort=True)[[value, *further]].mean()  # a row a unit
+        x = means[value].to_numpy(float)
+        row = dict(set=number, n_cells=len(part), n_units=len(x), mean_rank=rank_of[number])
+        row |= means.mean().rename({value: "value"}).to_dict()
+        if len(x) > 1:
+            interval = mean_interval(x, unit=unit, method="t")
+            row |= dict(ci_low=interval.low, ci_high=interval.high)
+            if states:
+                row["p"] = sign_flip_test(x, n_permutations=n_permutations, seed=seed).p
         rows.append(row)
-    further = _further(states) if states else []
     columns = ["value", "ci_low", "ci_high", "p", "mean_rank", *further]
     table = pd.DataFrame(rows).set_index("set")
     table = table.reindex(columns=["n_cells", "n_units", *columns])
@@ -739,7 +727,7 @@ def _combination_stats(found):
     table["N_Detections"] = [len(pair) for pair in pairs]
     return table.sort_values(["Impact_component", "Combo_minus_sum_shift"], ascending=[False, True])
 
-# %% ../../nbs/perturb/02a_goals.ipynb #b670fc51
+# %% ../../nbs/perturb/02a_goals.ipynb #6ee58297
 FORMATS = ("scemb", "geneformer")
 
 
@@ -747,7 +735,7 @@ def goal_file(
     path,  # A file of cells with raw counts
     out,  # CSV to write
     *,
-    form: str = "scemb",  # "scemb": the table of `goal_shifts`; "geneformer": see `geneformer_stats`
+    form: str = "scemb",  # The table of `goal_shifts`; or "geneformer", see `geneformer_stats`
     stats: str | None = None,  # Of "geneformer": one of `STATS`; None: goal where there is one
     overwrite: bool = False,  # Replace an earlier result
     window: int = 16,  # Cells a window: what a stop can lose
