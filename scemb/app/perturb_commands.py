@@ -200,7 +200,7 @@ def perturb(
 
         if by or per_cell:
             raise ValueError(
-                f"{'by=' if by else 'per_cell='} does not go with a goal or with "
+                f"{f'by={by!r}' if by else 'per_cell=True'} does not go with a start, a goal or "
                 "format='geneformer': leave it out."
             )
         found = goal_file(
@@ -220,7 +220,8 @@ def perturb(
         return
     if donor or stats:
         raise ValueError(
-            f"{'donor=' if donor else 'stats='} needs a start or a goal, or format='geneformer'."
+            f"{f'donor={donor!r}' if donor else f'stats={stats!r}'} needs a start or a goal, or "
+            "format='geneformer'."
         )
     from scemb.perturb.perturb import perturb_file
 

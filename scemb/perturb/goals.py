@@ -112,7 +112,7 @@ def closeness(
 def _cosines(x_ND, states_SD):  # -> (N, S) float64: small differences of cosines are wanted
     return F.cosine_similarity(x_ND.double()[:, None], states_SD[None], dim=-1)
 
-# %% ../../nbs/perturb/02a_goals.ipynb #9b61450b
+# %% ../../nbs/perturb/02a_goals.ipynb #254cc233
 @dataclass
 class Goal:
     "All that a run towards a goal needs."
@@ -132,13 +132,16 @@ def _check_states(obs, label, start, goal, alt, null, donor):  # -> names of the
         asked = dict(start=start, goal=goal, alt=alt or None, null=null or None)
         named = [name for name, value in asked.items() if value is not None]
         if named:
-            raise ValueError(f"{named[0]}= names a state, but no label= says which column has it.")
+            raise ValueError(
+                f"A state is named as {named[0]}, but no label says which column of obs has it; "
+                "name the column."
+            )
         return np.full(len(obs), "all")
     if label not in obs:
         raise ValueError(f"obs has no column {label!r}; it has {', '.join(map(str, obs))}.")
     if start is None:
         raise ValueError(
-            f"label={label!r} is given without start=: name the state whose cells are perturbed."
+            f"label={label!r} is given without a start: name the state whose cells are perturbed."
         )
     states = obs[label].astype(str).to_numpy()
     there = sorted(set(states[has_label(obs[label])]))
@@ -154,7 +157,7 @@ def _check_states(obs, label, start, goal, alt, null, donor):  # -> names of the
     if start in null:
         raise ValueError(f"The state {start!r} is the start; it cannot be its own null.")
     if alt and goal is None:
-        raise ValueError(f"alt={alt[0]!r} is given without goal=; name the goal.")
+        raise ValueError(f"alt={alt[0]!r} is given without a goal; name the goal.")
     return states
 
 
@@ -547,7 +550,7 @@ def _about(made, rows):  # -> DataFrame, a row a set
         )
     )
 
-# %% ../../nbs/perturb/02a_goals.ipynb #21868ab4
+# %% ../../nbs/perturb/02a_goals.ipynb #0976114e
 STATS = ("goal", "null", "mixture", "aggregate", "combination")
 
 
@@ -598,7 +601,7 @@ def _goal_stats(found):
     from scipy.stats import ranksums
 
     if not found.states:
-        raise ValueError("stats='goal' needs a goal; name it with goal=.")
+        raise ValueError("stats='goal' needs a goal; name a state.")
     goal, *alt = found.states
     shifts = {state: _values(found, f"shift_{state}") for state in found.states}
     sets = sorted(shifts[goal])
@@ -628,9 +631,7 @@ def _null_stats(found):
 
     test, null = _values(found, "cosine"), _values(found, "cosine", state="null")
     if not null:
-        raise ValueError(
-            "stats='null' needs cells of other states as the null; name the states with null=."
-        )
+        raise ValueError("stats='null' needs cells of other states as the null; name those states.")
     sets = sorted(test)
     table = _heads(found, sets)
     none = np.zeros(0)
@@ -702,7 +703,7 @@ def _aggregate_stats(found):
 
 def _combination_stats(found):
     if found.anchor is None:
-        raise ValueError("stats='combination' needs an anchor; name a gene with anchor=.")
+        raise ValueError("stats='combination' needs an anchor; name a gene.")
     rows = found.cells[found.cells.state == found.start]
     by_set = {number: part.set_index("cell").cosine for number, part in rows.groupby("set")}
     n = (len(found.tokens) - 1) // 2  # the anchor, n genes, n pairs, see `with_anchor`
@@ -727,7 +728,7 @@ def _combination_stats(found):
     table["N_Detections"] = [len(pair) for pair in pairs]
     return table.sort_values(["Impact_component", "Combo_minus_sum_shift"], ascending=[False, True])
 
-# %% ../../nbs/perturb/02a_goals.ipynb #6ee58297
+# %% ../../nbs/perturb/02a_goals.ipynb #728d6f1a
 FORMATS = ("scemb", "geneformer")
 
 
@@ -789,8 +790,13 @@ def _check_form(form, stats, settings):  # -> the statistics that are asked
     stats = stats or ("goal" if given["goal"] else "mixture")
     if stats not in STATS:
         raise ValueError(f"stats is {stats!r}, wanted one of {', '.join(STATS)}.")
-    needs = dict(goal="goal", combination="anchor", aggregate="genes", null="start").get(stats)
-    if needs and not given[needs]:
-        way = "gene=" if needs == "genes" else f"{needs}="
-        raise ValueError(f"stats={stats!r} needs {way}; see the help of the command.")
+    needs = dict(
+        goal=("goal", "a goal; name a state"),
+        combination=("anchor", "an anchor; name a gene"),
+        aggregate=("genes", "genes; name some"),
+        null=("start", "a start; name a column of obs and a state"),
+    )
+    option, wanted = needs.get(stats, (None, ""))
+    if option and not given[option]:
+        raise ValueError(f"stats={stats!r} needs {wanted}.")
     return stats
