@@ -32,8 +32,8 @@ def tune_on(
     # Rank, rate and seed of LoRA, the same as for every task
     settings: FinetuneSettings = FinetuneSettings(),
     say=lambda line: None,  # Called with a line now and then
-    # `Base`; DataFrame: loss of held-out cells before, with frequencies set, after, and by counting;
-    # or None
+    # `Base`; DataFrame: loss of held-out cells before, with frequencies set, after, and by
+    # counting; or None
 ) -> tuple:
     "Continue masked-gene training by LoRA and merge the update."
     base = open_base(base)
