@@ -278,7 +278,7 @@ class Around:
         # those whose ties end are now ahead of the gene, those behind it are now tied
         passed = upto[0][next_] - upto[0][self.first[left]]
         reached = upto[2][self.end[next_]] - upto[2][next_]
-        steps = np.where(ends, passed + reached, 1)
+        steps = np.where(ends, np.maximum(passed + reached, 1), 1)
         return np.concatenate([[0], steps.cumsum()])
 
 
@@ -367,7 +367,9 @@ def products_in(
 
 
 @torch.no_grad()
-def _run(net, cells, *, pooling):  # input states of some cells, (n, L, D) -> pooled states (n, L, D)
+def _run(
+    net, cells, *, pooling
+):  # input states of some cells, (n, L, D) -> pooled states (n, L, D)
     "Run cells of one length that differ from one another by an edit."
     n_layers = layers_run(pooling, net.config.num_hidden_layers)
     every_layer = POOLINGS[pooling][1] is None
@@ -473,7 +475,7 @@ class _Tokens:
         self.moves = _moves(net, ids, bins, self.around)
 
     def surroundings(self, numbers):  # (n,) numbers of genes -> (n, L, D)
-        "Input states with all other tokens as an edit of a gene makes them, and that gene as it is."
+        "Input states with the others as an edit of a gene makes them, and that gene as it is."
         if self.moves is None:
             return self.states.expand(len(numbers), -1, -1).clone()
         n_moves, place = len(self.moves.of), np.arange(len(self.ids))
