@@ -269,6 +269,13 @@ def screen(
             "effects first. NAME_trust.csv is written beside it."
         ),
     ],
+    kind: Annotated[
+        choice("ScreenedKind", "mask", "delete", "overexpress"),
+        typer.Option(
+            help="What happens to each gene: mask (hidden), delete (taken out; the genes behind it "
+            "move up) or overexpress (put first, in cells that express it)."
+        ),
+    ] = "mask",
     refine: Annotated[
         int,
         typer.Option(
@@ -288,8 +295,8 @@ def screen(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ):
-    """Mask every expressed gene in silico, and rank genes by how far that moves the cells of one
-    state towards another. If the run stops, the same command continues it.
+    """Mask, delete or overexpress every expressed gene in silico, and rank genes by how far that
+    moves the cells of one state towards another. If the run stops, the same command continues it.
 
     Example: `scemb screen cells.h5ad --label condition --start disease --goal healthy --out
     screen.csv`
@@ -303,6 +310,7 @@ def screen(
         start=start,
         goal=goal,
         model=model,
+        kind=kind,
         cells=cells,
         refine=refine,
         min_cells=min_cells,
