@@ -106,7 +106,15 @@ def folder_of(
         word = rest.strip()
     elif word in shipped_models():
         return ASSETS / word
-    return local_folder(word)
+    try:
+        return local_folder(word)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no model {word!r}: no such folder, no model of that name in the Hugging "
+            f"Face cache, and the shipped models are {shipped_models() or 'none'}. Give one of "
+            "these, a folder, or train a model with `scemb demo` or `scemb pretrain`. Nothing is "
+            "downloaded for you."
+        ) from error
 
 
 def open_base(
@@ -145,18 +153,7 @@ def open_base(
         return READERS[forced](rest.strip())
     if word in shipped_models():
         return load_checkpoint(word)
-    if not Path(word).is_dir():
-        try:
-            folder = local_folder(word)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"There is no model {word!r}: no such folder, no model of that name in the "
-                f"Hugging Face cache, and the shipped models are {shipped_models() or 'none'}. "
-                "Give one of these, a folder, or train a model with `scemb demo` or "
-                "`scemb pretrain`. Nothing is downloaded for you."
-            ) from error
-    else:
-        folder = Path(word)
+    folder = folder_of(word)
     family = family_of(folder)
     if family is None and is_lora(folder):
         base, _ = merged_lora(folder, open_base(lora_base(folder)))
