@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CROSS_STUDY', 'BROAD', 'GATES', 'COLUMNS', 'gated', 'cross_study_pbmc', 'evaluation_cells', 'twin', 'embed_vectors',
            'Comparison', 'compare', 'genes_and_counts', 'answers', 'tidy', 'paired_p', 'best', 'title_of',
-           'cannot_guess', 'masked_gene_scores', 'stands_out']
+           'reads_alike', 'cannot_guess', 'masked_gene_scores', 'stands_out']
 
 # %% ../../nbs/judge/01_compare.ipynb #4044b919
 from dataclasses import dataclass
@@ -386,6 +386,19 @@ def title_of(
     return NAMES[base.family] + version.get(base.settings.frame, "")
 
 
+def reads_alike(
+    base,  # From `open_base`
+    corpus,  # TokenSet
+) -> bool:
+    "Whether tokens are those that a model reads: its genes, its order, its bins, its frame."
+    mine, theirs = base.settings, corpus.settings
+    same = [
+        getattr(mine, name) == getattr(theirs, name)
+        for name in ("order", "scale", "n_bins", "frame")
+    ]
+    return all(same) and corpus.vocabulary.genes == base.vocabulary.genes
+
+
 def cannot_guess(
     base,  # From `open_base`
     corpus=None,  # TokenSet that the tables are filled from
@@ -393,15 +406,15 @@ def cannot_guess(
     "Whether masked genes can be asked of a model, beside tables of the same corpus."
     if base.family == "scgpt" or not base.card.get("masked_gene_head", True):
         return f"{base.name} has no head that guesses hidden genes: no masked-gene scores."
-    if corpus is not None and corpus.vocabulary.genes != base.vocabulary.genes:
-        return (
-            f"{base.name} has another vocabulary than the corpus, so no table guesses the same "
-            "genes: no masked-gene scores."
-        )
     if base.settings.n_frame:
         return (
             f"{base.name} reads tokens around the genes, which the tables do not know: no "
             "masked-gene scores."
+        )
+    if corpus is not None and not reads_alike(base, corpus):
+        return (
+            f"{base.name} reads cells otherwise than the corpus was read, so no table guesses the "
+            "same genes: no masked-gene scores."
         )
     return ""
 

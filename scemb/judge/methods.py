@@ -272,21 +272,29 @@ class _Opened:  # the models of a comparison, each opened once
 
     def given(self, word):
         if word not in self.bases:
+            from scemb.judge.compare import reads_alike
             from scemb.model.bases import open_base
 
             base = open_base(word or self.model)
             corpus = self.corpus if word == "" else None
-            if corpus is not None and corpus.vocabulary.genes != base.vocabulary.genes:
+            if corpus is not None and not reads_alike(base, corpus):
                 raise ValueError(
-                    f"The corpus has {len(corpus.vocabulary.genes):,} genes in its vocabulary, "
-                    f"{base.name} has {len(base.vocabulary.genes):,}, and not the same: it was not "
-                    "trained on this corpus. Leave the corpus out."
+                    f"{base.name} was not trained on this corpus: it has {_read_by(base)}, "
+                    f"the corpus {_read_by(corpus)}. Leave the corpus out."
                 )
             rest = dict(self.rest)
             if rest["max_len"]:
                 rest["max_len"] = min(rest["max_len"], base.model_limit)
             self.bases[word] = Given(base, corpus=corpus, **rest)
         return self.bases[word]
+
+
+def _read_by(reader):  # a base, or a TokenSet: how it reads cells, in words
+    s = reader.settings
+    return (
+        f"{len(reader.vocabulary.genes):,} genes, order {s.order}, scale {s.scale}, "
+        f"{s.n_bins} bins, frame {s.frame}"
+    )
 
 
 def _absent(name, family):
