@@ -558,7 +558,26 @@ def geneformer_stats(
     found: GoalShifts,
     stats: str = "goal",  # One of `STATS`
 ):  # DataFrame with the columns of Geneformer's statistics
-    "Write a run as Geneformer's statistics do."
+    """Write a run with the columns of Geneformer's statistics.
+
+    Parameters
+    ----------
+    found
+        From `goal_shifts`.
+    stats
+        "goal" (shift to the goal against all other genes), "null" (against cells of other
+        states), "mixture" (which genes have an impact), "combination" (with an anchor) or
+        "aggregate" (one row for each cell).
+
+    Returns
+    -------
+    A DataFrame, sorted as Geneformer's. Its p-values are over pooled cells.
+
+    Raises
+    ------
+    ValueError
+        The run lacks what the statistics need: a goal, a null, an anchor or further genes.
+    """
     if stats not in STATS:
         raise ValueError(f"stats is {stats!r}, wanted one of {', '.join(STATS)}.")
     makers = dict(
