@@ -44,7 +44,7 @@ from ..tokens.tokenize import encoded_chunks
 # %% ../../nbs/perturb/02a_goals.ipynb #2d367ec3
 @torch.no_grad()
 def closeness(
-    coder: CellEncoder,
+    model: CellEncoder,
     cells: Cells,
     which,
     *,
@@ -58,8 +58,8 @@ def closeness(
     "How far each variant of a cell turns towards states, and how much it stays itself."
     lengths = cells.lengths.cpu().numpy()
     n_cells = len(lengths)
-    of_cls = POOLINGS[coder.pooling][0] == "cls"
-    read = read_cells(coder, cells, lengths)
+    of_cls = POOLINGS[model.pooling][0] == "cls"
+    read = read_cells(model, cells, lengths)
     before_TD = read.states
     gene_T = ~is_frame(cells.ids)
     total_CD = torch.zeros(n_cells, before_TD.shape[1], device=before_TD.device)
@@ -69,7 +69,7 @@ def closeness(
     near_CS = _cosines(whole_CD, states)
     parts, found = [], []
     runs = read_variants(
-        coder,
+        model,
         cells,
         lengths,
         which,
@@ -185,6 +185,11 @@ def goal_plan(
     **settings,
 ) -> Goal:  # see `goal_shifts`
     "Check what was asked for, and make the means of the states."
+    if other := sorted(set(settings) & {"by", "outside", "per_cell"}):
+        raise ValueError(
+            f"{other[0]}= belongs to perturb; a run towards a goal keeps every cell by itself and "
+            "leaves no further gene out of a mean."
+        )
     alt, null = ([x] if isinstance(x, str) else list(x) for x in (alt, null))
     obs = adata.obs
     if donor is not None and donor not in obs:
@@ -209,6 +214,7 @@ def goal_plan(
     base = None if isinstance(model, CellEncoder) else open_base(model)
     coder = reading_encoder(base or model, pooling, **how)
     chosen = _part(adata, rows)
+    chosen.obs_names_make_unique()
     made = plan(chosen, coder, min_cells=min_cells, per_cell=True, layer=layer, **settings)
     names = [] if goal is None else [goal, *alt]
     members = [drawn(state, state_cells) for state in names]
@@ -558,7 +564,26 @@ def geneformer_stats(
     found: GoalShifts,
     stats: str = "goal",  # One of `STATS`
 ):  # DataFrame with the columns of Geneformer's statistics
-    "Write a run as Geneformer's statistics do."
+    """Write a run with the columns of Geneformer's statistics.
+
+    Parameters
+    ----------
+    found
+        From `goal_shifts`.
+    stats
+        "goal" (shift to the goal against all other genes), "null" (against cells of other
+        states), "mixture" (which genes have an impact), "combination" (with an anchor) or
+        "aggregate" (one row for each cell).
+
+    Returns
+    -------
+    A DataFrame, sorted as Geneformer's. Its p-values are over pooled cells.
+
+    Raises
+    ------
+    ValueError
+        The run lacks what the statistics need: a goal, a null, an anchor or further genes.
+    """
     if stats not in STATS:
         raise ValueError(f"stats is {stats!r}, wanted one of {', '.join(STATS)}.")
     makers = dict(
