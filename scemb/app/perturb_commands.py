@@ -228,8 +228,8 @@ def perturb(
     r = perturb_file(file, out, by=by, per_cell=per_cell, precision=precision, seed=seed, **shared)
     empty = int((r.obs.reason != "").sum()) if "reason" in r.obs else 0
     print(
-        f"{out}: {r.n_obs:,} rows ({shared['kind']}), {empty:,} of them empty with a reason in obs; see "
-        "obs impact beside bag_impact"
+        f"{out}: {r.n_obs:,} rows ({shared['kind']}), {empty:,} of them empty with a reason in "
+        "obs; see obs impact beside bag_impact"
     )
 
 
