@@ -71,14 +71,23 @@ def response(
     H, L, d = k.shape
     K = len(g)
     number = torch.arange(L, device=k.device)
-    of = number if of is None else of
+    every_token = of is None
+    of = number if every_token else of
     n_edits = len(of)
     taken_out = k_new is None
+
+    def not_on_itself(weights, rows):  # a token's effect on itself is its own path
+        if every_token:
+            weights[:, number[: rows.stop - rows.start], number[rows]] = 0
+        else:
+            weights.masked_fill_(number[rows, None] == of, 0)
 
     def wide(x):
         return torch.cat([x, x.new_ones(H, x.shape[1], 1)], 2)
 
-    k, v = wide(k[:, of]), wide(v[:, of])  # (H, edits, d + 1)
+    if not every_token:
+        k, v = k[:, of], v[:, of]
+    k, v = wide(k), wide(v)  # (H, edits, d + 1)
     q = torch.cat([q, -lse[..., None]], 2)
     g = torch.cat([g, -(g * o).sum(-1, keepdim=True)], 3)
     g_HLe = g.permute(1, 2, 0, 3).flatten(2)  # e: directions side by side
@@ -88,7 +97,6 @@ def response(
         new_HEe = torch.zeros_like(old_HEe)
     for a in range(0, L, block):
         rows = slice(a, min(a + block, L))
-        own = number[rows, None] == of  # a token's effect on itself is its own path
         P = (q[:, rows] @ k.transpose(1, 2)).exp_()
         if taken_out:
             inverse = (1 - P).clamp_(min=1e-6).reciprocal_()
@@ -96,10 +104,10 @@ def response(
             R = (q[:, rows] @ k_new.transpose(1, 2)).exp_()
             inverse = (R - P).add_(1).clamp_(min=1e-6).reciprocal_()
             R *= inverse
-            R.masked_fill_(own, 0)
+            not_on_itself(R, rows)
             new_HEe.baddbmm_(R.transpose(1, 2), g_HLe[:, rows])
         P *= inverse
-        P.masked_fill_(own, 0)
+        not_on_itself(P, rows)
         old_HEe.baddbmm_(P.transpose(1, 2), g_HLe[:, rows])
 
     def apart(x):
@@ -161,11 +169,13 @@ def _up(
             # each edited token sees the others as they were, and itself edited
             scores = q_new @ k.transpose(1, 2)
             scores[:, number, of] = (q_new * k_new).sum(-1)
-            W = scores.softmax(-1)
-            on_itself = W[:, number, of][..., None]
-            y = layer_rest(layer, W @ v + on_itself * (v_new - v[:, of]), y)
-        own = (None, None) if taken_out else (k_new[:, : len(genes)], v_new[:, : len(genes)])
-        stir = stir + _stirred(q, k, v, lse=lse, o=o, of=genes, k_new=own[0], v_new=own[1])
+            weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+            on_itself = weights[:, number, of][..., None]
+            attended = weights @ v + on_itself * (v_new - v[:, of])
+            y = layer_rest(layer, attended / weights.sum(-1, keepdim=True), y)
+        if (n_layers - len(kept)) % 2:  # every second layer tells enough, the last among them
+            own = (None, None) if taken_out else (k_new[:, : len(genes)], v_new[:, : len(genes)])
+            stir = stir + _stirred(q, k, v, lse=lse, o=o, of=genes, k_new=own[0], v_new=own[1])
         kept.append((x, lse, o, k_new, v_new))
         return layer_rest(layer, o, x), y
 
@@ -220,6 +230,8 @@ def _down(net, walk, share, *, of, taken_out, genes, pooling, block):
     every_layer = POOLINGS[pooling][1] is None
     n_layers = len(walk.kept)
     of_edits = of_genes = 0.0
+    no_frame = len(genes) == share.shape[1]
+    only_genes = no_frame and not taken_out and len(of) == len(genes)  # each once, in order
     if every_layer:
         share = share / n_layers
 
@@ -235,9 +247,13 @@ def _down(net, walk, share, *, of, taken_out, genes, pooling, block):
         q, k, v, o = (part.detach() for part in (q, k, v, o))
         same = dict(lse=lse, o=o, g=by_o, block=block)
         if k_new is not None:
-            of_edits = of_edits + response(q, k, v, of=of, k_new=k_new, v_new=v_new, **same)
+            of_edits = of_edits + response(
+                q, k, v, of=None if only_genes else of, k_new=k_new, v_new=v_new, **same
+            )
         if taken_out:
-            of_genes = of_genes + response(q, k, v, of=genes, k_new=None, v_new=None, **same)
+            of_genes = of_genes + response(
+                q, k, v, of=None if no_frame else genes, k_new=None, v_new=None, **same
+            )
         return by_x + share if every_layer else by_x
 
     for _ in walk_layers(net, share, step, down=True, n_layers=n_layers):
