@@ -84,9 +84,8 @@ def gene_embeddings(
     per_cell
         One row for each cell that expresses the gene, without averaging. Needs `genes`.
     pooling
-        "mean12" (mean over all layers), "last" or "second-to-last" (one layer). None takes the
-        layer that the base describes a cell with: all for scEMB, the second-to-last for
-        Geneformer, the last for scGPT.
+        "mean12" (mean over all layers), "last" or "second-to-last" (one layer). None takes
+        the last layer for scEMB and scGPT, and the second-to-last for Geneformer.
     layer
         Where the raw counts are: "X", a layer, "raw", or a `Reading`. None takes `X` if it
         holds counts.
@@ -164,12 +163,13 @@ def gene_embeddings(
 
 def gene_pooling(
     base: Base,  # From `open_base`
-    pooling: str | None = None,  # A name of `POOLINGS`; None: the base's own layer
+    # A name of `POOLINGS`; None: the last layer of scEMB, and of others the base's own layer
+    pooling: str | None = None,
 ) -> str:  # A pooling over genes
     "The layer from which the vectors of genes are taken; a vector of the cell is refused."
     over_genes = [name for name in base.poolings if POOLINGS[name][0] == "genes"]
     if pooling is None:
-        own_layer = POOLINGS[base.pooling][1]
+        own_layer = 0 if base.family == "scemb" else POOLINGS[base.pooling][1]
         return next(name for name in over_genes if POOLINGS[name][1] == own_layer)
     if pooling in POOLINGS and POOLINGS[pooling][0] != "genes":
         raise ValueError(
