@@ -137,7 +137,7 @@ FAULTS = [
     # vectors
     Fault("model.embed", "/ cu.diff()[:, None]", "/cu.diff().max()", "mean over padding"),
     Fault(
-        "judge.geneformer",
+        "tokens.other_orders",
         "as_float[0] = v * scale[t]",
         "as_float[0] = v/scale[t]",
         "counts are multiplied by gene medians",

@@ -144,9 +144,10 @@ def models(folder, make):
     "Small models with random weights: made by the first setting, opened by all."
     import torch
 
-    from scemb.judge.geneformer import Geneformer, toy_geneformer
+    from scemb.model.bases import open_base
     from scemb.model.encoder import ScembConfig, ScembForMaskedLM
-    from scemb.judge.scgpt import ScGPT, toy_scgpt
+    from scemb.model.geneformer import toy_geneformer
+    from scemb.model.scgpt import read_scgpt, toy_scgpt
     from scemb.tokens.ranking import TokenizerSettings, protein_vocabulary
 
     vocabulary = protein_vocabulary()
@@ -168,24 +169,23 @@ def models(folder, make):
     net.load_state_dict(torch.load(folder / "scemb.pt", weights_only=True))
     return {
         "scEMB": (net, vocabulary, TokenizerSettings(max_len=512)),
-        "Geneformer": Geneformer(folder / "geneformer", device="cpu"),
-        "scGPT": ScGPT(folder / "scgpt", max_len=301, device="cpu"),
+        "Geneformer": open_base(folder / "geneformer"),
+        "scGPT": read_scgpt(folder / "scgpt", max_len=301),
     }
 
 
 def vectors_and_peers(adata, folder, make):
     "(digests of the tokens of the peers, vectors of the cells by each model)"
     from scemb.model.embed import embed
-    from scemb.judge.peers import token_set
+    from scemb.tokens.tokenize import tokenize
 
     exact, close = {}, {}
     for name, model in models(folder, make).items():
         few = adata[:: N_CELLS // N_VECTORS].copy()
         close[name] = embed(few, model, device="cpu").obsm["X_scemb"]
         if name != "scEMB":
-            exact[f"tokens of {name}"] = digest(
-                *token_set(model, adata).gather(np.arange(adata.n_obs))
-            )
+            tokens = tokenize(adata, model.vocabulary, settings=model.settings)
+            exact[f"tokens of {name}"] = digest(*tokens.gather(np.arange(adata.n_obs)))
     return exact, close
 
 
@@ -193,7 +193,7 @@ def toy_medians(folder):
     "The medians of a toy Geneformer, which are random numbers, made in this setting."
     import pickle
 
-    from scemb.judge.geneformer import toy_geneformer
+    from scemb.model.geneformer import toy_geneformer
 
     made = toy_geneformer(folder, layers=1, width=8, context=16)
     return digest(
