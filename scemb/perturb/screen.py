@@ -283,7 +283,7 @@ class Around:
         tied = np.where(place < self.genes[numbers][:, None], 1, 2)
         return np.where(ahead, 0, np.where(behind, 3, tied))
 
-    def way(self):  # -> (genes,)
+    def changes(self):  # -> (genes,)
         "How many tokens have changed their rank or bin on the way from gene to gene."
         differs = (self.ranks[:-1] != self.ranks[1:]) | (self.bins[:-1] != self.bins[1:])
         differs = differs[:, self.genes]
@@ -420,10 +420,10 @@ def _of_moves(effect, moves, around):  # (directions, moves) -> (directions, gen
     return ahead + tied_ahead + tied_behind + behind + frame
 
 
-def _anchored(moved, way, anchors, exact):  # (directions, genes), exact (directions, anchors)
-    "Hold the sum of the moves to what it is at the anchors, and in between by the way."
+def _anchored(moved, changes, anchors, exact):  # (directions, genes), exact (directions, anchors)
+    "Hold the sum of the moves to what it is at the anchors, and in between by the changes."
     error = exact - moved[:, anchors]
-    return moved + np.array([np.interp(way, way[anchors], of_one) for of_one in error])
+    return moved + np.array([np.interp(changes, changes[anchors], of_one) for of_one in error])
 
 
 def _corrected(effects, stir, probes, exact):
@@ -545,13 +545,13 @@ def _screened(cell, directions, *, pooling="mean12", probes=2, anchors=8, block=
         own_step = walk.edited[-len(cell.moves.of) :] - walk.cell[cell.moves.of]
         own_step = _along(own_step * cell.is_gene[cell.moves.of, None], directions)
         steps = of_edits.double().cpu().numpy() + own_step
-        way = cell.around.way()
-        at = np.searchsorted(way, np.linspace(0, way[-1], anchors)).clip(0, n - 1)
+        changes = cell.around.changes()
+        at = np.searchsorted(changes, np.linspace(0, changes[-1], anchors)).clip(0, n - 1)
         at = np.unique(at)
         with products_in("fp32"):
             run = _run(net, cell.surroundings(at), pooling=pooling)
         exact = _along(run[:, genes], directions).sum(2) - before.sum(1, keepdims=True)
-        effects = effects + _anchored(_of_moves(steps, cell.moves, cell.around), way, at, exact)
+        effects = effects + _anchored(_of_moves(steps, cell.moves, cell.around), changes, at, exact)
     effects = effects / (n - 1)
     stir = walk.stir.double().cpu().numpy()
     chosen = np.argsort(-stir, kind="stable")[: min(probes, n)]
