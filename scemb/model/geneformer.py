@@ -47,6 +47,8 @@ def toy_geneformer(
     genes=None,  # Ensembl ids of its vocabulary; None: the protein-coding genes
     context: int | None = None,  # Tokens; None: as published
     safe: bool = True,  # safetensors; otherwise a file of torch.save
+    # Standard deviation of the weights; BERT's own start is .02, which does little in a small toy
+    spread: float = 0.1,
     seed: int = 0,
 ) -> Path:  # The folder
     """Write a Geneformer folder with random weights and random medians, in the published file
@@ -75,7 +77,7 @@ def toy_geneformer(
             hidden_act="relu",
             max_position_embeddings=context or (2048 if version == 1 else 4096),
             type_vocab_size=2,
-            initializer_range=0.1,
+            initializer_range=spread,
             hidden_dropout_prob=0.02,
             attention_probs_dropout_prob=0.02,
         )
