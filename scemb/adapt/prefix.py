@@ -66,10 +66,7 @@ def pooled_vectors(
 ) -> np.ndarray:  # Shape (cells, dim), float32; 0 for empty cells
     "Mean of a cell's gene vectors, of whatever origin."
     table, s = gene_vector_table(vectors, tokens.vocabulary), tokens.settings
-    mean = bag(tokens, table, s.max_len + s.n_frame)
-    if s.n_frame:  # special tokens have the vector 0, and are no genes to divide by
-        mean *= (tokens.lengths / np.maximum(1, tokens.lengths - s.n_frame))[:, None]
-    return np.nan_to_num(mean).astype(np.float32)
+    return np.nan_to_num(bag(tokens, table, s.max_len)).astype(np.float32)
 
 
 def annotation_vectors(

@@ -15,6 +15,7 @@ import torch
 
 from ..data.genes import gene_table, protein_coding
 from .base import Base
+from .checkpoint import spare_deepspeed_the_search
 from .encoder import ScembConfig, ScembForMaskedLM
 from scemb.model.weights import (
     INDEX,
@@ -82,6 +83,7 @@ def toy_geneformer(
             attention_probs_dropout_prob=0.02,
         )
     )
+    spare_deepspeed_the_search()
     net.save_pretrained(folder)
     if not safe:
         torch.save(net.state_dict(), folder / "pytorch_model.bin")
