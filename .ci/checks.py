@@ -735,6 +735,7 @@ TASKS = (
     ("Annotate cells", "tutorials/annotate_a_new_sample.ipynb"),
     ("Integrate batches", "adapt/08_integrate.ipynb"),
     ("Perturb a gene", "tutorials/knock_out_a_gene.ipynb"),
+    ("Use Geneformer's weights", "tutorials/geneformer_protocol.ipynb"),
     ("Screen all genes", "perturb/03_screen.ipynb"),
     ("Correlate with a disease", "tutorials/match_a_disease_to_a_perturbation.ipynb"),
     ("Compare methods", "judge/06_benchmark.ipynb"),

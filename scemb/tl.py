@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from scemb.network.grn import grn as grn
     from scemb.perturb.crispr import edistance as edistance
     from scemb.perturb.crispr import knock_down as knock_down
+    from scemb.perturb.goals import geneformer_stats as geneformer_stats
+    from scemb.perturb.goals import goal_shifts as goal_shifts
     from scemb.perturb.perturb import gene_impacts as gene_impacts
     from scemb.perturb.perturb import perturb as perturb
     from scemb.perturb.screen import goal_direction as goal_direction
@@ -53,6 +55,8 @@ else:
             "integrate": "scemb.adapt.integrate",
             "perturb": "scemb.perturb.perturb",
             "gene_impacts": "scemb.perturb.perturb",
+            "goal_shifts": "scemb.perturb.goals",
+            "geneformer_stats": "scemb.perturb.goals",
             "goal_direction": "scemb.perturb.screen",
             "screen": "scemb.perturb.screen",
             "screen_file": "scemb.perturb.screen",

@@ -16,7 +16,9 @@ hidden tokens only, three times that for training. MFU is that, of real tokens a
 and the data sheet's dense 16-bit peak.
 
 The parts `ceilings`, `full_cells`, `profile`, `ladder`, `head` and `optimizer` need torch,
-transformers and numpy; `trainer`, `embed`, `perturb` and `screen` run the product itself.
+transformers and numpy; `trainer`, `embed`, `perturb` and `screen` run the product itself. `bases`
+does so on the published sizes of Geneformer, with random weights, beside a straight padded loop
+over transformers' BertForMaskedLM; its LoRA step needs peft.
 """
 
 import argparse
@@ -91,7 +93,13 @@ DEFAULT = dict(
     head=6,
 )
 MORE = dict(
-    kernels=45, cudnn_step=15, checkpointing=25, ladder_all=30, ladder_compiled=45, agreement=10
+    kernels=45,
+    cudnn_step=15,
+    checkpointing=25,
+    ladder_all=30,
+    ladder_compiled=45,
+    agreement=10,
+    bases=90,
 )
 
 
@@ -130,15 +138,15 @@ class Bench:
         side = 256 if toy else 8192 if self.cuda else 1024
         self.peak, self.peak_source = peak_flops(self.device, self.dtype, side)
 
-    def real_lengths(self):
-        "Genes of each cell of several data sets, in one random order, cut to the window."
+    def real_lengths(self, window=None):
+        "Genes of each cell of several data sets, in one random order, cut to a window."
         found = json.loads((TOP / "results/benchmarks/padding_ladder/lengths.json").read_text())
         found.pop("note")
         lengths = np.concatenate([np.array(v, np.int32) for v in found.values()])
         lengths = lengths[epoch_order(len(lengths), 1)]
         if self.toy:
             lengths = lengths[:200] // 50
-        return np.clip(lengths, 4, self.window)
+        return np.clip(lengths, 4, window or self.window)
 
     def about(self):
         "What the JSON says before its parts."
@@ -663,6 +671,177 @@ class Bench:
         return rows | dict(number=text)
 
     # --- parts that are run when asked for ------------------------------------------------------
+
+    def bases(self):
+        "Embed, LoRA step, exact maskings and screen on Geneformer's sizes, beside a loop."
+        from scemb.model.geneformer import SIZES
+
+        out = {}
+        for name in ("V1-10M", "V2-104M", "V2-316M"):
+            forget_memory()
+            size = SIZES[name]
+            room = self.window if self.toy else 2048 if size["version"] == 1 else 4094
+            ours, stock = self.both_nets(size, room)
+            lengths = self.real_lengths(room)[: 8 if self.toy else 64]
+            out[name] = dict(
+                parameters=sum(p.numel() for p in stock.parameters()),
+                mean_length=float(lengths.mean()),
+                embed=self.embed_both(ours, stock, lengths),
+                lora_step=self.lora_both(ours, stock, lengths[:8]),
+                edits=self.edits_of_base(ours, stock, min(room, 16 if self.toy else 2048)),
+            )
+        found = {name: row["embed"] for name, row in out.items()}
+        text = "; ".join(
+            f"{name} {row['ours']['median']:g} cells/s, loop {row['loop']['median']:g}"
+            for name, row in found.items()
+        )
+        return out | dict(number=text)
+
+    def both_nets(self, size, room):
+        "The same sizes as our model and as transformers', on the device, with fresh weights."
+        from transformers import BertConfig, BertForMaskedLM
+
+        vocabulary = vocabulary_of(self.vocab - 4 if self.toy else None)
+        width = 32 if self.toy else size["width"]
+        shape = dict(
+            vocab_size=len(vocabulary),
+            hidden_size=width,
+            num_hidden_layers=2 if self.toy else size["layers"],
+            num_attention_heads=2 if self.toy else size["heads"],
+            intermediate_size=width * (2 if size["version"] == 1 else 4),
+            hidden_act="relu",
+            max_position_embeddings=room + 2,
+            hidden_dropout_prob=0.02,
+            attention_probs_dropout_prob=0.0,
+        )
+        torch.manual_seed(0)
+        ours = ScembForMaskedLM(ScembConfig(type_vocab_size=101, **shape)).to(self.device).eval()
+        stock = BertForMaskedLM(BertConfig(type_vocab_size=2, **shape)).to(self.device).eval()
+        return ours, stock
+
+    def alternating(self, ours, loop, n, warm=1):
+        "Seconds of two ways in turn -> rates for n units of work, and peak memory of each."
+        seconds, memory = dict(ours=[], loop=[]), {}
+        for i in range(warm + (1 if self.toy else 3)):
+            for name, work in (("ours", ours), ("loop", loop)):
+                if self.cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                took = timed(work, 1, 0)
+                memory[f"{name}_peak_memory_gb"] = peak_gb()
+                seconds[name] += took if i >= warm else []
+        ratio = [b / a for a, b in zip(seconds["ours"], seconds["loop"], strict=True)]
+        rates = {name: rate(s, n) for name, s in seconds.items()}
+        return rates | memory | dict(loop_over_ours=spread(ratio, 2))
+
+    def padded_ids(self, cells):
+        "Padded tokens and the mask of what is real, on the device, rows as they come."
+        rows = np.split(cells["genes"].astype(np.int64), cells["offsets"][1:-1])
+        rows = [torch.from_numpy(row) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return ids.to(self.device), (ids > 0).long().to(self.device)
+
+    def loop_over(self, stock, ids, mask, batch=16):
+        "Padded batches through BertForMaskedLM with all hidden states -> means over genes."
+        means = []
+        with torch.no_grad(), self.autocast():
+            for i in range(0, len(ids), batch):
+                here = mask[i : i + batch]
+                here_ids = ids[i : i + batch, : int(here.sum(1).max())]
+                here = here[:, : here_ids.shape[1]]
+                got = stock(here_ids, attention_mask=here, output_hidden_states=True)
+                state = got.hidden_states[-2] * here[..., None]
+                means.append((state.sum(1) / here.sum(1, keepdim=True)).float().cpu())
+        return torch.cat(means)
+
+    def embed_both(self, ours, stock, lengths):
+        "Cells a second of `encode_cells` and of the loop, in the precision of the run."
+        from scemb.model.embed import encode_cells
+
+        cells = random_cells(lengths, ours.config.vocab_size)
+        flat = cells["genes"], np.ones_like(cells["bins"]), cells["offsets"]
+        budget = 65_536 if self.cuda else 4096
+        ids, mask = self.padded_ids(cells)
+        return self.alternating(
+            lambda: encode_cells(ours, *flat, "second-to-last", budget, self.precision),
+            lambda: self.loop_over(stock, ids, mask),
+            len(lengths),
+        )
+
+    def lora_both(self, ours, stock, lengths):
+        "Optimizer steps a second of LoRA on eight cells: unpadded, and padded with peft on BERT."
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            return dict(missing="peft is not installed")
+        from transformers import BertForSequenceClassification
+
+        from scemb.adapt.cell_model import CellModel, FinetuneSettings
+
+        settings = FinetuneSettings(method="lora", precision=self.precision)
+        mine = CellModel(ours.bert, 2, settings).to(self.device).train()
+        theirs = BertForSequenceClassification(stock.config)
+        theirs.bert.load_state_dict(stock.bert.state_dict(), strict=False)
+        how = LoraConfig(r=settings.rank, lora_alpha=16, target_modules=list(settings.lora_on))
+        theirs = get_peft_model(theirs, how).to(self.device).train()
+        cells = random_cells(lengths, ours.config.vocab_size)
+        ids, mask = self.padded_ids(cells)
+        labels = torch.arange(len(lengths), device=self.device) % 2
+        flat = torch.from_numpy(cells["genes"].astype(np.int64))[None].to(self.device)
+        where = Segments.of(lengths, self.device)
+        batch = dict(input_ids=flat, bins=torch.ones_like(flat), cu_seqlens=where)
+        works = []
+        for model, scores in (
+            (mine, lambda: mine(batch)),
+            (theirs, lambda: theirs(input_ids=ids, attention_mask=mask).logits),
+        ):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+            def step(scores=scores, optimizer=optimizer):
+                optimizer.zero_grad(set_to_none=True)
+                with self.autocast():
+                    loss = F.cross_entropy(scores().float(), labels)
+                loss.backward()
+                optimizer.step()
+
+            works.append(step)
+        return self.alternating(*works, 1)
+
+    def edits_of_base(self, ours, stock, length):
+        "Variants a second of exact maskings, beside the loop; seconds a cell of the screen."
+        from scemb.model.embed import CellEncoder
+        from scemb.perturb.screen import screened
+        from scemb.tokens.ranking import TokenizerSettings
+
+        vocabulary = vocabulary_of(self.vocab - 4 if self.toy else None)
+        settings = TokenizerSettings(max_len=length)
+        budget = 65_536 if self.cuda else 4096
+        coder = CellEncoder(ours, vocabulary, settings, "mean12", self.precision, budget)
+        cell = self.one_cell(length)
+        n = 8 if self.toy else 32
+        places = torch.linspace(0, length - 1, n).long()
+        ids = cell.ids[None].repeat(n, 1)
+        ids[torch.arange(n), places] = 1
+        mask = torch.ones_like(ids)
+        exact = self.alternating(
+            lambda: self.exact(coder, cell, n), lambda: self.loop_over(stock, ids, mask), n
+        )
+        width = ours.config.hidden_size
+        unit = torch.nn.functional.normalize(torch.ones(1, width, device=self.device))
+        full = CellEncoder(ours, vocabulary, settings, "mean12", "fp32", budget)
+
+        def screen():
+            return screened(full.net, cell.ids, cell.bins, directions=unit)
+
+        seconds = timed(screen, 2 if self.toy else 3, 1)
+        of_loop = length / exact["loop"]["median"]
+        return dict(
+            exact,
+            genes=length,
+            screen_seconds_a_cell=spread(seconds),
+            screen_peak_memory_gb=peak_gb(),
+            loop_seconds_a_cell=round(of_loop, 3),
+        )
 
     def agreement(self):
         "Unpadded attention against padded eager attention, in full precision and that of the run."

@@ -21,6 +21,7 @@ from ..data.progress import Pace, stage
 from ..model.batching import epoch_order
 from ..model.embed import to_device
 from ..model.encoder import slow_attention
+from ..tokens.ranking import CLS, EOS
 from ..tokens.tokenize import TokenSet
 
 # %% ../../nbs/adapt/06_fit.ipynb #221f1d61
@@ -67,13 +68,18 @@ def start_from_probe(
 # %% ../../nbs/adapt/06_fit.ipynb #9e305a41
 def thinned(
     batch: dict,  # From `cell_batch`, on the host
-    share: float,  # Of the genes of each cell, left out at random; its first gene stays
+    # Of the genes of each cell, left out at random; its first gene stays, and so do special tokens
+    share: float,
 ) -> dict:  # The same with fewer genes; ranks close up
     "Leave genes out."
     cu = batch["cu_seqlens"].long()
     keep_T = torch.rand(batch["input_ids"].shape[1]) >= share
+    ids_T = batch["input_ids"][0]
+    is_frame_T = (ids_T == CLS) | (ids_T == EOS)
     first_of_cell = cu[:-1][cu[1:] > cu[:-1]]
-    keep_T[first_of_cell] = True
+    first_gene = first_of_cell + is_frame_T[first_of_cell]
+    keep_T[first_gene] = True
+    keep_T |= is_frame_T
     kept_before = F.pad(keep_T.cumsum(0), (1, 0))
     new_cu = kept_before[cu]
     return batch | dict(

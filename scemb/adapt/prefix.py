@@ -65,9 +65,8 @@ def pooled_vectors(
     vectors,  # DataFrame of gene vectors, see `gene_vector_table`
 ) -> np.ndarray:  # Shape (cells, dim), float32; 0 for empty cells
     "Mean of a cell's gene vectors, of whatever origin."
-    return np.nan_to_num(
-        bag(tokens, gene_vector_table(vectors, tokens.vocabulary), tokens.settings.max_len)
-    ).astype(np.float32)
+    table, s = gene_vector_table(vectors, tokens.vocabulary), tokens.settings
+    return np.nan_to_num(bag(tokens, table, s.max_len)).astype(np.float32)
 
 
 def annotation_vectors(

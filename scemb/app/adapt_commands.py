@@ -26,7 +26,13 @@ from scemb.app.commands import (
 
 # %% ../../nbs/app/01_adapt_commands.ipynb #d8407c48
 Base = Annotated[
-    str, typer.Option(help="The pretrained model: a shipped one or the folder of a checkpoint.")
+    str,
+    typer.Option(
+        "--model",
+        "--base",
+        help="The pretrained model: a shipped one, or a folder of scEMB, Geneformer (V1, V2) or "
+        "scGPT weights, which is found out from its files.",
+    ),
 ]
 Method = Annotated[
     choice("MethodName", "auto", "probe", "lora", "full", "freeze", "prefix"),
@@ -155,6 +161,9 @@ def finetune(
     cells are named by the adapted model and by a simple baseline, and both scores are printed.
 
     Example: `scemb finetune reference.h5ad --label cell_type --out adapter`
+
+    On Geneformer: `scemb finetune reference.h5ad --label cell_type --model Geneformer-V2-104M
+    --method lora --out adapter`
     """
     from scemb.adapt.finetune import finetune, open_atlas, summary
     from scemb.model.embed import chosen_device
@@ -235,12 +244,19 @@ def annotate(
         Optional[str], typer.Option(help="Column of the reference's obs with labels.")
     ] = None,
     adapter: Annotated[
-        Optional[Path], typer.Option(help="Folder written by scemb finetune.")
+        Optional[Path],
+        typer.Option(
+            help="Folder written by scemb finetune; or a fine-tuned Geneformer classifier with its "
+            "*_id_class_dict.pkl, which needs no reference and no model."
+        ),
     ] = None,
     base: Annotated[
         Optional[str],
         typer.Option(
-            help="The pretrained model; default: scemb-small, or the one that the adapter names."
+            "--model",
+            "--base",
+            help="The pretrained model: a shipped one, or a folder of scEMB, Geneformer (V1, V2) "
+            "or scGPT weights; default: scemb-small, or the one that the adapter names.",
         ),
     ] = None,
     method: Method = "auto",
@@ -281,6 +297,9 @@ def annotate(
     that neither had seen, are printed.
 
     Example: `scemb annotate sample.h5ad --reference atlas.h5ad --label cell_type --out named.h5ad`
+
+    By a fine-tuned Geneformer folder: `scemb annotate sample.h5ad --adapter ksplit1 --out
+    named.h5ad`; its confidences are its own, not calibrated.
     """
     from scemb.adapt.annotate import annotate_file
     from scemb.model.embed import chosen_device
@@ -368,6 +387,9 @@ def integrate(
 ):
     """Make vectors in which batches lie together, and report how many neighbours within a batch
     were kept.
+
+    A model without a masked-gene head (scGPT, a classifier) goes without that term of the loss,
+    and says so.
 
     Example: `scemb integrate cells.h5ad --batch donor --out integrated.h5ad`
     """

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['tell', 'Style', 'Progress', 'Precision', 'Layer', 'GeneColumn', 'DuplicateRule', 'Duplicates', 'StripNames',
-           'RoundCounts', 'Species', 'Seed', 'Overwrite', 'Model', 'Device', 'choice', 'shell_words', 'with_options',
-           'end_with_parent', 'refusing', 'alone', 'check_species', 'reading_cells', 'loading', 'counter']
+           'RoundCounts', 'Species', 'Seed', 'Overwrite', 'Model', 'PoolingName', 'Pooling', 'Device', 'choice',
+           'shell_words', 'with_options', 'end_with_parent', 'refusing', 'alone', 'check_species', 'reading_cells',
+           'loading', 'counter']
 
 # %% ../../nbs/app/00_commands.ipynb #dceb62de
 import functools, gc, inspect, os, re, sys, warnings
@@ -300,8 +301,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Model = Annotated[
     str,
     typer.Option(
-        help="A shipped model (scemb-small, or scemb-base, which is better and slower) or the "
-        "folder of a checkpoint."
+        help="A shipped model (scemb-small, or scemb-base, which is better and slower), or a "
+        "folder: a checkpoint of scEMB, or Geneformer's weights (V1 or V2)."
+    ),
+]
+PoolingName = choice("PoolingName", "mean12", "last", "second-to-last", "cls", "cls-second-to-last")
+Pooling = Annotated[
+    Optional[PoolingName],
+    typer.Option(
+        help="Which state describes a cell: the mean over all layers, one layer, or the vector of "
+        "<cls>. Default: the model's own (scEMB: mean12, Geneformer: second-to-last, scGPT: cls)."
     ),
 ]
 Device = Annotated[

@@ -41,7 +41,7 @@ def perturb(
         Path,
         typer.Option(
             help=".h5ad to write, with one row for each gene set (and group): "
-            "the mean shift, and how far cells moved."
+            "the mean shift, and how far cells moved. With --start or --format geneformer: .csv."
         ),
     ],
     gene: Annotated[
@@ -51,18 +51,82 @@ def perturb(
             "every gene that --min-cells cells express."
         ),
     ] = None,
+    anchor: Annotated[
+        Optional[str],
+        typer.Option(
+            help="A gene that is combined with each of the others: the anchor alone, each gene "
+            "alone, and both."
+        ),
+    ] = None,
     kind: Annotated[
-        choice("KindName", "mask", "delete", "shift", "overexpress"),
+        Optional[
+            choice("KindName", "mask", "delete", "shift", "overexpress", "inhibit", "activate")
+        ],
         typer.Option(
             help="What happens to the gene: mask (hidden), delete (taken out),"
-            " shift (a knock-down: count x --factor) or overexpress "
-            "(highest)."
+            " shift (a knock-down: count x --factor), overexpress "
+            "(highest), inhibit or activate (--steps quarters down or up the ranks). Default: "
+            "mask; delete with --start or --format geneformer."
         ),
-    ] = "mask",
+    ] = None,
     factor: Annotated[
         float,
         typer.Option(help="For --kind shift: the share of the count that the knock-down leaves."),
     ] = 0.2,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1, max=3, help="For --kind inhibit and activate: quarters of the cell's ranks."
+        ),
+    ] = 1,
+    label: Annotated[
+        Optional[str], typer.Option(help="obs column with the states of the cells.")
+    ] = None,
+    start: Annotated[
+        Optional[str], typer.Option(help="State whose cells are perturbed. Default: all cells.")
+    ] = None,
+    goal: Annotated[
+        Optional[str],
+        typer.Option(help="State that the cells should move to: which genes turn them towards it?"),
+    ] = None,
+    alt: Annotated[
+        Optional[list[str]], typer.Option(help="A further state to compare; may be repeated.")
+    ] = None,
+    null: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="For --stats null: a state whose cells are the null; may be repeated. Default: "
+            "every state but the start."
+        ),
+    ] = None,
+    donor: Annotated[
+        Optional[str],
+        typer.Option(
+            help="obs column with the donors, who are the units of intervals and p. Without it "
+            "cells are the units, and the result describes these cells only."
+        ),
+    ] = None,
+    cells: Annotated[
+        int, typer.Option(min=1, help="With --start: cells of the start at most, drawn at random.")
+    ] = 200,
+    state_cells: Annotated[
+        int, typer.Option(min=1, help="Cells of each other state at most that make its mean.")
+    ] = 1000,
+    format: Annotated[
+        choice("PerturbFormat", "scemb", "geneformer"),
+        typer.Option(
+            help="scemb: one tidy table, tested over donors. geneformer: the columns of "
+            "Geneformer's statistics, see --stats."
+        ),
+    ] = "scemb",
+    stats: Annotated[
+        Optional[choice("StatsName", "goal", "null", "mixture", "aggregate", "combination")],
+        typer.Option(
+            help="For --format geneformer: goal (needs --goal), null (needs --start), mixture, "
+            "aggregate (needs --gene) or combination (needs --anchor). Default: goal where there "
+            "is one, else mixture."
+        ),
+    ] = None,
     by: Annotated[
         Optional[str], typer.Option(help="obs column: average within its groups.")
     ] = None,
@@ -74,9 +138,16 @@ def perturb(
     ] = False,
     model: Model = "scemb-small",
     pooling: Annotated[
-        choice("PerturbPooling", "mean12", "last"),
-        typer.Option(help="Mean over all layers, or the last."),
-    ] = "mean12",
+        Optional[
+            choice(
+                "PerturbPooling", "mean12", "last", "second-to-last", "cls", "cls-second-to-last"
+            )
+        ],
+        typer.Option(
+            help="What describes a cell: the mean over all layers, the last or the second-to-last "
+            "layer; or <cls> (Geneformer V2). Default: the model's own."
+        ),
+    ] = None,
     min_cells: Annotated[
         int, typer.Option(min=1, help="Cells that must express a gene. Used if no gene is named.")
     ] = 20,
@@ -97,39 +168,85 @@ def perturb(
     ] = None,
     overwrite: Overwrite = False,
 ):
-    """Perturb genes in silico and measure how far the cells move. If the run stops, the same
-    command continues it.
+    """Perturb genes in silico and measure how far the cells move, or how far they turn towards a
+    goal. Takes scEMB and Geneformer models. If the run stops, the same command continues it.
 
     Example: `scemb perturb controls.h5ad --gene GATA1 --gene GATA1+MYC --kind shift --out
     shifts.h5ad`
-    """
-    from scemb.perturb.perturb import perturb_file
 
-    r = perturb_file(
-        file,
-        out,
+    Example: `scemb perturb cells.h5ad --model Geneformer-V2-104M --label condition --start disease
+    --goal healthy --donor donor --out goal.csv`
+    """
+    states = dict(label=label, start=start, goal=goal, alt=alt or [], null=null or [])
+    to_goal = any(states.values()) or format == "geneformer"
+    shared = dict(
         model=model,
         genes=gene or None,
+        anchor=anchor,
         overwrite=overwrite,
         progress=counter("cells"),
-        kind=kind,
+        kind=kind or ("delete" if to_goal else "mask"),
         factor=factor,
-        by=by,
-        per_cell=per_cell,
+        steps=steps,
         pooling=pooling,
         min_cells=min_cells,
         missing=missing,
         layer=reading,
         device=device,
-        precision=precision,
         token_budget=token_budget,
-        seed=seed,
     )
+    if to_goal:
+        from scemb.perturb.goals import goal_file
+
+        if by or per_cell:
+            raise ValueError(
+                f"{f'by={by!r}' if by else 'per_cell=True'} does not go with a start, a goal or "
+                "format='geneformer': leave it out."
+            )
+        found = goal_file(
+            file,
+            out,
+            form=format,
+            stats=stats,
+            donor=donor,
+            cells=cells,
+            state_cells=state_cells,
+            seed=seed or 0,
+            precision="fp32" if precision == "auto" else precision,
+            **states,
+            **shared,
+        )
+        _tell_goal(out, found)
+        return
+    if donor or stats:
+        raise ValueError(
+            f"{f'donor={donor!r}' if donor else f'stats={stats!r}'} needs a start or a goal, or "
+            "format='geneformer'."
+        )
+    from scemb.perturb.perturb import perturb_file
+
+    r = perturb_file(file, out, by=by, per_cell=per_cell, precision=precision, seed=seed, **shared)
     empty = int((r.obs.reason != "").sum()) if "reason" in r.obs else 0
     print(
-        f"{out}: {r.n_obs:,} rows ({kind}), {empty:,} of them empty with a reason in obs; see "
-        "obs impact beside bag_impact"
+        f"{out}: {r.n_obs:,} rows ({shared['kind']}), {empty:,} of them empty with a reason in "
+        "obs; see obs impact beside bag_impact"
     )
+
+
+def _tell_goal(out, found):  # what was written, in a few lines
+    table = found.table
+    unit = table.unit.iloc[0]
+    n = int(table.n_units.max())
+    print(f"{out}: {len(table):,} perturbations of {found.cells.cell.nunique():,} cells")
+    if unit == "cell":
+        print("No donors are named, so cells are the units: p and q describe these cells only.")
+    elif n < 6:
+        few = f"There are {n} donors: the least p that they can give is {2 / 2**n:.2g}"
+        print(f"{few}, and an interval needs 6.")
+    if found.states and len(table):
+        best = table.iloc[0]
+        p = "" if best.isna()["p"] else f", p {best.p:.2g}, q {best.q:.2g}"
+        print(f"Furthest towards {found.states[0]}: {best.symbol} {best.shift_goal:+.2g}{p}")
 
 # %% ../../nbs/app/02_perturb_commands.ipynb #ac3a116b
 @refusing

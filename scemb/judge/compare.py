@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CROSS_STUDY', 'BROAD', 'GATES', 'COLUMNS', 'gated', 'cross_study_pbmc', 'evaluation_cells', 'twin', 'embed_vectors',
-           'Comparison', 'compare', 'genes_and_counts', 'answers', 'tidy', 'paired_p', 'best', 'masked_gene_scores',
-           'stands_out']
+           'Comparison', 'compare', 'genes_and_counts', 'answers', 'tidy', 'paired_p', 'best', 'title_of',
+           'reads_alike', 'cannot_guess', 'masked_gene_scores', 'stands_out']
 
 # %% ../../nbs/judge/01_compare.ipynb #4044b919
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from scemb.model.baselines import (
     table_scorer,
     unigram_prior,
 )
+from ..model.base import NAMES
 from ..model.bases import open_base
 from ..model.embed import cell_encoder
-from ..model.encoder import ScembForMaskedLM
 from ..model.pretrain import TrainSettings, model_scorer, new_model
 from ..stats.resampling import false_discovery, sign_flip_test
 from ..tokens.tokenize import encoded_chunks, tokenize
@@ -118,7 +118,7 @@ def evaluation_cells(
     return a.copy()
 
 # %% ../../nbs/judge/01_compare.ipynb #3ff1b068
-def twin(net, corpus=None, seed=0):  # the model as it was before training -> ScembForMaskedLM
+def twin(net, corpus=None, seed=0):  # the model as it was before training
     """An untrained model of the same shape; with a corpus (TokenSet) it has the gene vectors that
     training starts from."""
     import torch
@@ -126,7 +126,7 @@ def twin(net, corpus=None, seed=0):  # the model as it was before training -> Sc
     c = net.config
     if corpus is None:
         torch.manual_seed(seed)
-        return ScembForMaskedLM(type(c).from_dict(c.to_dict())).eval()
+        return type(net)(type(c).from_dict(c.to_dict())).eval()
     s = TrainSettings(max_len=c.max_position_embeddings, seed=seed, warmup_steps=0)
     return new_model(
         corpus,
@@ -140,7 +140,7 @@ def twin(net, corpus=None, seed=0):  # the model as it was before training -> Sc
 
 def embed_vectors(
     adata,  # AnnData with raw counts
-    model,  # Checkpoint, its name, or (model, vocabulary, settings)
+    model,  # Any base, see `open_base`
     *,
     layer=None,  # Layer of the AnnData with raw counts
     max_len=None,  # Genes a cell at most
@@ -148,7 +148,7 @@ def embed_vectors(
     pooling=None,  # A name of `POOLINGS`; None: the base's own
     device=None,  # "cpu", "cuda"; None: a GPU when there is one
 ) -> np.ndarray:  # (cells, D)
-    "Embed cells without writing into the AnnData."
+    "Embed cells without writing into the AnnData, by any base."
     encoder = cell_encoder(model, pooling, max_len=max_len, seed=seed, device=device)
     counts = read_counts(adata, layer)
     chunks = encoded_chunks(counts, encoder.tokenizer(counts))
@@ -378,9 +378,50 @@ def best(
     return out
 
 # %% ../../nbs/judge/01_compare.ipynb #bb5fbfaf
+def title_of(
+    base,  # From `open_base`
+) -> str:  # scEMB, Geneformer V1, Geneformer V2, scGPT
+    "What a model is called in a table."
+    version = {"none": " V1", "cls+eos": " V2"} if base.family == "geneformer" else {}
+    return NAMES[base.family] + version.get(base.settings.frame, "")
+
+
+def reads_alike(
+    base,  # From `open_base`
+    corpus,  # TokenSet
+) -> bool:
+    "Whether tokens are those that a model reads: its genes, its order, its bins, its frame."
+    mine, theirs = base.settings, corpus.settings
+    same = [
+        getattr(mine, name) == getattr(theirs, name)
+        for name in ("order", "scale", "n_bins", "frame")
+    ]
+    return all(same) and corpus.vocabulary.genes == base.vocabulary.genes
+
+
+def cannot_guess(
+    base,  # From `open_base`
+    corpus=None,  # TokenSet that the tables are filled from
+) -> str:  # Why not; "" where it can
+    "Whether masked genes can be asked of a model, beside tables of the same corpus."
+    if base.family == "scgpt" or not base.card.get("masked_gene_head", True):
+        return f"{base.name} has no head that guesses hidden genes: no masked-gene scores."
+    if base.settings.n_frame:
+        return (
+            f"{base.name} reads tokens around the genes, which the tables do not know: no "
+            "masked-gene scores."
+        )
+    if corpus is not None and not reads_alike(base, corpus):
+        return (
+            f"{base.name} reads cells otherwise than the corpus was read, so no table guesses the "
+            "same genes: no masked-gene scores."
+        )
+    return ""
+
+
 def masked_gene_scores(
     adata,  # Cells that are not in the corpus
-    model,  # Checkpoint, its name, or (model, vocabulary, settings)
+    model,  # A base that guesses hidden genes, see `cannot_guess`
     corpus,  # TokenSet that it was trained on
     *,
     n_cells: int = 400,
@@ -388,14 +429,17 @@ def masked_gene_scores(
     seed: int = 0,
 ) -> list:  # Rows: masked-gene loss of the model, its twin and the tables, intervals over cells
     "Loss on hidden genes beside the tables."
-    net, vocabulary, settings, _ = open_base(model)
+    base = open_base(model)
+    if reason := cannot_guess(base, corpus):
+        raise ValueError(reason)
+    net, vocabulary, settings, _ = base
     n = settings.max_len
     tokens = tokenize(read_counts(adata, layer), vocabulary, settings=settings)
     some = np.flatnonzero(tokens.lengths > 1)
     some = np.sort(np.random.default_rng(seed).permutation(some)[:n_cells])
     scorers = {
-        "scEMB": model_scorer(net),
-        "untrained scEMB": model_scorer(twin(net, corpus)),
+        title_of(base): model_scorer(net),
+        f"untrained {title_of(base)}": model_scorer(twin(net, corpus)),
         "unigram prior": table_scorer(unigram_prior(corpus, n)),
         "frequency given bin": table_scorer(bin_table(corpus, n)),
         "table by cluster and bin": ClusterBinTable(corpus, n),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['epoch_order', 'RankBatches', 'cut_where_full', 'unpadded_batches', 'packed_batches', 'grouped_batches',
            'token_budget_batches', 'useful_share', 'length_icc', 'sources_a_cell', 'step_balance', 'mask_genes',
-           'masked_batch', 'as_tensors', 'truncated', 'copied', 'received', 'numbered', 'Prefetched', 'HostReads']
+           'masked_batch', 'is_gene', 'without_frame', 'as_tensors', 'truncated', 'copied', 'received', 'numbered',
+           'Prefetched', 'HostReads']
 
 # %% ../../nbs/model/02_batching.ipynb #40b902ed
 from dataclasses import dataclass, replace
@@ -431,7 +432,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..tokens.ranking import SPECIAL, _mix64
+from ..tokens.ranking import CLS, EOS, SPECIAL, _mix64, framed
 from ..tokens.tokenize import TokenSet
 
 # %% ../../nbs/model/02_batching.ipynb #4db2cdbe
@@ -558,12 +559,21 @@ def masked_batch(
     longest (an int) and hidden (int64, flat places of the hidden genes) are known here for
     free; a model on a GPU that had to find them out would wait for the device.
     """
-    genes, bins, offsets = truncated(*tokens.gather(cells), max_len)
+    frame = tokens.settings.frame
+    genes, bins, offsets = tokens.gather(cells)
+    if frame != "none":
+        genes, bins, offsets = without_frame(genes, bins, offsets)
+    genes, bins, offsets = truncated(genes, bins, offsets, max_len)
     ids, shown, labels = mask_genes(
         genes, bins, offsets, cells=cells, n_vocab=len(tokens.vocabulary), **masking
     )
+    if frame != "none":  # special tokens are never hidden
+        around = framed(dict(genes=ids, bins=shown, offsets=offsets), frame)
+        ids, shown, offsets = around["genes"], around["bins"], around["offsets"]
+        of_genes, labels = labels, np.full(len(ids), -100)
+        labels[is_gene(ids)] = of_genes
     lengths = np.diff(offsets)
-    ranks = np.arange(len(genes)) - np.repeat(offsets[:-1], lengths)
+    ranks = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths)
     return dict(
         input_ids=ids[None],
         bins=shown[None],
@@ -573,6 +583,18 @@ def masked_batch(
         longest=int(lengths.max(initial=0)),
         hidden=np.flatnonzero(labels >= 0),
     )
+
+
+def is_gene(ids):  # tokens -> whether each is a gene, and not one of those around a cell
+    "Which tokens are genes, hidden ones included."
+    return (ids != CLS) & (ids != EOS)
+
+
+def without_frame(genes, bins, offsets):  # flat cells -> the same without what stands around them
+    "Leave out the special tokens around the genes of each cell."
+    kept = is_gene(genes)
+    n_before = np.concatenate([[0], np.cumsum(kept)])
+    return genes[kept], bins[kept], n_before[offsets]
 
 
 def as_tensors(

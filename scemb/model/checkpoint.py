@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'WAY_OUT', 'NEEDED', 'SIZES', 'DROPPED', 'READING', 'spare_deepspeed_the_search', 'save_checkpoint',
-           'shipped_models', 'read_config', 'read_model', 'load_checkpoint', 'read_reading', 'unfinished', 'check_fit']
+           'shipped_models', 'read_config', 'read_model', 'load_checkpoint', 'reading_of', 'read_reading', 'unfinished',
+           'check_fit']
 
 # %% ../../nbs/model/01_checkpoint.ipynb #25dcd939
 import inspect, json, os, re, warnings
@@ -65,12 +66,12 @@ def save_checkpoint(
     if half:
         weights = {k: v.half() for k, v in (weights or model.state_dict()).items()}
     if weights:
-        weights = {
-            k: v for k, v in weights.items() if k not in model._tied_weights_keys
-        }  # stored once
+        tied = model._tied_weights_keys or ()
+        weights = {k: v for k, v in weights.items() if k not in tied}  # stored once
     identity = tokenizer_hash(settings, vocabulary)
     with new_folder(folder, "checkpoint", settings=identity, into=True) as part:
-        model.save_pretrained(part, **({} if weights is None else dict(state_dict=weights)))
+        with _no_bar():
+            model.save_pretrained(part, **({} if weights is None else dict(state_dict=weights)))
         vocabulary.save(part)
         GeneTokenizer(str(part / "gene_vocabulary.json")).save_pretrained(part)
         (part / "token_settings.json").write_text(
@@ -91,7 +92,7 @@ def shipped_models() -> list:  # Names that `load_checkpoint` takes without a pa
 
 
 @contextmanager
-# loading takes a moment; its progress bar would stand on stderr before the work's own
+# loading and saving take a moment; their progress bars would stand on stderr before the work's own
 def _no_bar():
     from transformers.utils import logging
 
@@ -133,18 +134,20 @@ DROPPED = (
 
 def read_config(
     path,  # config.json
+    kind: type = ScembConfig,  # Its class
 ) -> ScembConfig:  # Made of its own keys alone
     "Read the configuration of a model; what is missing or impossible is named."
     from transformers import PreTrainedConfig
     from transformers.activations import ACT2FN
 
     found = read_json(path, keys=NEEDED, way_out=WAY_OUT)
-    if found.get("model_type") != "scemb":
+    if found.get("model_type") != kind.model_type:
         raise ValueError(
-            f"{path} describes a model of type {found.get('model_type')!r:.40}; scEMB reads "
-            "models of type 'scemb'."
+            f"{path} describes a model of type {found.get('model_type')!r:.40}; one of type "
+            f"{kind.model_type!r} is needed."
         )
-    own = [k for k in inspect.signature(ScembConfig).parameters if k != "kwargs"]
+    signatures = [inspect.signature(k).parameters for k in dict.fromkeys((ScembConfig, kind))]
+    own = [key for keys in signatures for key in keys if key != "kwargs"]
     usual = {
         *PreTrainedConfig().to_dict(),
         *DROPPED,
@@ -174,6 +177,7 @@ def read_config(
         number(key, 1, 10_000_000, int)
     number("layer_norm_eps", 0, 0.01)
     number("initializer_range", 0, 10)
+    number("special_value", -1e6, 1e6)
     number("pad_token_id", 0, 0, int)
     for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         number(key, 0, 1)
@@ -192,14 +196,16 @@ def read_config(
             f"{path} says hidden_size = {values['hidden_size']} and num_attention_heads = "
             f"{values['num_attention_heads']}; the one must be a multiple of the other. {WAY_OUT}"
         )
-    return ScembConfig(**values)
+    return kind(**values)
 
 
 def read_model(
     path,  # Folder with config.json and model.safetensors
+    kind: type = ScembForMaskedLM,  # Class of the model
 ) -> ScembForMaskedLM:  # In evaluation mode, float32
     "Build a model from weights that are exactly those of its configuration."
-    config, weights = read_config(path / "config.json"), path / "model.safetensors"
+    config = read_config(path / "config.json", kind.config_class)
+    weights = path / "model.safetensors"
     found = tensor_shapes(weights, WAY_OUT)
     n_layers = len({m[1] for m in (re.search(r"\.layer\.(\d+)\.", name) for name in found) if m})
     if n_layers != config.num_hidden_layers:
@@ -207,13 +213,10 @@ def read_model(
             f"{weights} holds {n_layers} layers, its config.json says "
             f"{config.num_hidden_layers:,}. {WAY_OUT}"
         )
-    tied = ScembForMaskedLM._tied_weights_keys
+    tied = kind._tied_weights_keys or ()
     with torch.device("meta"):  # shapes without memory
-        wanted = {
-            k: tuple(v.shape)
-            for k, v in ScembForMaskedLM(config).state_dict().items()
-            if k not in tied
-        }
+        empty = kind(config).state_dict()
+    wanted = {k: tuple(v.shape) for k, v in empty.items() if k not in tied}
     compare_shapes(
         weights, {k: v for k, v in found.items() if k not in tied}, wanted, way_out=WAY_OUT
     )
@@ -228,7 +231,7 @@ def read_model(
             raise Damaged(f"{weights} is damaged: all numbers of {name} are 0. {WAY_OUT}")
     tensors = {k: v for k, v in tensors.items() if k not in tied}
     with _no_bar():
-        model, info = ScembForMaskedLM.from_pretrained(
+        model, info = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
@@ -241,6 +244,8 @@ def read_model(
 
 def load_checkpoint(
     folder,  # A folder written by `save_checkpoint`, or the name of a shipped model
+    # Family -> class of its model, where that is none of scEMB's; `open_base` knows them
+    kinds: dict | None = None,
 ) -> Base:  # Unpacks into (model in evaluation mode, vocabulary, tokenizer settings, card)
     "Open a checkpoint; a missing, damaged or mismatched part is named."
     path = ASSETS / str(folder) if str(folder) in shipped_models() else Path(folder)
@@ -263,7 +268,8 @@ def load_checkpoint(
     settings = read_settings(path / "token_settings.json", vocabulary)
     if manifest:
         manifest.check("model.safetensors")
-    model = read_model(path)
+    reading = read_reading(path)
+    model = read_model(path, (kinds or {}).get(reading.get("family"), ScembForMaskedLM))
     if model.config.vocabulary_hash != vocabulary.hash:
         raise ValueError(
             f"{folder} is inconsistent: its weights belong to vocabulary "
@@ -275,11 +281,17 @@ def load_checkpoint(
             f"{model.config.type_vocab_size - 1}."
         )
     card = read_json(path / "card.json", way_out=WAY_OUT) if (path / "card.json").exists() else {}
-    reading = read_reading(path)
     return Base(model, vocabulary, settings, card, name=str(folder), **reading)
 
 
 READING = ("family", "pooling", "poolings", "unit_length")
+
+
+def reading_of(
+    base: Base,
+) -> str:  # Text of a reading.json
+    "How a base describes a cell, for `read_reading`."
+    return json.dumps({name: getattr(base, name) for name in READING}, indent=1)
 
 
 def read_reading(

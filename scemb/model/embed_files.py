@@ -166,9 +166,8 @@ def embed_file(
     path,  # A file of any kind that `open_cells` reads
     out,  # A copy with the vectors: .zarr of a .zarr, else .h5ad; or .npy: the vectors alone
     *,
-    # A shipped model, the folder of a checkpoint, (model, vocabulary, settings), or a CellEncoder
-    model="scemb-small",
-    pooling: str = "mean12",
+    model="scemb-small",  # Any base, see `open_base`; or a CellEncoder
+    pooling: str | None = None,  # A name of `POOLINGS` that it has; None: its own
     max_len: int | None = None,  # See `embed`
     layer: str | Reading | None = None,
     gene_column: str | None = None,
@@ -195,11 +194,12 @@ def embed_file(
     out
         Path to write: .h5ad or .zarr, a copy with the vectors; or .npy, the vectors alone.
     model
-        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
-        settings).
+        "scemb-small", "scemb-base", a folder of scEMB, Geneformer or scGPT weights, or a `Base`;
+        see `open_base`.
     pooling
         How gene vectors become a cell vector: "mean12" (mean over all layers and genes), "last"
-        (mean over the genes of the last layer) or "cls".
+        (mean over the genes of the last layer), "second-to-last" or "cls". None takes the base's
+        own: "mean12" for scEMB, "second-to-last" for Geneformer, "cls" for scGPT.
     max_len
         Genes of a cell that are read at most, the highest first. None: as the model was
         trained.

@@ -16,6 +16,7 @@ from ..data.counts import as_reading, find_counts, gene_names
 from .graph import Edges
 from ..data.genes import gene_table, map_genes
 from .links import link_metrics, rank_scores
+from ..tokens.ranking import SPECIAL
 
 # %% ../../nbs/network/03_grn.ipynb #53c4830a
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,13 +230,15 @@ def context_network(
     **settings,  # Of `gene_embeddings`
 ) -> GeneNetwork:  # Cosine of centred vectors; NaN for genes that no cell holds
     "Likeness of gene vectors in context."
-    from scemb.model.gene_embeddings import gene_embeddings
+    from scemb.model.bases import open_base
+    from scemb.model.gene_embeddings import gene_embeddings, tokens_of_genes
 
-    out, rows = (
-        gene_embeddings(adata, model, genes=list(genes), **settings),
-        map_genes(list(genes), duplicates="sum").rows,
-    )
-    at = pd.Index(out.obs.gene).get_indexer(gene_table().ensembl_id.to_numpy()[rows])
+    base = open_base(model)
+    out = gene_embeddings(adata, base, genes=list(genes), **settings)
+    rows = map_genes(list(genes), duplicates="sum").rows
+    tokens = tokens_of_genes(list(genes), base.vocabulary)
+    own_names = np.asarray((*SPECIAL, *base.vocabulary.genes), object)[tokens]
+    at = pd.Index(out.obs.gene).get_indexer(own_names)
     x = np.where((at >= 0)[:, None], np.asarray(out.X)[np.maximum(at, 0)], np.nan).astype(float)
     x = x - np.nanmean(x, 0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -261,7 +264,7 @@ def grn(
     genes=None,  # Names of genes, symbols or Ensembl ids; None: `n_genes` that vary most
     *,
     method: str = "correlation",  # "correlation", "trees", "context" or "attention"
-    model="scemb-small",  # Of "context" and "attention": a shipped model or a folder
+    model="scemb-small",  # Of "context" and "attention": any base, see `open_base`
     n_genes: int = 150,  # Genes to choose where none are named
     cell_type: str = "all",  # Name of these cells, for tables and titles
     **settings,  # Of the method's own function, such as `n_trees`, `layer` or `max_len`
@@ -279,8 +282,8 @@ def grn(
         directed), "context" (cosine of gene vectors in context) or "attention" (mean over all
         heads, directed).
     model
-        "scemb-small", "scemb-base", the folder of a checkpoint, or (model, vocabulary,
-        settings). Used by "context" and "attention".
+        "scemb-small", "scemb-base", a folder of scEMB, Geneformer or scGPT weights, or a `Base`.
+        Used by "context" (the layer that it describes a cell with) and "attention".
     n_genes
         Genes to choose if none are named.
     cell_type

@@ -7,6 +7,7 @@ __all__ = ['tune_on', 'told_apart']
 
 # %% ../../nbs/perturb/05_tuned.ipynb #eb1c878c
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..tokens.tokenize import TokenSet
 
 # %% ../../nbs/perturb/05_tuned.ipynb #912ccf24
 def tune_on(
-    base,  # A shipped model, a folder, or (model, vocabulary, settings): left as it is
+    base,  # A scEMB or Geneformer base with its masked-gene head, see `open_base`: left as it is
     tokens: TokenSet,  # Cells to learn from, tokenised as the base wants them
     *,
     heldout: TokenSet = None,  # Cells never learned from, scored before and after
@@ -31,12 +32,18 @@ def tune_on(
     # Rank, rate and seed of LoRA, the same as for every task
     settings: FinetuneSettings = FinetuneSettings(),
     say=lambda line: None,  # Called with a line now and then
-    # (model, vocabulary, settings), ready as a base; DataFrame: loss of held-out cells before, with
-    # frequencies set, after, and by counting; or None
+    # `Base`; DataFrame: loss of held-out cells before, with frequencies set, after, and by
+    # counting; or None
 ) -> tuple:
     "Continue masked-gene training by LoRA and merge the update."
     base = open_base(base)
-    net, vocabulary, _, _ = base
+    net, vocabulary, tokenizing, card = base
+    base.must_perturb("tune_on")
+    if card.get("masked_gene_head") is False:
+        raise ValueError(
+            f"{base.name} holds no head that guesses genes (a fine-tuned folder has none), so it "
+            "cannot go on learning from masked genes. Give the pretrained folder."
+        )
     if settings.method != "lora":
         raise ValueError(
             f"method={settings.method!r}; only a LoRA update can be merged into a base: use "
@@ -47,6 +54,13 @@ def tune_on(
             f"The cells are tokenised for the vocabulary {tokens.vocabulary.hash}, the base has "
             f"{vocabulary.hash}; tokenise them with the vocabulary of the base."
         )
+    for name in ("order", "frame", "scale"):
+        found, wanted = getattr(tokens.settings, name), getattr(tokenizing, name)
+        if found != wanted:
+            raise ValueError(
+                f"The cells are tokenised with {name}={found!r}, the base reads {name}={wanted!r}; "
+                "tokenise them with the settings of the base."
+            )
     if not len(tokens):
         raise ValueError(
             "There are no cells to learn from; are there non-targeting cells with one guide?"
@@ -56,9 +70,9 @@ def tune_on(
 
 
 def _tuned(base, tokens, heldout, steps, token_budget, s, say):  # see `tune_on`
-    net, vocabulary, tokenizing, _ = base
-    length = min(tokens.settings.max_len, net.config.max_position_embeddings)
-    tuned = copy.deepcopy(net).requires_grad_(False)
+    net = base.net
+    length = min(tokens.settings.max_len, base.model_limit)  # genes; a frame comes on top
+    tuned = copy.deepcopy(net).float().requires_grad_(False)
     tuned.bert = adapted(net.bert, s)
     # as pretraining starts: frequencies need not be learned
     frequency = np.log(unigram_prior(tokens, length).clip(1e-9))
@@ -78,13 +92,14 @@ def _tuned(base, tokens, heldout, steps, token_budget, s, say):  # see `tune_on`
     tuned.bert = tuned.bert.merge_and_unload()
     tuned.tie_weights()
     tuned.eval().requires_grad_(True)
+    made = replace(base, net=tuned, name=f"{base.name}, tuned")
     if heldout is None:
-        return (tuned, vocabulary, tokenizing), None
+        return made, None
     models = {"before": net, "frequencies set": start, "after": tuned}
     scorers = {name: model_scorer(m) for name, m in models.items()}
     scorers["counted by bin"] = table_scorer(bin_table(tokens, length))
     scores = masked_scores(heldout, scorers, max_len=length, seed=1)
-    return (tuned, vocabulary, tokenizing), score_summary(scores)
+    return made, score_summary(scores)
 
 
 def _descend(model, batches, steps, s, say):

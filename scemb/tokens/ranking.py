@@ -68,8 +68,9 @@ class Vocabulary:
             f"tokens{', with gene medians' if self.medians else ''}"
         )
 
-    @property
+    @cached_property
     def hash(self):
+        "Of all that it holds; made once."
         further = [self.own_names, self.other_names]
         parts = [SPECIAL, self.genes]
         parts += [self.medians] if self.medians else []
